@@ -1,0 +1,117 @@
+"""An llm-foundry batch as TorchTitan takes it: shifted once, padding masked, checked. Pure functions."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.loss import IGNORE_INDEX
+
+from examples.mosaic_streaming.errors import DataError
+
+TitanBatch = tuple[dict[str, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class BatchFormat:
+    """What the batches of one loader are made of and have to look like.
+
+    Attributes:
+        rows: sequences in a batch, per dp rank (`training.local_batch_size`).
+        seq_len: tokens in a sequence of the model (`training.seq_len`).
+        max_seq_len: tokens in a row of the loader, `seq_len` or `seq_len + 1`.
+        vocab_size: rows of the model's embedding.
+        pad_id: the tokenizer's padding token, if it has one.
+        eos_id: the tokenizer's end-of-text token, if it has one.
+        labels_are_ids: whether the loader's labels are its ids, as for text. llm-foundry masks each id that equals
+            `pad_id` there, real EOS too, so the ids are taken instead. Otherwise the labels are what the loader
+            wants to be learned.
+        origin: the streams and the rank, for messages.
+    """
+
+    rows: int
+    seq_len: int
+    max_seq_len: int
+    vocab_size: int
+    pad_id: int | None
+    eos_id: int | None
+    labels_are_ids: bool
+    origin: str
+
+
+def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
+    """Convert a batch of llm-foundry to one of TorchTitan.
+
+    Args:
+        batch: `input_ids: int64 [rows, max_seq_len]`, with `labels` and `attention_mask` of the same shape, or
+            without, and other keys, which are not passed on.
+        form: what the batch has to look like.
+
+    Returns:
+        `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`, where `labels[:, t]` is the token
+        behind `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens.
+
+    Raises:
+        DataError: the shape differs from `[rows, max_seq_len]`, or an id is not one of the model's.
+
+    Source: llm-foundry's labels are not shifted, TorchTitan's are (llm-foundry 0.22.0 data/text_data.py,
+    torchtitan 0.2.2 hf_datasets/text_datasets.py).
+    """
+    ids = batch["input_ids"]
+    check_shape(ids, form)
+    check_ids(ids, form)
+    targets = ids if form.labels_are_ids else batch["labels"]
+    targets = targets.masked_fill(is_padding(ids, batch.get("attention_mask"), form), IGNORE_INDEX)
+    labels = targets[:, 1 : form.seq_len + 1]
+    if form.max_seq_len == form.seq_len:
+        labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
+    return {"input": ids[:, : form.seq_len].contiguous()}, labels.contiguous()
+
+
+def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) -> Tensor:
+    """Where rows are padding: where the attention mask is 0, or without one, the run of pad ids that ends a row.
+
+    Where EOS is the padding token too, the first EOS of that run is taken as the end of the text.
+
+    Returns:
+        bool, of the shape of `ids`.
+    """
+    if attention_mask is not None:
+        return attention_mask == 0
+    if form.pad_id is None:
+        return torch.zeros_like(ids, dtype=torch.bool)
+    run = (ids == form.pad_id).flip(1).cumprod(1).flip(1).bool()
+    if form.pad_id == form.eos_id:
+        run &= torch.nn.functional.pad(run[:, :-1], (1, 0), value=False)
+    return run
+
+
+def check_shape(ids: Tensor, form: BatchFormat) -> None:
+    """Raise DataError unless `ids` is `[rows, max_seq_len]`."""
+    expected = (form.rows, form.max_seq_len)
+    if tuple(ids.shape) == expected:
+        return
+    found = list(ids.shape)
+    if ids.numel() == 0:
+        raise DataError(f"Empty batch of shape {found}, expected {list(expected)}. {form.origin}")
+    hint = ""
+    if ids.ndim == 2 and ids.shape[1] == form.seq_len < form.max_seq_len:
+        hint = (
+            f" The samples have {form.seq_len} tokens: set dataset.max_seq_len = {form.seq_len} (the last label of each "
+            f"is then -100), or write them with {form.max_seq_len} tokens, so that each label is real."
+        )
+    raise DataError(
+        f"Batch of shape {found}, expected {list(expected)} (training.local_batch_size, dataset.max_seq_len).{hint} "
+        f"{form.origin}"
+    )
+
+
+def check_ids(ids: Tensor, form: BatchFormat) -> None:
+    """Raise DataError if an id has no row in the model's embedding."""
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= form.vocab_size:
+        raise DataError(
+            f"Token id {low if low < 0 else high} in a batch, the model knows 0 to {form.vocab_size - 1}. The data was "
+            f"made with another tokenizer, token_encoding_type is wrong, or model.flavor is. {form.origin}"
+        )

@@ -1,0 +1,209 @@
+"""The `build_dataloader_fn` of a Mosaic TrainSpec, and the loader that it builds: batches, epochs, state."""
+
+import copy
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch.distributed as dist
+from llmfoundry.data.dataloader import build_dataloader
+from streaming import StreamingDataset
+from torch.utils.data import DataLoader
+from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
+
+from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders
+from examples.mosaic_streaming.placement import sample_world
+from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
+
+STATE_KEY = "mosaic"
+STATE_VERSION = 1
+
+
+def build_mosaic_dataloader(
+    *,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: HuggingFaceTokenizer,
+    job_config: JobConfig,
+    loader_config: Config,
+    loader_config_path: str,
+) -> "MosaicDataLoader":
+    """Build the training loader of one rank; a TrainSpec's `build_dataloader_fn` once the last two are bound.
+
+    Args:
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        dp_rank: this rank on that mesh.
+        tokenizer: TorchTitan's tokenizer.
+        job_config: the whole job.
+        loader_config: the loader TOML, for llm-foundry's `build_dataloader`.
+        loader_config_path: the file it was read from, for messages.
+
+    Raises:
+        ConfigError: the loader, the tokenizer, the model and the job don't fit together.
+    """
+    training, model = job_config.training, job_config.model
+    vocab_size = embedding_rows(model.name, model.flavor)
+    check_vocabulary(tokenizer, vocab_size, f"{model.name} {model.flavor}")
+    transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
+    config = resolve(
+        loader_config,
+        loader_config_path,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        replication=dist.get_world_size() // dp_world_size,
+    )
+    if is_rank_0():
+        logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
+    # `build_dataloader` writes into what it is given.
+    loader = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size).dataloader
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
+        raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
+    loader.dataset._parallel_rank_world = sample_world(dp_rank, dp_world_size, int(os.environ["LOCAL_WORLD_SIZE"]))
+    form = BatchFormat(
+        rows=training.local_batch_size,
+        seq_len=training.seq_len,
+        max_seq_len=config["dataset"]["max_seq_len"],
+        vocab_size=vocab_size,
+        pad_id=transformers_tokenizer.pad_token_id,
+        eos_id=transformers_tokenizer.eos_token_id,
+        labels_are_ids=config["name"] == "text",
+        origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in "
+        f"{loader_config_path}.",
+    )
+    return MosaicDataLoader(loader, form, dp_world_size, accumulation_steps(job_config, dp_world_size))
+
+
+def embedding_rows(model: str, flavor: str) -> int:
+    """Rows of a model's embedding, before the model is built.
+
+    Raises:
+        ConfigError: the model has no such flavor.
+    """
+    flavors = get_train_spec(model).model_args
+    if flavor not in flavors:
+        raise ConfigError(f"model.flavor = {flavor!r}, but {model} has: {', '.join(flavors)}.")
+    return flavors[flavor].vocab_size  # type: ignore[attr-defined]  # every text model's has it, the base class not
+
+
+def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
+    """Batches that each rank reads for one optimizer step, as TorchTitan's Trainer will reckon.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the batches of all ranks.
+    """
+    local, total = job_config.training.local_batch_size, job_config.training.global_batch_size
+    if total > 0 and total % (local * dp_world_size):
+        raise ConfigError(
+            f"training.global_batch_size = {total} is not a multiple of training.local_batch_size = {local} x "
+            f"data-parallel degree = {dp_world_size}. Change one of them."
+        )
+    return max(1, total // (local * dp_world_size))
+
+
+class MosaicDataLoader(BaseDataLoader):
+    """Batches of this rank without end, epoch after epoch, from any position.
+
+    An epoch is as many whole global batches as the streams' epoch holds; the rest of it is left out, so that no
+    optimizer step mixes two epochs. The position is counted where batches are handed out: those that workers have
+    prefetched don't count.
+
+    Args:
+        loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
+        form: what batches have to look like.
+        dp_world_size: ranks that read different samples.
+        accumulation: batches of each rank in one optimizer step.
+
+    Raises:
+        ConfigError: an epoch holds no whole global batch.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Mapping[str, Any]], form: BatchFormat, dp_world_size: int, accumulation: int
+    ) -> None:
+        assert isinstance(loader.dataset, StreamingDataset) and loader.batch_size is not None
+        self._loader = loader
+        self._dataset = loader.dataset
+        self._form = form
+        self._samples_per_batch = loader.batch_size * dp_world_size
+        self._samples_per_step = self._samples_per_batch * accumulation
+        self._epoch = 0
+        self._sample_in_epoch = 0
+        """Samples of this epoch that all ranks together have read."""
+        self._batches: Iterator[Mapping[str, Any]] | None = None
+        if self._dataset.epoch_size < self._samples_per_step:
+            raise ConfigError(
+                f"An epoch of the streams has {self._dataset.epoch_size} samples, one global batch needs "
+                f"{self._samples_per_step}. Add data, raise dataset.epoch_size or `repeat`, or lower the batch size. "
+                f"{form.origin}"
+            )
+
+    def __iter__(self) -> Iterator[TitanBatch]:
+        """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
+
+        Raises:
+            DataError: a batch is not as it has to be, or an epoch ends early.
+        """
+        while True:
+            epoch = self._epoch
+            self._batches = iter(self._loader)
+            while self._epoch == epoch:
+                batch = next(self._batches, None)
+                if batch is None:
+                    self._end_short_epoch()
+                    break
+                titan_batch = to_titan_batch(batch, self._form)
+                self._advance()
+                yield titan_batch
+
+    def _advance(self) -> None:
+        """Count one batch of all ranks; the position is then that of the next batch."""
+        self._sample_in_epoch += self._samples_per_batch
+        step_is_whole = self._sample_in_epoch % self._samples_per_step == 0
+        if step_is_whole and self._dataset.epoch_size - self._sample_in_epoch < self._samples_per_step:
+            self._end_epoch()
+
+    def _end_short_epoch(self) -> None:
+        """End an epoch that the streams end: right for batching methods that drop samples, an error for others."""
+        if self._dataset.batching_method == "random" or self._sample_in_epoch == 0:
+            raise DataError(
+                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._dataset.epoch_size} samples. "
+                f"{self._form.origin}"
+            )
+        self._end_epoch()
+
+    def _end_epoch(self) -> None:
+        """Go to the start of the next epoch."""
+        if is_rank_0():
+            logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
+        self._epoch, self._sample_in_epoch = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, str]:
+        """The position of the next batch: the same JSON string on each rank, under one key."""
+        position = {
+            **self._dataset.state_dict(self._sample_in_epoch, from_beginning=True),
+            "epoch": self._epoch,  # streaming's is that of the last `iter`
+        }
+        return {STATE_KEY: json.dumps({"version": STATE_VERSION, "position": position})}
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Go on from a saved position; call it before iterating."""
+        position = json.loads(state_dict[STATE_KEY])["position"]
+        self._epoch, self._sample_in_epoch = position["epoch"], position["sample_in_epoch"]
+        self._dataset.load_state_dict(position)
+
+    def close(self) -> None:
+        """End the dataloader workers.
+
+        Source: torch's iterator has no public way to end its workers (torch 2.13, utils/data/dataloader.py).
+        """
+        batches, self._batches = self._batches, None
+        shutdown = getattr(batches, "_shutdown_workers", None)  # there are none where num_workers = 0
+        if shutdown:
+            shutdown()

@@ -1,0 +1,43 @@
+"""Errors that a user can put right, and how a job ends on one."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+WAIT_FOR_RANK_0 = 15.0
+"""Seconds that another rank leaves rank 0 to say why the job stops. torchrun ends it as soon as rank 0 has."""
+
+
+class ConfigError(ValueError):
+    """A setting is wrong: the message says what was given, what was expected and where to change it."""
+
+
+class DataError(RuntimeError):
+    """The data is not what the settings promise: the message names the streams and the values found."""
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks for the job."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def stop(error: ConfigError | DataError) -> NoReturn:
+    """End this rank with exit code 1; rank 0 says why, in one line and without a traceback.
+
+    torchrun ends all ranks when the first one fails, so a rank that fails before rank 0 does would take away its
+    word: the others wait. One that is still alive after the wait failed alone, and speaks for itself.
+
+    Source: torchrun's closing report shows the "message" of the file in TORCHELASTIC_ERROR_FILE
+    (torch 2.13, distributed/elastic/multiprocessing/errors/__init__.py).
+    """
+    message = f"{type(error).__name__}: {error}"
+    if not is_rank_0():
+        time.sleep(WAIT_FOR_RANK_0)
+        message = f"[rank {os.environ['RANK']}] {message}"
+    print(message, file=sys.stderr, flush=True)
+    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(report).write_text(json.dumps({"message": message}))
+    sys.exit(1)

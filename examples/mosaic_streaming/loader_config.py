@@ -1,0 +1,136 @@
+"""The loader's configuration: fill what is derived, refuse what is owned elsewhere or unknown."""
+
+import copy
+import difflib
+import inspect
+import os
+from typing import Any
+
+import torch
+from llmfoundry import registry
+from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
+from llmfoundry.data.finetuning import dataloader as finetuning
+from streaming import Stream, StreamingDataset
+
+from examples.mosaic_streaming.errors import ConfigError
+
+Config = dict[str, Any]
+
+MAKE_DEMO_DATA = "python -m examples.mosaic_streaming.make_demo_data"
+
+DATASET_KEYS = {
+    "text": [
+        *inspect.signature(StreamingTextDataset).parameters,
+        *inspect.signature(StreamingDataset).parameters,
+        # Read by the text collator. Its `mlm_probability` is left out: it masks inputs, which no causal model wants.
+        "eos_token_id",
+        "bos_token_id",
+        "override_eos_token_id_mismatch_error",
+        "override_bos_token_id_mismatch_error",
+    ],
+    "finetuning": [
+        *inspect.signature(StreamingFinetuningDataset).parameters,
+        *inspect.signature(finetuning._validate_config).parameters,
+        *finetuning._ALLOWED_DATASET_KEYS,
+    ],
+}
+"""What `dataset` can hold, by loader; other loaders check it themselves.
+
+Source: llm-foundry 0.22.0, data/text_data.py, data/utils.py and data/finetuning/dataloader.py. The text loader drops
+a key that it doesn't know without a word.
+"""
+
+NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
+
+
+def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, replication: int) -> Config:
+    """The complete configuration for llm-foundry's `build_dataloader`, as a copy.
+
+    Args:
+        config: the loader's configuration as it was read.
+        path: the file it was read from, for messages.
+        seq_len: `training.seq_len`, in tokens.
+        local_batch_size: `training.local_batch_size`, in sequences per dp rank.
+        replication: ranks that receive the same samples: world size / dp_world_size.
+
+    Raises:
+        ConfigError: a key is unknown, missing, owned by the job config, or differs from what it is derived from.
+    """
+    config = copy.deepcopy(config)
+    check_keys(config, path)
+    dataset = config["dataset"]
+    if "batch_size" in dataset:
+        raise ConfigError(
+            f"dataset.batch_size = {dataset['batch_size']!r} in {path}. Remove the key: "
+            f"the batch size is training.local_batch_size = {local_batch_size} in the job config."
+        )
+    derive(config, "device_batch_size", [local_batch_size], "training.local_batch_size", path)
+    del config["device_batch_size"]  # an argument of `build_dataloader`
+    derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
+    derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree", path)
+    check_streams(dataset, path)
+    config = {"drop_last": True, "num_workers": 0, "pin_memory": torch.accelerator.is_available()} | config
+    if config["num_workers"] == 0:  # torch refuses llm-foundry's own defaults for these where there are no workers
+        config |= {"prefetch_factor": None, "persistent_workers": False}
+    return config
+
+
+def derive(section: Config, name: str, values: list[int], source: str, path: str) -> None:
+    """Fill a derived key with the first of the values that it can have; refuse any other with ConfigError."""
+    key = name.split(".")[-1]
+    if section.setdefault(key, values[0]) not in values:
+        raise ConfigError(
+            f"{name} = {section[key]!r} in {path}, but {source} {' or '.join(map(str, values))}. "
+            "Remove the key: it is derived from the job config."
+        )
+
+
+def check_keys(config: Config, path: str) -> None:
+    """Raise ConfigError, naming all of them, for keys that llm-foundry would drop or refuse."""
+    name, dataset = config.get("name"), config.get("dataset")
+    loaders = sorted(registry.dataloaders.get_all())
+    if name not in loaders:
+        raise ConfigError(f"name = {name!r} in {path}, expected one of: {', '.join(loaders)}.")
+    if not isinstance(dataset, dict):
+        raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
+    builder = inspect.signature(registry.dataloaders.get(name)).parameters
+    wrong = unknown(config, "", ["name", *builder])
+    wrong += unknown(dataset, "dataset.", DATASET_KEYS.get(name, list(dataset)))
+    for stream, settings in dataset.get("streams", {}).items():
+        wrong += unknown(settings, f"dataset.streams.{stream}.", list(inspect.signature(Stream).parameters))
+    if wrong:
+        raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(wrong)}.")
+
+
+def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:
+    """The keys of a section that are not among the known ones, each with the nearest of these."""
+    valid = sorted(set(known) - NOT_FOR_USERS)
+    found = []
+    for key in sorted(set(section) - set(valid)):
+        near = difflib.get_close_matches(key, valid, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+        found.append(f"{prefix}{key} ({hint})")
+    return found
+
+
+def stream_folders(dataset: Config) -> dict[str, str]:
+    """Where each stream's shards come from, by the stream's name: a URL, or a path on this machine."""
+    streams = dataset.get("streams") or {"dataset": dataset}
+    return {
+        name: os.path.join(
+            stream.get("remote") or stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
+        )
+        for name, stream in streams.items()
+    }
+
+
+def check_streams(dataset: Config, path: str) -> None:
+    """Raise ConfigError if a stream has no place, or no index.json at a place on this machine."""
+    for name, folder in stream_folders(dataset).items():
+        if not folder:
+            raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")
+        if "://" not in folder and not os.path.isfile(os.path.join(folder, "index.json")):
+            raise ConfigError(
+                f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
+                f"or make the demo data: {MAKE_DEMO_DATA}"
+            )

@@ -1,0 +1,165 @@
+"""Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `flags.py`.
+
+Like TorchTitan's own `train.py`, but the model's TrainSpec reads Mosaic streams. What takes long to import is imported
+where it is needed, so that `--help` and typing errors don't wait half a minute.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0, stop
+from examples.mosaic_streaming.flags import parse_flags, read_toml, spell_booleans
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+    from torchtitan.protocols.train_spec import TrainSpec
+    from torchtitan.train import Trainer
+
+MODEL = "llama3_mosaic"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags and both files, register the spec, train; a user's error ends in one line."""
+    try:
+        flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
+        if not flags.config:  # `-- --help`
+            load_job_config(titan_flags)
+        read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
+        loader_config = read_toml(flags.mosaic_config)
+        if "LOCAL_RANK" not in os.environ:
+            raise ConfigError("Not started by torchrun. See --help.")
+        job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
+        register(loader_config, flags.mosaic_config)
+        check_job(job_config)
+        run(job_config)
+    except (ConfigError, DataError) as error:
+        stop(error)
+
+
+def load_job_config(titan_flags: list[str]) -> "JobConfig":
+    """TorchTitan's job config from its flags, which name the file.
+
+    Raises:
+        ConfigError: TorchTitan refuses the file or a flag.
+    """
+    from examples.mosaic_streaming import cpu  # noqa: F401  # before torchtitan, which fixes its device when imported
+    from torchtitan.config import ConfigManager, JobConfig
+
+    quiet = contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(open(os.devnull, "w"))
+    try:
+        with quiet:
+            return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
+    except ValueError as error:
+        raise ConfigError(f"{titan_flags[0]}: {error}") from error
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        raise ConfigError(
+            "TorchTitan refuses a flag or a value. Its flags: python -m examples.mosaic_streaming.train -- --help"
+        ) from exit
+
+
+def check_job(job_config: "JobConfig") -> None:
+    """Raise ConfigError for a job that would not read Mosaic streams."""
+    if job_config.model.name != MODEL:
+        raise ConfigError(f"model.name = {job_config.model.name!r} does not read Mosaic streams. Set it to {MODEL!r}.")
+    if job_config.validation.enable:
+        raise ConfigError("validation.enable = true: there is no validation on Mosaic streams yet. Set it to false.")
+
+
+def mosaic_spec(spec: "TrainSpec", loader_config: dict[str, Any], path: str) -> "TrainSpec":
+    """A TorchTitan spec that reads the streams of a loader configuration.
+
+    Args:
+        spec: any TrainSpec of a text model.
+        loader_config: the loader TOML.
+        path: the file it was read from, for messages.
+    """
+    from examples.mosaic_streaming import cpu
+    from examples.mosaic_streaming.dataloader import build_mosaic_dataloader
+    from examples.mosaic_streaming.tokenizer import build_tokenizer
+
+    return dataclasses.replace(
+        spec,
+        build_tokenizer_fn=build_tokenizer,
+        build_dataloader_fn=functools.partial(
+            build_mosaic_dataloader, loader_config=loader_config, loader_config_path=path
+        ),
+        parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
+    )
+
+
+def register(loader_config: dict[str, Any], path: str) -> None:
+    """Make `llama3_mosaic` known to TorchTitan."""
+    from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
+
+    register_train_spec(MODEL, mosaic_spec(get_train_spec("llama3"), loader_config, path))
+
+
+def run(job_config: "JobConfig") -> None:
+    """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised."""
+    import torch.distributed as dist
+    from examples.mosaic_streaming import cpu
+    from torchtitan.tools.logging import init_logger, logger
+    from torchtitan.train import Trainer
+
+    init_logger()
+    if cpu.ACTIVE and is_rank_0():
+        logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
+    signal.signal(signal.SIGTERM, exit_on_signal)
+    trainer = None
+    try:
+        trainer = Trainer(job_config)
+        if job_config.checkpoint.create_seed_checkpoint:
+            save_seed_checkpoint(trainer)
+        else:
+            trainer.train()
+    except BaseException:
+        with contextlib.suppress(Exception):
+            close(trainer)
+        raise
+    close(trainer)
+    dist.destroy_process_group()
+    logger.info("Process group destroyed")
+
+
+def save_seed_checkpoint(trainer: "Trainer") -> None:
+    """Save step 0.
+
+    Raises:
+        ConfigError: there is more than one rank, so that the model would be sharded, or checkpoints are disabled.
+    """
+    import torch.distributed as dist
+    from torchtitan.tools.logging import logger
+
+    if dist.get_world_size() != 1:
+        raise ConfigError(
+            f"checkpoint.create_seed_checkpoint with {dist.get_world_size()} ranks: a seed checkpoint is saved by one, "
+            "unsharded. Start with --nproc_per_node=1."
+        )
+    if not trainer.job_config.checkpoint.enable:
+        raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
+    trainer.checkpointer.save(curr_step=0, last_step=True)
+    logger.info("Created seed checkpoint")
+
+
+def close(trainer: "Trainer | None") -> None:
+    """Close the trainer and end the dataloader workers."""
+    if trainer:
+        trainer.dataloader.close()
+        trainer.close()
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Turn a signal into an exit, so that a run that is ended from outside closes everything too."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
