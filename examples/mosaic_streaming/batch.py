@@ -79,7 +79,7 @@ def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) ->
     """
     if attention_mask is not None:
         return attention_mask == 0
-    if form.pad_id is None:
+    if form.pad_id is None or not (ids[:, -1] == form.pad_id).any():
         return torch.zeros_like(ids, dtype=torch.bool)
     run = (ids == form.pad_id).flip(1).cumprod(1).flip(1).bool()
     if form.pad_id == form.eos_id:

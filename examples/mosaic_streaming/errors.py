@@ -30,8 +30,8 @@ def stop(error: ConfigError | DataError) -> NoReturn:
     torchrun ends all ranks when the first one fails, so a rank that fails before rank 0 does would take away its
     word: the others wait. One that is still alive after the wait failed alone, and speaks for itself.
 
-    Source: torchrun's closing report shows the "message" of the file in TORCHELASTIC_ERROR_FILE
-    (torch 2.13, distributed/elastic/multiprocessing/errors/__init__.py).
+    Source: torchrun's closing report shows the "py_callstack" of the file that TORCHELASTIC_ERROR_FILE names
+    (torch 2.13, distributed/elastic/multiprocessing/errors).
     """
     message = f"{type(error).__name__}: {error}"
     if not is_rank_0():
@@ -39,5 +39,6 @@ def stop(error: ConfigError | DataError) -> NoReturn:
         message = f"[rank {os.environ['RANK']}] {message}"
     print(message, file=sys.stderr, flush=True)
     if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(report).write_text(json.dumps({"message": message}))
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     sys.exit(1)

@@ -99,7 +99,9 @@ def _spell_boolean(flag: str, job_config: type) -> str:
     *sections, key = name.removeprefix("--").split(".")
     type_: Any = job_config
     for part in [*sections, key]:
-        fields = {field.name: field.type for field in dataclasses.fields(type_)} if dataclasses.is_dataclass(type_) else {}
+        fields = (
+            {field.name: field.type for field in dataclasses.fields(type_)} if dataclasses.is_dataclass(type_) else {}
+        )
         type_ = fields.get(part.replace("-", "_"), bool)  # a section that a custom config module adds
     if type_ is not bool:
         return flag

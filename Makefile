@@ -1,0 +1,60 @@
+# `make demo` trains on demo data, `make test` runs the tests; both first make .venv from requirements.lock.
+# PYTHON=3.12 chooses another Python for a new .venv.
+
+PYTHON ?= >=3.11,<3.13
+UV := $(or $(shell command -v uv),.tools/bin/uv)
+BIN := .venv/bin
+EXAMPLE := examples/mosaic_streaming
+SOURCES := examples tests
+
+.PHONY: demo test format lint typecheck check lock clean
+
+demo: .venv/.synced
+	rm -rf outputs/demo
+	$(BIN)/python -W ignore -m examples.mosaic_streaming.make_demo_data
+	$(BIN)/torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train \
+	  --config $(EXAMPLE)/configs/mosaic_job.toml \
+	  --mosaic-config $(EXAMPLE)/configs/mosaic_dataloader.toml -- \
+	  --job.dump_folder=outputs/demo --training.steps=20 --checkpoint.enable=true --metrics.enable_tensorboard=true
+	@echo
+	@echo "TensorBoard logs: outputs/demo/tb (look at them with $(BIN)/tensorboard --logdir outputs/demo/tb)"
+	@echo "Checkpoints:      outputs/demo/checkpoint"
+	@echo "Next, go on from step 20 to step 30:"
+	@echo
+	@echo "  $(BIN)/torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train \\"
+	@echo "    --config $(EXAMPLE)/configs/mosaic_job.toml \\"
+	@echo "    --mosaic-config $(EXAMPLE)/configs/mosaic_dataloader.toml -- \\"
+	@echo "    --job.dump_folder=outputs/demo --training.steps=30 --checkpoint.enable=true"
+
+test: .venv/.synced
+	$(BIN)/pytest
+
+format: .venv/.synced
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+lint: .venv/.synced
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+
+typecheck: .venv/.synced
+	$(BIN)/mypy $(SOURCES)
+
+check: lint typecheck test
+
+# Python 3.11 and 3.12, any platform: each entry has its hashes, and no registry is named.
+lock: $(UV)
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --group dev \
+	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+
+.venv/.synced: requirements.lock | $(UV)
+	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
+	$(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	touch $@
+
+.tools/bin/uv:
+	python3 -m venv .tools
+	.tools/bin/pip install --quiet uv
+
+clean:
+	rm -rf .venv .tools data outputs .pytest_cache .ruff_cache .mypy_cache

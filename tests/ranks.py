@@ -1,0 +1,140 @@
+"""Run a function in several ranks that are forked from this warm process, and end them as torchrun would.
+
+The parent has imported everything, so ranks start in milliseconds. It must not have computed with several threads or
+opened shared memory: a child of such a process can hang.
+"""
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+
+@dataclass
+class Rank:
+    """How one rank ended: its exit code (negative: the signal), what the function returned, what it printed."""
+
+    code: int
+    value: Any
+    output: str
+
+
+def run_ranks(
+    function: Callable[[], Any],
+    world_size: int = 1,
+    *,
+    timeout: float = 120.0,
+    while_running: Callable[[list[int]], None] = lambda pids: None,
+) -> list[Rank]:
+    """Call `function` in `world_size` new processes that look like torchrun's, on one node.
+
+    Args:
+        function: called without arguments; what it returns is pickled.
+        world_size: number of ranks.
+        timeout: seconds until the test fails, and ranks that still run are killed.
+        while_running: called with the ranks' pids once they are started.
+
+    Returns:
+        how each rank ended.
+    """
+    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
+        port = free_port()
+        pids = [fork_rank(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
+        try:
+            while_running(pids)
+            codes = wait_for_ranks(pids, time.monotonic() + timeout)
+        finally:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):  # the group: a rank's dataloader workers too
+                    os.killpg(pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+        return [read_rank(Path(folder), rank, codes[pid]) for rank, pid in enumerate(pids)]
+
+
+def run_rank_values(function: Callable[[], Any], world_size: int = 1) -> list[Any]:
+    """What `function` returns in each rank; the test fails if a rank does."""
+    ranks = run_ranks(function, world_size)
+    failed = [f"rank {i} ended with {rank.code}:\n{rank.output}" for i, rank in enumerate(ranks) if rank.code]
+    assert not failed, "\n".join(failed)
+    return [rank.value for rank in ranks]
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def fork_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> int:
+    """Start one rank and return its pid, which is that of its process group, too."""
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            live_as_rank(function, rank, world_size, port, folder)
+        os._exit(70)
+    with contextlib.suppress(PermissionError):
+        os.setpgid(pid, pid)
+    return pid
+
+
+def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> NoReturn:
+    """All of a rank's life, from the fork to the exit; what happens at the exit of an interpreter happens here, too."""
+    os.setpgid(0, 0)
+    atexit._clear()
+    output = open(folder / f"{rank}.txt", "w", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    sys.stdout = sys.stderr = output
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    tempfile.tempdir = str(folder)
+    code = 1
+    try:
+        (folder / f"{rank}.pickle").write_bytes(pickle.dumps(function()))
+        code = 0
+    except SystemExit as exit:
+        code = exit.code if isinstance(exit.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    atexit._run_exitfuncs()
+    os._exit(code)
+
+
+def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:
+    """Exit codes by pid. When a rank fails, the others get SIGTERM, as from torchrun."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(pids):
+        assert time.monotonic() < deadline, f"{len(pids) - len(codes)} of {len(pids)} ranks hang"
+        for pid in set(pids) - set(codes):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                codes[pid] = os.waitstatus_to_exitcode(status)
+                if codes[pid]:
+                    end_ranks(set(pids) - set(codes))
+        time.sleep(0.02)
+    return codes
+
+
+def end_ranks(pids: set[int]) -> None:
+    """Send SIGTERM to the process groups of ranks."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGTERM)
+
+
+def read_rank(folder: Path, rank: int, code: int) -> Rank:
+    """What a rank has left in the folder."""
+    value = folder / f"{rank}.pickle"
+    return Rank(code, pickle.loads(value.read_bytes()) if code == 0 else None, (folder / f"{rank}.txt").read_text())

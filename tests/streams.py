@@ -1,0 +1,81 @@
+"""Small MDS streams whose every sample tells its own number, and loaders over them in the present rank."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from streaming import MDSWriter
+from torchtitan.config import JobConfig
+
+from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
+from examples.mosaic_streaming.tokenizer import build_tokenizer
+
+TOKENIZER = "tests/assets/tokenizer"
+SEQ_LEN = 16
+FIRST_ID = 16
+"""Below are ids with a meaning."""
+
+
+def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
+    """The tokens of one sample: its number in the first, which makes it known, then random ones."""
+    tokens = np.random.default_rng(sample).integers(FIRST_ID, 2048, length, dtype=np.int32)
+    tokens[0] = FIRST_ID + sample
+    return tokens
+
+
+def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1, **options: Any) -> Path:
+    """Write a stream of token samples in several shards."""
+    options = {"columns": {"tokens": "ndarray:int32"}, "size_limit": 1024, "hashes": ["xxh64"]} | options
+    with MDSWriter(out=str(folder), **options) as writer:
+        for sample in range(samples):
+            writer.write({"tokens": sample_tokens(sample, length)})
+    return folder
+
+
+def write_tokens(folder: Path, rows: list[list[int]]) -> Path:
+    """Write a stream of just these samples."""
+    with MDSWriter(out=str(folder), columns={"tokens": "ndarray:int32"}) as writer:
+        for row in rows:
+            writer.write({"tokens": np.array(row, np.int32)})
+    return folder
+
+
+def job(local_batch_size: int = 2, global_batch_size: int = -1, seq_len: int = SEQ_LEN) -> JobConfig:
+    """A job config for loaders."""
+    config = JobConfig()
+    config.model.hf_assets_path = TOKENIZER
+    config.training.local_batch_size = local_batch_size
+    config.training.global_batch_size = global_batch_size
+    config.training.seq_len = seq_len
+    return config
+
+
+def loader_config(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
+    """A configuration for llm-foundry's text loader."""
+    return {"name": "text", "num_workers": num_workers, "dataset": {"local": str(folder), **dataset}}
+
+
+def build_loader(
+    config: dict[str, Any], job_config: JobConfig | None = None, dp_world_size: int | None = None
+) -> MosaicDataLoader:
+    """The loader of the present rank; ranks of one dp rank are consecutive, as they are without pipelines."""
+    job_config = job_config or job()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    dp_world_size = dp_world_size or dist.get_world_size()
+    return build_mosaic_dataloader(
+        dp_world_size=dp_world_size,
+        dp_rank=dist.get_rank() // (dist.get_world_size() // dp_world_size),
+        tokenizer=build_tokenizer(job_config),
+        job_config=job_config,
+        loader_config=config,
+        loader_config_path="loader.toml",
+    )
+
+
+def read_samples(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
+    """The numbers of the samples in the next batches."""
+    iterator = iter(loader)
+    return [(next(iterator)[0]["input"][:, 0] - FIRST_ID).tolist() for _ in range(batches)]

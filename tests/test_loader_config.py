@@ -1,0 +1,120 @@
+"""What is filled into a loader's configuration, and what is refused, with which words."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.loader_config import resolve
+from tests.streams import write_stream
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_stream(tmp_path_factory.mktemp("data") / "train", samples=4).parent
+
+
+@pytest.fixture
+def config(folder: Path) -> dict[str, Any]:
+    return {"name": "text", "dataset": {"local": str(folder), "split": "train", "shuffle": True}}
+
+
+def resolved(config: dict[str, Any]) -> dict[str, Any]:
+    return resolve(config, "loader.toml", seq_len=16, local_batch_size=8, replication=4)
+
+
+def refuse(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolved(config)
+
+
+def test_derived_keys_are_filled_in_a_copy(config: dict[str, Any]) -> None:
+    given = copy.deepcopy(config)
+    complete = resolved(config)
+    assert config == given
+    assert complete["dataset"] == {**given["dataset"], "max_seq_len": 17, "replication": 4}
+    assert complete["drop_last"] is True
+
+
+@pytest.mark.parametrize("max_seq_len", [16, 17])
+def test_right_values_of_derived_keys_are_kept(config: dict[str, Any], max_seq_len: int) -> None:
+    config["dataset"] |= {"max_seq_len": max_seq_len, "replication": 4}
+    config["device_batch_size"] = 8
+    complete = resolved(config)
+    assert complete["dataset"]["max_seq_len"] == max_seq_len
+    assert "device_batch_size" not in complete
+
+
+def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:
+    config |= {"num_workers": 0, "prefetch_factor": 4, "persistent_workers": True}
+    complete = resolved(config)
+    assert complete["prefetch_factor"] is None
+    assert complete["persistent_workers"] is False
+    config["num_workers"] = 2
+    complete = resolved(config)
+    assert complete["prefetch_factor"] == 4
+    assert complete["persistent_workers"] is True
+
+
+def test_each_key_of_the_upstream_text_loader_is_known(config: dict[str, Any]) -> None:
+    config |= {"drop_last": False, "pin_memory": False, "timeout": 0}
+    config["dataset"] |= {"cache_limit": "1gb", "validate_hash": "xxh64", "num_canonical_nodes": 8, "eos_token_id": 1}
+    assert resolved(config)["dataset"]["cache_limit"] == "1gb"
+
+
+def test_unknown_keys_are_refused_all_at_once_with_the_nearest(config: dict[str, Any], folder: Path) -> None:
+    config |= {"num_worker": 2}
+    config["dataset"] = {"shufle": True, "streams": {"web": {"local": str(folder), "split": "train", "porportion": 1}}}
+    refuse(
+        config,
+        r"loader.toml.*num_worker \(did you mean num_workers\?\); dataset.shufle \(did you mean shuffle\?\); "
+        r"dataset.streams.web.porportion \(did you mean proportion\?\)",
+    )
+
+
+def test_unknown_key_with_nothing_near_gets_the_valid_ones(config: dict[str, Any]) -> None:
+    refuse(config | {"zzz": 1}, r"zzz \(valid: .*num_workers.*timeout\)")
+
+
+def test_unknown_loader_is_refused_with_the_valid_names(config: dict[str, Any]) -> None:
+    refuse(config | {"name": "txt"}, r"name = 'txt' in loader.toml, expected one of: .*finetuning.*text")
+    del config["name"]
+    refuse(config, "name = None in loader.toml, expected one of")
+
+
+def test_missing_dataset_section_is_refused() -> None:
+    refuse({"name": "text"}, r"loader.toml has no \[dataset\] section")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("max_seq_len", 2048, r"dataset.max_seq_len = 2048 in loader.toml, but training.seq_len = 16 allows 17 or 16"),
+        ("replication", 2, r"dataset.replication = 2 in loader.toml, but .* 4. Remove the key: it is derived"),
+        ("batch_size", 8, r"dataset.batch_size = 8 in loader.toml. Remove .*training.local_batch_size = 8"),
+    ],
+)
+def test_what_the_job_config_owns_is_refused(config: dict[str, Any], key: str, value: int, message: str) -> None:
+    config["dataset"][key] = value
+    refuse(config, message)
+
+
+def test_another_device_batch_size_is_refused(config: dict[str, Any]) -> None:
+    refuse(config | {"device_batch_size": 4}, r"device_batch_size = 4 .* training.local_batch_size 8. Remove the key")
+
+
+def test_stream_without_index_is_refused_with_its_path_and_the_demo_command(config: dict[str, Any]) -> None:
+    config["dataset"]["split"] = "trian"
+    refuse(config, r"No index.json in .*/trian .*python -m examples.mosaic_streaming.make_demo_data")
+
+
+def test_stream_without_a_place_is_refused(config: dict[str, Any]) -> None:
+    config["dataset"] = {"streams": {"web": {"proportion": 1.0}}}
+    refuse(config, "web in loader.toml has no `local` or `remote`")
+
+
+def test_remote_url_needs_no_index_on_this_machine(config: dict[str, Any]) -> None:
+    config["dataset"] |= {"remote": "s3://bucket/data", "local": "/nowhere"}
+    assert resolved(config)["dataset"]["remote"] == "s3://bucket/data"
