@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,11 +23,19 @@ from typing import Any, NoReturn
 
 @dataclass
 class Rank:
-    """How one rank ended: its exit code (negative: the signal), what the function returned, what it printed."""
+    """How one rank ended.
+
+    Attributes:
+        code: its exit code; negative: the signal that ended it.
+        value: what the function returned.
+        output: what it printed.
+        left: commands of the processes of its group that outlived it.
+    """
 
     code: int
     value: Any
     output: str
+    left: list[str]
 
 
 def run_ranks(
@@ -34,7 +43,7 @@ def run_ranks(
     world_size: int = 1,
     *,
     timeout: float = 120.0,
-    while_running: Callable[[list[int]], None] = lambda pids: None,
+    while_running: Callable[[list[int], list[Path]], None] = lambda pids, outputs: None,
 ) -> list[Rank]:
     """Call `function` in `world_size` new processes that look like torchrun's, on one node.
 
@@ -42,7 +51,7 @@ def run_ranks(
         function: called without arguments; what it returns is pickled.
         world_size: number of ranks.
         timeout: seconds until the test fails, and ranks that still run are killed.
-        while_running: called with the ranks' pids once they are started.
+        while_running: called once they are started, with the ranks' pids and the files with what they print.
 
     Returns:
         how each rank ended.
@@ -51,15 +60,16 @@ def run_ranks(
         port = free_port()
         pids = [fork_rank(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
         try:
-            while_running(pids)
+            while_running(pids, [Path(folder, f"{rank}.txt") for rank in range(world_size)])
             codes = wait_for_ranks(pids, time.monotonic() + timeout)
+            left = [group_members(pid) for pid in pids]
         finally:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):  # the group: a rank's dataloader workers too
                     os.killpg(pid, signal.SIGKILL)
                 with contextlib.suppress(ChildProcessError):
                     os.waitpid(pid, 0)
-        return [read_rank(Path(folder), rank, codes[pid]) for rank, pid in enumerate(pids)]
+        return [read_rank(Path(folder), rank, codes[pid], left[rank]) for rank, pid in enumerate(pids)]
 
 
 def run_rank_values(function: Callable[[], Any], world_size: int = 1) -> list[Any]:
@@ -108,6 +118,7 @@ def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: 
         code = exit.code if isinstance(exit.code, int) else 1
     except BaseException:
         traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]  # with this, and then with that, an interpreter ends
     atexit._run_exitfuncs()
     os._exit(code)
 
@@ -134,7 +145,23 @@ def end_ranks(pids: set[int]) -> None:
             os.killpg(pid, signal.SIGTERM)
 
 
-def read_rank(folder: Path, rank: int, code: int) -> Rank:
+def group_members(group: int, patience: float = 5.0) -> list[str]:
+    """Commands of the living processes of a group that still live after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while True:
+        members = []
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                state, _, pgrp = process.joinpath("stat").read_text().rpartition(")")[2].split()[:3]
+                if int(pgrp) == group and state != "Z":
+                    members.append(process.joinpath("cmdline").read_text().replace("\0", " "))
+        if not members or time.monotonic() > deadline:
+            return members
+        time.sleep(0.05)
+
+
+def read_rank(folder: Path, rank: int, code: int, left: list[str]) -> Rank:
     """What a rank has left in the folder."""
     value = folder / f"{rank}.pickle"
-    return Rank(code, pickle.loads(value.read_bytes()) if code == 0 else None, (folder / f"{rank}.txt").read_text())
+    output = (folder / f"{rank}.txt").read_text()
+    return Rank(code, pickle.loads(value.read_bytes()) if value.exists() else None, output, left)

@@ -14,6 +14,7 @@ from examples.mosaic_streaming.tokenizer import build_tokenizer
 
 TOKENIZER = "tests/assets/tokenizer"
 SEQ_LEN = 16
+COLUMNS = {"tokens": "ndarray:int32"}
 FIRST_ID = 16
 """Below are ids with a meaning."""
 
@@ -25,10 +26,9 @@ def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
     return tokens
 
 
-def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1, **options: Any) -> Path:
+def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1) -> Path:
     """Write a stream of token samples in several shards."""
-    options = {"columns": {"tokens": "ndarray:int32"}, "size_limit": 1024, "hashes": ["xxh64"]} | options
-    with MDSWriter(out=str(folder), **options) as writer:
+    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=1024, hashes=["xxh64"]) as writer:
         for sample in range(samples):
             writer.write({"tokens": sample_tokens(sample, length)})
     return folder
@@ -36,7 +36,7 @@ def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1, **option
 
 def write_tokens(folder: Path, rows: list[list[int]]) -> Path:
     """Write a stream of just these samples."""
-    with MDSWriter(out=str(folder), columns={"tokens": "ndarray:int32"}) as writer:
+    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
         for row in rows:
             writer.write({"tokens": np.array(row, np.int32)})
     return folder

@@ -1,21 +1,246 @@
-"""Batches, epochs and state of the loader, over real streams, in real ranks."""
+"""Batches, epochs, state and end of the loader: over real streams, in real ranks, by the numbers of the samples."""
 
+import json
+import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.ranks import run_rank_values
-from tests.streams import SEQ_LEN, build_loader, loader_config, read_samples, sample_tokens, write_stream
+import numpy as np
+import pytest
+from streaming import MDSWriter
+from torchtitan.tools.logging import init_logger
+from transformers import AutoTokenizer
+
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from tests.ranks import run_rank_values, run_ranks
+from tests.streams import (
+    SEQ_LEN,
+    TOKENIZER,
+    build_loader,
+    job,
+    loader_config,
+    read_samples,
+    sample_tokens,
+    write_stream,
+    write_tokens,
+)
 
 
-def test_batches_are_the_samples_shifted_once(tmp_path: Path) -> None:
-    write_stream(tmp_path / "stream", samples=8)
+@pytest.fixture
+def stream(tmp_path: Path) -> Path:
+    return write_stream(tmp_path / "stream", samples=21)
 
-    def read():
-        loader = build_loader(loader_config(tmp_path / "stream"))
-        inputs, labels = next(iter(loader))
-        return inputs, labels
 
-    [(inputs, labels)] = run_rank_values(read)
-    assert inputs.keys() == {"input"}
+def error_of(build: Callable[[], Any]) -> str:
+    """The message of the error that `build` raises in a rank."""
+
+    def run() -> str:
+        try:
+            build()
+        except (ConfigError, DataError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    [message] = run_rank_values(run)
+    assert isinstance(message, str)
+    return message
+
+
+def first_batch(config: dict[str, Any], **options: Any) -> tuple[dict[str, Any], Any]:
+    """The first batch of a loader, in a rank of its own."""
+    [batch] = run_rank_values(lambda: next(iter(build_loader(config, job(**options)))))
+    return batch
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_the_samples_shifted_once(stream: Path, num_workers: int) -> None:
+    inputs, labels = first_batch(loader_config(stream, num_workers))
+    assert list(inputs) == ["input"]
     for row, sample in enumerate((0, 1)):
         assert inputs["input"][row].tolist() == sample_tokens(sample)[:SEQ_LEN].tolist()
         assert labels[row].tolist() == sample_tokens(sample)[1:].tolist()
+
+
+def test_real_eos_in_the_stream_is_a_target_where_padding_is_eos(tmp_path: Path) -> None:
+    """llm-foundry masks each EOS there."""
+    eos = AutoTokenizer.from_pretrained(TOKENIZER).eos_token_id
+    row = [20, eos, *range(30, 30 + SEQ_LEN - 2), eos]
+    assets = tmp_path / "assets"
+    assets.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = Path(TOKENIZER, name).read_text()
+        assets.joinpath(name).write_text(re.sub(r'("pad_token": )".*?"', r'\1"<|end_of_text|>"', text))
+    job_config = job(local_batch_size=1)
+    job_config.model.hf_assets_path = str(assets)
+    folder = write_tokens(tmp_path / "stream", [row])
+    [(_, labels)] = run_rank_values(lambda: next(iter(build_loader(loader_config(folder), job_config))))
+    assert labels.tolist() == [row[1:]]
+
+
+def test_padding_of_texts_tokenized_on_the_fly_is_no_target(tmp_path: Path) -> None:
+    texts = ["import os\n", "def long_function(x):\n    return x + x\n" * 4]
+    with MDSWriter(out=str(tmp_path), columns={"text": "str"}) as writer:
+        for text in texts:
+            writer.write({"text": text})
+    inputs, labels = first_batch(loader_config(tmp_path))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for row, text in enumerate(texts):
+        ids = tokenizer.encode(text)[: SEQ_LEN + 1]
+        padded = ids + [tokenizer.pad_token_id] * (SEQ_LEN + 1 - len(ids))
+        assert inputs["input"][row].tolist() == padded[:SEQ_LEN]
+        assert labels[row].tolist() == (ids[1:] + [-100] * SEQ_LEN)[:SEQ_LEN]
+    assert (labels[0] == -100).any()
+    assert not (labels[1] == -100).any()
+
+
+def test_samples_of_seq_len_tokens_need_max_seq_len_set(tmp_path: Path) -> None:
+    folder = write_stream(tmp_path, samples=4, length=SEQ_LEN)
+    message = error_of(lambda: next(iter(build_loader(loader_config(folder)))))
+    assert f"set dataset.max_seq_len = {SEQ_LEN}" in message
+    inputs, labels = first_batch(loader_config(folder, max_seq_len=SEQ_LEN))
+    assert inputs["input"][1].tolist() == sample_tokens(1, SEQ_LEN).tolist()
+    assert labels[1].tolist() == [*sample_tokens(1, SEQ_LEN)[1:], -100]
+
+
+def test_token_beyond_the_vocabulary_stops_the_run_with_streams_and_rank(tmp_path: Path) -> None:
+    folder = write_tokens(tmp_path, [[*range(20, 20 + SEQ_LEN), 4000], [30] * (SEQ_LEN + 1)])
+    message = error_of(lambda: next(iter(build_loader(loader_config(folder)))))
+    assert message.startswith("DataError: Token id 4000 in a batch, the model knows 0 to 2047.")
+    assert f"Rank 0 (dp rank 0) reads {{'dataset': '{folder}" in message
+
+
+def test_data_parallel_ranks_share_out_an_epoch(stream: Path) -> None:
+    per_rank = run_rank_values(lambda: read_samples(build_loader(loader_config(stream, shuffle=True)), 5), 2)
+    first, second = (set(np.ravel(samples).tolist()) for samples in per_rank)
+    assert len(first) == len(second) == 10
+    assert not first & second
+
+
+def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path) -> None:
+    def read() -> list[list[int]]:
+        return read_samples(build_loader(loader_config(stream, shuffle=True), dp_world_size=2), 5)
+
+    a, b, c, d = run_rank_values(read, 4)
+    assert a == b
+    assert c == d
+    assert not set(np.ravel(a).tolist()) & set(np.ravel(c).tolist())
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epochs_roll_over_for_ever_in_whole_global_batches(stream: Path, num_workers: int) -> None:
+    def read() -> list[list[int]]:
+        config = loader_config(stream, num_workers, shuffle=True)
+        return read_samples(build_loader(config, job(2, global_batch_size=4)), 30)
+
+    [samples] = run_rank_values(read)
+    epochs = [np.ravel(samples[start : start + 10]).tolist() for start in (0, 10, 20)]  # 21 samples: 5 x 4, one is left
+    assert all(len(set(epoch)) == 20 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3, "each epoch has its own order"
+
+
+def test_end_of_an_epoch_is_logged_on_rank_0_alone(stream: Path) -> None:
+    def read() -> None:
+        init_logger()
+        read_samples(build_loader(loader_config(stream)), 6)
+
+    first, second = run_ranks(read, 2)
+    assert "Epoch 0 of the streams ends: 20 samples read." in first.output
+    assert "Epoch 0" not in second.output
+
+
+def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
+    message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=22)))
+    assert message.startswith("ConfigError: An epoch of the streams has 21 samples, one global batch needs 22.")
+
+
+def test_global_batch_that_is_no_multiple_is_refused(stream: Path) -> None:
+    message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=5)))
+    assert "training.global_batch_size = 5 is not a multiple of training.local_batch_size = 2 x" in message
+
+
+def test_unknown_flavor_is_refused_with_the_valid_ones(stream: Path) -> None:
+    job_config = job()
+    job_config.model.flavor = "9B"
+    message = error_of(lambda: build_loader(loader_config(stream), job_config))
+    assert "model.flavor = '9B', but llama3 has: debugmodel" in message
+
+
+def test_dataset_of_hugging_face_is_refused(tmp_path: Path) -> None:
+    config = {"name": "finetuning", "dataset": {"hf_name": str(tmp_path), "split": "train"}}
+    assert "is not a stream. Convert it to MDS" in error_of(lambda: build_loader(config))
+
+
+def saved_after(config: dict[str, Any], batches: int, state: dict[str, str] | None) -> tuple[list[Any], dict[str, str]]:
+    """Read some batches, from a saved state on if there is one; return the samples and the state after them."""
+
+    def read() -> tuple[list[list[int]], dict[str, str]]:
+        loader = build_loader(config)
+        if state:
+            loader.load_state_dict(state)
+        return read_samples(loader, batches), loader.state_dict()
+
+    [(samples, saved)] = run_rank_values(read)
+    return samples, saved
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("batches", [0, 1, 9, 10, 11, 20])
+def test_position_survives_a_restart(stream: Path, num_workers: int, batches: int) -> None:
+    """10 batches are an epoch; a restored loader reads what one that never stopped reads."""
+    config = loader_config(stream, num_workers, shuffle=True)
+    whole, _ = saved_after(config, batches + 15, None)
+    before, state = saved_after(config, batches, None)
+    after, _ = saved_after(config, 15, state)
+    assert before + after == whole
+
+
+def test_state_is_one_readable_string_and_the_same_from_each_rank(stream: Path) -> None:
+    def save() -> dict[str, str]:
+        loader = build_loader(loader_config(stream, num_workers=2))
+        read_samples(loader, 2)
+        return loader.state_dict()
+
+    first, second = run_rank_values(save, 2)
+    assert first == second
+    [state] = map(json.loads, first.values())
+    assert state["position"]["epoch"] == 0
+    assert state["position"]["sample_in_epoch"] == 8
+
+
+def test_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
+    """A shard that fails its checksum ends streaming's epoch as if it were complete."""
+    folder = write_stream(tmp_path / "remote", samples=21)
+    shard = folder / "shard.00001.mds"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    config = loader_config(tmp_path / "cache", remote=str(folder), validate_hash="xxh64", predownload=2)
+    message = error_of(lambda: read_samples(build_loader(config), 10))
+    assert message.startswith("DataError: Epoch 0 ended after ")
+    assert " of 21 samples." in message
+
+
+def test_close_ends_the_workers(stream: Path) -> None:
+    def read() -> tuple[list[str], list[str]]:
+        loader = build_loader(loader_config(stream, num_workers=2))
+        read_samples(loader, 1)
+        running = children()
+        loader.close()
+        return running, children()
+
+    [(running, closed)] = run_rank_values(read)
+    assert len(running) == len(closed) + 2
+
+
+def children() -> list[str]:
+    """The pids of this process's children."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def test_shared_memory_is_gone_when_ranks_end(stream: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    during = run_rank_values(
+        lambda: (read_samples(build_loader(loader_config(stream)), 1), os.listdir("/dev/shm"))[1], 2
+    )
+    assert set(during[0]) - before, "streaming's shared memory is where this test looks"
+    assert set(os.listdir("/dev/shm")) <= before

@@ -98,8 +98,8 @@ def check_shape(ids: Tensor, form: BatchFormat) -> None:
     hint = ""
     if ids.ndim == 2 and ids.shape[1] == form.seq_len < form.max_seq_len:
         hint = (
-            f" The samples have {form.seq_len} tokens: set dataset.max_seq_len = {form.seq_len} (the last label of each "
-            f"is then -100), or write them with {form.max_seq_len} tokens, so that each label is real."
+            f" The samples have {form.seq_len} tokens: set dataset.max_seq_len = {form.seq_len} (the last label of "
+            f"each is then -100), or write them with {form.max_seq_len} tokens, so that each label is real."
         )
     raise DataError(
         f"Batch of shape {found}, expected {list(expected)} (training.local_batch_size, dataset.max_seq_len).{hint} "

@@ -1,9 +1,10 @@
-"""Lets TorchTitan run where there is no accelerator. Import it before torchtitan; it does nothing where there is one.
+"""Lets TorchTitan run where there is no accelerator; does nothing where there is one.
 
 TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported and takes "cuda" where it finds none. A
 TorchTitan that takes "cpu" makes this module unnecessary.
 """
 
+import importlib
 import os
 import resource
 import types
@@ -66,9 +67,12 @@ def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callabl
     return parallelize
 
 
-if ACTIVE:
+def prepare_torchtitan() -> None:
+    """Import torchtitan such that it finds the CPU, where there is nothing else; later, it is too late."""
+    if not ACTIVE:
+        return
     with (
         mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
         mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
     ):
-        import torchtitan.tools.utils  # noqa: F401
+        importlib.import_module("torchtitan.tools.utils")

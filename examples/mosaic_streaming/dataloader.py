@@ -89,7 +89,7 @@ def embedding_rows(model: str, flavor: str) -> int:
     flavors = get_train_spec(model).model_args
     if flavor not in flavors:
         raise ConfigError(f"model.flavor = {flavor!r}, but {model} has: {', '.join(flavors)}.")
-    return flavors[flavor].vocab_size  # type: ignore[attr-defined]  # every text model's has it, the base class not
+    return flavors[flavor].vocab_size
 
 
 def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:

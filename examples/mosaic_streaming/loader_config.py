@@ -69,9 +69,10 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree", path)
     check_streams(dataset, path)
-    config = {"drop_last": True, "num_workers": 0, "pin_memory": torch.accelerator.is_available()} | config
+    defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": torch.accelerator.is_available()}
+    config = defaults | config
     if config["num_workers"] == 0:  # torch refuses llm-foundry's own defaults for these where there are no workers
-        config |= {"prefetch_factor": None, "persistent_workers": False}
+        config.update(prefetch_factor=None, persistent_workers=False)
     return config
 
 
@@ -87,7 +88,7 @@ def derive(section: Config, name: str, values: list[int], source: str, path: str
 
 def check_keys(config: Config, path: str) -> None:
     """Raise ConfigError, naming all of them, for keys that llm-foundry would drop or refuse."""
-    name, dataset = config.get("name"), config.get("dataset")
+    name, dataset = str(config.get("name")), config.get("dataset")
     loaders = sorted(registry.dataloaders.get_all())
     if name not in loaders:
         raise ConfigError(f"name = {name!r} in {path}, expected one of: {', '.join(loaders)}.")
@@ -126,6 +127,8 @@ def stream_folders(dataset: Config) -> dict[str, str]:
 
 def check_streams(dataset: Config, path: str) -> None:
     """Raise ConfigError if a stream has no place, or no index.json at a place on this machine."""
+    if "hf_name" in dataset:
+        raise ConfigError(f"dataset.hf_name = {dataset['hf_name']!r} in {path} is not a stream. Convert it to MDS.")
     for name, folder in stream_folders(dataset).items():
         if not folder:
             raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")

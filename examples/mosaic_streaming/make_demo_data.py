@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,10 +86,10 @@ def write_streams(out: Path, seq_len: int) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokens = {}
-    for split in ("train", "val"):
+    tokens = {"train": 0, "val": 0}
+    for split in tokens:
         samples = ConcatTokensDataset(
-            hf_dataset=progress(sources(split), split),  # type: ignore[arg-type]  # only iterated
+            hf_dataset=progress(sources(split), split),
             tokenizer=tokenizer,
             max_length=seq_len + 1,
             bos_text="",
@@ -100,9 +99,9 @@ def write_streams(out: Path, seq_len: int) -> dict[str, int]:
         with MDSWriter(
             out=str(out / split), columns={"tokens": "ndarray:int32"}, hashes=["xxh64"], size_limit=1 << 20
         ) as writer:
-            for count, sample in enumerate(samples, start=1):
+            for sample in samples:
                 writer.write(sample)
-        tokens[split] = count * (seq_len + 1)
+                tokens[split] += sample["tokens"].size
     (out / MADE_FROM).write_text(json.dumps(fingerprint(seq_len)))
     return tokens
 
@@ -136,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,6 +7,7 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 import signal
 import sys
@@ -48,12 +49,13 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     Raises:
         ConfigError: TorchTitan refuses the file or a flag.
     """
-    from examples.mosaic_streaming import cpu  # noqa: F401  # before torchtitan, which fixes its device when imported
+    from examples.mosaic_streaming import cpu
+
+    cpu.prepare_torchtitan()
     from torchtitan.config import ConfigManager, JobConfig
 
-    quiet = contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(open(os.devnull, "w"))
     try:
-        with quiet:
+        with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
             return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
     except ValueError as error:
         raise ConfigError(f"{titan_flags[0]}: {error}") from error
@@ -66,11 +68,19 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
 
 
 def check_job(job_config: "JobConfig") -> None:
-    """Raise ConfigError for a job that would not read Mosaic streams."""
+    """Raise ConfigError for a job that would not do, on Mosaic streams, what it says."""
     if job_config.model.name != MODEL:
         raise ConfigError(f"model.name = {job_config.model.name!r} does not read Mosaic streams. Set it to {MODEL!r}.")
     if job_config.validation.enable:
         raise ConfigError("validation.enable = true: there is no validation on Mosaic streams yet. Set it to false.")
+    if job_config.checkpoint.create_seed_checkpoint:
+        if (ranks := int(os.environ["WORLD_SIZE"])) != 1:
+            raise ConfigError(
+                f"checkpoint.create_seed_checkpoint on {ranks} ranks, but one has to save it, unsharded. "
+                "Start with --nproc_per_node=1."
+            )
+        if not job_config.checkpoint.enable:
+            raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
 
 
 def mosaic_spec(spec: "TrainSpec", loader_config: dict[str, Any], path: str) -> "TrainSpec":
@@ -105,19 +115,22 @@ def register(loader_config: dict[str, Any], path: str) -> None:
 def run(job_config: "JobConfig") -> None:
     """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised."""
     import torch.distributed as dist
-    from examples.mosaic_streaming import cpu
     from torchtitan.tools.logging import init_logger, logger
     from torchtitan.train import Trainer
+
+    from examples.mosaic_streaming import cpu
 
     init_logger()
     if cpu.ACTIVE and is_rank_0():
         logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
-    signal.signal(signal.SIGTERM, exit_on_signal)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, exit_on_signal)
     trainer = None
     try:
         trainer = Trainer(job_config)
         if job_config.checkpoint.create_seed_checkpoint:
-            save_seed_checkpoint(trainer)
+            trainer.checkpointer.save(curr_step=0, last_step=True)
+            logger.info("Created seed checkpoint")
         else:
             trainer.train()
     except BaseException:
@@ -127,26 +140,6 @@ def run(job_config: "JobConfig") -> None:
     close(trainer)
     dist.destroy_process_group()
     logger.info("Process group destroyed")
-
-
-def save_seed_checkpoint(trainer: "Trainer") -> None:
-    """Save step 0.
-
-    Raises:
-        ConfigError: there is more than one rank, so that the model would be sharded, or checkpoints are disabled.
-    """
-    import torch.distributed as dist
-    from torchtitan.tools.logging import logger
-
-    if dist.get_world_size() != 1:
-        raise ConfigError(
-            f"checkpoint.create_seed_checkpoint with {dist.get_world_size()} ranks: a seed checkpoint is saved by one, "
-            "unsharded. Start with --nproc_per_node=1."
-        )
-    if not trainer.job_config.checkpoint.enable:
-        raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
-    trainer.checkpointer.save(curr_step=0, last_step=True)
-    logger.info("Created seed checkpoint")
 
 
 def close(trainer: "Trainer | None") -> None:

@@ -1,0 +1,270 @@
+"""Whole runs of `train.main` with TorchTitan's debug model: training, checkpoints, errors, and how a run ends."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torchtitan.train import Trainer
+
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.make_demo_data import make_demo_data
+from examples.mosaic_streaming.train import main
+from tests.ranks import Rank, run_ranks
+from tests.streams import SEQ_LEN, write_stream, write_tokens
+
+JOB = f"""
+[model]
+name = "llama3_mosaic"
+flavor = "debugmodel"
+hf_assets_path = "tests/assets/tokenizer"
+[training]
+local_batch_size = 2
+global_batch_size = 4
+seq_len = {SEQ_LEN}
+steps = 4
+mixed_precision_param = "float32"
+[lr_scheduler]
+warmup_steps = 2
+[checkpoint]
+last_save_model_only = false
+[activation_checkpoint]
+mode = "none"
+[metrics]
+log_freq = 1
+disable_color_printing = true
+"""
+
+
+@pytest.fixture(autouse=True)
+def short_wait_for_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "WAIT_FOR_RANK_0", 3.0)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with `job.toml`, `loader.toml` and their stream."""
+    write_stream(tmp_path / "stream", samples=100)
+    (tmp_path / "job.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/outputs"\n' + JOB)
+    write_loader(tmp_path, tmp_path / "stream")
+    return tmp_path
+
+
+def write_loader(files: Path, stream: Path, num_workers: int = 0) -> None:
+    """Write `loader.toml` for a stream."""
+    (files / "loader.toml").write_text(
+        f'name = "text"\nnum_workers = {num_workers}\n[dataset]\nlocal = "{stream}"\nshuffle = true\n'
+    )
+
+
+def command(files: Path, *titan_flags: str) -> list[str]:
+    """The arguments of `train.main`."""
+    return ["--config", f"{files}/job.toml", "--mosaic-config", f"{files}/loader.toml", "--", *titan_flags]
+
+
+def train(files: Path, *titan_flags: str, world_size: int = 1) -> list[Rank]:
+    """Run in ranks that all have to succeed."""
+    ranks = run_ranks(lambda: main(command(files, *titan_flags)), world_size)
+    assert [rank.code for rank in ranks] == [0] * world_size, "\n".join(rank.output for rank in ranks)
+    return ranks
+
+
+def losses(rank: Rank) -> dict[int, float]:
+    """The losses that a rank has logged, by step."""
+    return {int(step): float(loss) for step, loss in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", rank.output)}
+
+
+def test_model_trains_on_the_cpu(files: Path) -> None:
+    [rank] = train(files)
+    assert list(losses(rank)) == [1, 2, 3, 4]
+    assert rank.output.count("No accelerator: TorchTitan runs on the CPU") == 1
+    assert re.search(r"memory: +[1-9.]+GiB|memory: +0\.[1-9]\d*GiB", rank.output), "memory is the process's"
+
+
+def test_fsdp_on_two_ranks_trains_on_the_same_data_as_one(files: Path) -> None:
+    """From one seed checkpoint, with the same global batch."""
+    train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint=true")
+    flags = ["--checkpoint.enable", f"--checkpoint.initial_load_path={files}/outputs/checkpoint/step-0"]
+    [one] = train(files, *flags, "--checkpoint.folder=one")
+    two = train(files, *flags, "--checkpoint.folder=two", world_size=2)
+    assert list(losses(one)) == [1, 2, 3, 4]
+    assert losses(two[0]) == losses(two[1]) == pytest.approx(losses(one), abs=1e-3)
+
+
+def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
+    [rank] = train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
+    assert "Created seed checkpoint" in rank.output
+    assert not losses(rank)
+    assert os.listdir(files / "outputs/checkpoint") == ["step-0"]
+
+
+def test_run_that_is_resumed_goes_on_as_if_it_had_not_stopped(files: Path) -> None:
+    flags = ["--checkpoint.enable", "--checkpoint.interval=2", "--lr_scheduler.total_steps=4"]
+    [whole] = train(files, *flags, "--checkpoint.folder=whole")
+    train(files, *flags, "--checkpoint.folder=whole_2", "--training.steps=2")
+    os.rename(files / "outputs/whole/step-2", files / "outputs/step-2")
+    [resumed] = train(
+        files,
+        *flags,
+        "--checkpoint.folder=whole_3",
+        f"--checkpoint.initial_load_path={files}/outputs/step-2",
+        "--checkpoint.initial_load_model_only=false",
+    )
+    assert list(losses(resumed)) == [3, 4]
+    assert losses(resumed)[4] == losses(whole)[4]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.name=llama3"], "model.name = 'llama3' does not read Mosaic streams. Set it to 'llama3_mosaic'."),
+        (["--model.flavor=9B"], "model.flavor = '9B', but llama3_mosaic has: debugmodel"),
+        (["--model.hf_assets_path=/nowhere"], "model.hf_assets_path = '/nowhere' has no tokenizer_config.json"),
+        (["--validation.enable"], "there is no validation on Mosaic streams yet"),
+        (["--training.stepz=3"], "TorchTitan refuses a flag or a value"),
+        (["--training.seq_len=32"], "Batch of shape [2, 17], expected [2, 33]"),
+        (["--checkpoint.create_seed_checkpoint", "--checkpoint.enable"], "create_seed_checkpoint on 2 ranks"),
+    ],
+)
+def test_error_of_the_user_ends_all_ranks_with_one_line_on_rank_0(files: Path, flags: list[str], message: str) -> None:
+    first, second = run_ranks(lambda: main(command(files, *flags)), 2)
+    assert first.code == 1
+    assert second.code != 0
+    assert (first.output + second.output).count(message) == 1
+    assert first.output.splitlines()[-1].startswith(("ConfigError: ", "DataError: "))
+    assert "Traceback" not in first.output + second.output
+
+
+def test_seed_checkpoint_needs_checkpoints(files: Path) -> None:
+    [rank] = run_ranks(lambda: main(command(files, "--checkpoint.create_seed_checkpoint")))
+    assert rank.code == 1
+    assert "create_seed_checkpoint needs checkpoint.enable = true" in rank.output
+
+
+def test_unknown_key_in_the_job_config_is_told(files: Path) -> None:
+    (files / "job.toml").write_text((files / "job.toml").read_text().replace("steps = 4", "stepz = 4"))
+    [rank] = run_ranks(lambda: main(command(files)))
+    assert rank.code == 1
+    assert f"{files}/job.toml: Invalid field names" in rank.output
+    assert "'stepz'" in rank.output
+
+
+def test_without_torchrun_the_way_to_start_is_told(files: Path) -> None:
+    def run() -> None:
+        del os.environ["LOCAL_RANK"]
+        main(command(files))
+
+    [rank] = run_ranks(run)
+    assert rank.code == 1
+    assert rank.output == "ConfigError: Not started by torchrun. See --help.\n"
+
+
+def test_torchtitans_flags_are_listed(files: Path) -> None:
+    [rank] = run_ranks(lambda: main(["--", "--help"]))
+    assert rank.code == 0
+    assert "--training.local-batch-size" in rank.output
+
+
+def test_error_of_another_rank_alone_is_told_by_it(files: Path) -> None:
+    """Only the second rank meets the token that no model has."""
+    rows = [[token] * (SEQ_LEN + 1) for token in (20, 21, 22, 4000)]
+    write_loader(files, write_tokens(files / "bad", rows))
+    text = (files / "loader.toml").read_text().replace("shuffle = true", "shuffle = false")
+    (files / "loader.toml").write_text(text)
+    first, second = run_ranks(lambda: main(command(files, "--training.local_batch_size=2")), 2)
+    assert second.code == 1
+    assert first.code != 0
+    assert second.output.splitlines()[-1].startswith("[rank 1] DataError: Token id 4000 in a batch")
+
+
+def nothing_is_left(ranks: list[Rank], shared_memory: set[str]) -> None:
+    """Check that no process and no shared memory has outlived the ranks."""
+    assert [rank.left for rank in ranks] == [[]] * len(ranks)
+    assert set(os.listdir("/dev/shm")) <= shared_memory
+
+
+def test_nothing_is_left_after_success(files: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    write_loader(files, files / "stream", num_workers=2)
+    nothing_is_left(train(files, world_size=2), before)
+
+
+def test_nothing_is_left_after_an_exception_which_is_the_one_shown(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(os.listdir("/dev/shm"))
+    write_loader(files, files / "stream", num_workers=2)
+    step, close = Trainer.train_step, Trainer.close
+
+    def fail_at_step_2(self: Trainer, batches: object) -> None:
+        if self.step == 2:
+            raise ArithmeticError("the original exception")
+        step(self, batches)
+
+    def close_and_fail(self: Trainer) -> None:
+        close(self)
+        print("closed")
+        raise RuntimeError("another exception")
+
+    monkeypatch.setattr(Trainer, "train_step", fail_at_step_2)
+    monkeypatch.setattr(Trainer, "close", close_and_fail)
+    [rank] = run_ranks(lambda: main(command(files)))
+    assert rank.code == 1
+    assert list(losses(rank)) == [1]
+    assert "closed" in rank.output
+    assert rank.output.splitlines()[-1] == "ArithmeticError: the original exception"
+    nothing_is_left([rank], before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_after_a_signal(files: Path, number: signal.Signals) -> None:
+    before = set(os.listdir("/dev/shm"))
+    write_loader(files, files / "stream", num_workers=2)
+    ranks = run_ranks(
+        lambda: main(command(files, "--training.steps=1000000")), 2, while_running=signal_at_step_3(number)
+    )
+    assert all(rank.code != 0 for rank in ranks)
+    assert all(len(losses(rank)) < 1000 for rank in ranks)
+    nothing_is_left(ranks, before)
+
+
+def signal_at_step_3(number: signal.Signals) -> Callable[[list[int], list[Path]], None]:
+    """Send a signal to the ranks' process groups, as torchrun does, when training is well under way."""
+
+    def send(pids: list[int], outputs: list[Path]) -> None:
+        deadline = time.monotonic() + 60
+        while not all(output.exists() and "step:  3" in output.read_text() for output in outputs):
+            assert time.monotonic() < deadline, outputs[0].read_text()
+            time.sleep(0.05)
+        for pid in pids:
+            os.killpg(pid, number)
+
+    return send
+
+
+def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
+    """The second command of the README, through torchrun; only its outputs are put elsewhere."""
+    make_demo_data()
+    ended = subprocess.run(
+        "torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train "
+        "--config examples/mosaic_streaming/configs/mosaic_job.toml "
+        "--mosaic-config examples/mosaic_streaming/configs/mosaic_dataloader.toml -- "
+        "--training.steps=20 --metrics.enable_tensorboard=true "
+        f"--job.dump_folder={tmp_path} --metrics.disable_color_printing=true",
+        shell=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ended.returncode == 0, ended.stderr
+    logged = losses(Rank(0, None, ended.stdout, []))
+    assert list(logged) == list(range(1, 21))
+    assert 7.9 < logged[1] < 8.3
+    assert logged[20] < 7.0
+    assert list(tmp_path.glob("tb/*/events.out.tfevents.*"))
