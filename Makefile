@@ -44,7 +44,7 @@ check: lint typecheck test
 
 # Python 3.11 and 3.12, any platform: each entry has its hashes, and no registry is named.
 lock: $(UV)
-	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --upgrade --group dev \
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev \
 	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
 
 .venv/.synced: requirements.lock | $(UV)

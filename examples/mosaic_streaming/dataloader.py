@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
+from composer import DataSpec
 from llmfoundry.data.dataloader import build_dataloader
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
@@ -61,8 +62,9 @@ def build_mosaic_dataloader(
     )
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
-    # `build_dataloader` writes into what it is given.
-    loader = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size).dataloader
+    # A copy: `build_dataloader` writes into what it is given.
+    spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
+    loader = spec.dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
     loader.dataset._parallel_rank_world = sample_world(dp_rank, dp_world_size, int(os.environ["LOCAL_WORLD_SIZE"]))

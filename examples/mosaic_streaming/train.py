@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 MODEL = "llama3_mosaic"
+PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
+"""Whose versions the log opens with."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -36,8 +39,8 @@ def main(argv: list[str] | None = None) -> None:
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError("Not started by torchrun. See --help.")
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        register(loader_config, flags.mosaic_config)
         check_job(job_config)
+        register(loader_config, flags.mosaic_config)
         run(job_config)
     except (ConfigError, DataError) as error:
         stop(error)
@@ -53,7 +56,9 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
 
     cpu.prepare_torchtitan()
     from torchtitan.config import ConfigManager, JobConfig
+    from torchtitan.tools.logging import init_logger
 
+    init_logger()
     try:
         with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
             return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
