@@ -8,6 +8,7 @@ import atexit
 import contextlib
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -29,12 +30,14 @@ class Rank:
         code: its exit code; negative: the signal that ended it.
         value: what the function returned.
         output: what it printed.
+        shared_memory: files in /dev/shm that it used at its end.
         left: commands of the processes of its group that outlived it.
     """
 
     code: int
     value: Any
     output: str
+    shared_memory: list[str]
     left: list[str]
 
 
@@ -118,6 +121,7 @@ def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: 
         code = exit.code if isinstance(exit.code, int) else 1
     except BaseException:
         traceback.print_exc()
+    (folder / f"{rank}.shm").write_text("\n".join(set(re.findall("/dev/shm/.*", Path("/proc/self/maps").read_text()))))
     threading._shutdown()  # type: ignore[attr-defined]  # with this, and then with that, an interpreter ends
     atexit._run_exitfuncs()
     os._exit(code)
@@ -163,5 +167,11 @@ def group_members(group: int, patience: float = 5.0) -> list[str]:
 def read_rank(folder: Path, rank: int, code: int, left: list[str]) -> Rank:
     """What a rank has left in the folder."""
     value = folder / f"{rank}.pickle"
-    output = (folder / f"{rank}.txt").read_text()
-    return Rank(code, pickle.loads(value.read_bytes()) if value.exists() else None, output, left)
+    shared_memory = folder / f"{rank}.shm"
+    return Rank(
+        code=code,
+        value=pickle.loads(value.read_bytes()) if value.exists() else None,
+        output=(folder / f"{rank}.txt").read_text(),
+        shared_memory=shared_memory.read_text().split() if shared_memory.exists() else [],
+        left=left,
+    )

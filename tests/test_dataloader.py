@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,17 +64,22 @@ def test_batches_are_the_samples_shifted_once(stream: Path, num_workers: int) ->
         assert labels[row].tolist() == sample_tokens(sample)[1:].tolist()
 
 
+def edited_assets(folder: Path, old: str, new: str) -> str:
+    """A copy of the debug tokenizer's assets with a replacement (regular expression) in tokenizer_config.json."""
+    shutil.copytree(TOKENIZER, folder)
+    config = folder / "tokenizer_config.json"
+    config.write_text(re.sub(old, new, config.read_text()))
+    return str(folder)
+
+
 def test_real_eos_in_the_stream_is_a_target_where_padding_is_eos(tmp_path: Path) -> None:
     """llm-foundry masks each EOS there."""
     eos = AutoTokenizer.from_pretrained(TOKENIZER).eos_token_id
     row = [20, eos, *range(30, 30 + SEQ_LEN - 2), eos]
-    assets = tmp_path / "assets"
-    assets.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        text = Path(TOKENIZER, name).read_text()
-        assets.joinpath(name).write_text(re.sub(r'("pad_token": )".*?"', r'\1"<|end_of_text|>"', text))
     job_config = job(local_batch_size=1)
-    job_config.model.hf_assets_path = str(assets)
+    job_config.model.hf_assets_path = edited_assets(
+        tmp_path / "assets", r'("pad_token": )".*?"', r'\1"<|end_of_text|>"'
+    )
     folder = write_tokens(tmp_path / "stream", [row])
     [(_, labels)] = run_rank_values(lambda: next(iter(build_loader(loader_config(folder), job_config))))
     assert labels.tolist() == [row[1:]]
@@ -128,10 +134,12 @@ def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path) -> N
     assert not set(np.ravel(a).tolist()) & set(np.ravel(c).tolist())
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_epochs_roll_over_for_ever_in_whole_global_batches(stream: Path, num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "persistent_workers"), [(0, False), (2, True), (2, False)])
+def test_epochs_roll_over_for_ever_in_whole_global_batches(
+    stream: Path, num_workers: int, persistent_workers: bool
+) -> None:
     def read() -> list[list[int]]:
-        config = loader_config(stream, num_workers, shuffle=True)
+        config = loader_config(stream, num_workers, shuffle=True) | {"persistent_workers": persistent_workers}
         return read_samples(build_loader(config, job(2, global_batch_size=4)), 30)
 
     [samples] = run_rank_values(read)
@@ -165,6 +173,23 @@ def test_unknown_flavor_is_refused_with_the_valid_ones(stream: Path) -> None:
     job_config.model.flavor = "9B"
     message = error_of(lambda: build_loader(loader_config(stream), job_config))
     assert "model.flavor = '9B', but llama3 has: debugmodel" in message
+
+
+def test_vocabulary_beyond_the_embedding_is_refused(tmp_path: Path, stream: Path) -> None:
+    job_config = job()
+    token = '{"added_tokens_decoder": {"2048": {"content": "<one more>", "special": true}},'
+    job_config.model.hf_assets_path = edited_assets(tmp_path / "assets", "^{", token)
+    message = error_of(lambda: build_loader(loader_config(stream), job_config))
+    assert "has 2049 entries, the embedding of llama3 debugmodel has 2048 rows" in message
+
+
+def test_tokenizers_that_differ_are_refused(tmp_path: Path, stream: Path) -> None:
+    job_config = job()
+    job_config.model.hf_assets_path = edited_assets(
+        tmp_path / "assets", "PreTrainedTokenizerFast", "LlamaTokenizerFast"
+    )
+    message = error_of(lambda: build_loader(loader_config(stream), job_config))
+    assert "read the tokenizer in model.hf_assets_path" in message
 
 
 def test_dataset_of_hugging_face_is_refused(tmp_path: Path) -> None:
@@ -235,12 +260,3 @@ def test_close_ends_the_workers(stream: Path) -> None:
 def children() -> list[str]:
     """The pids of this process's children."""
     return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-
-
-def test_shared_memory_is_gone_when_ranks_end(stream: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
-    during = run_rank_values(
-        lambda: (read_samples(build_loader(loader_config(stream)), 1), os.listdir("/dev/shm"))[1], 2
-    )
-    assert set(during[0]) - before, "streaming's shared memory is where this test looks"
-    assert set(os.listdir("/dev/shm")) <= before

@@ -74,14 +74,14 @@ def train(files: Path, *titan_flags: str, world_size: int = 1) -> list[Rank]:
     return ranks
 
 
-def losses(rank: Rank) -> dict[int, float]:
-    """The losses that a rank has logged, by step."""
-    return {int(step): float(loss) for step, loss in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", rank.output)}
+def losses(log: str) -> dict[int, float]:
+    """The losses in a log, by step."""
+    return {int(step): float(loss) for step, loss in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", log)}
 
 
 def test_model_trains_on_the_cpu(files: Path) -> None:
     [rank] = train(files)
-    assert list(losses(rank)) == [1, 2, 3, 4]
+    assert list(losses(rank.output)) == [1, 2, 3, 4]
     assert rank.output.count("No accelerator: TorchTitan runs on the CPU") == 1
     assert re.search(r"memory: +[1-9.]+GiB|memory: +0\.[1-9]\d*GiB", rank.output), "memory is the process's"
 
@@ -92,14 +92,14 @@ def test_fsdp_on_two_ranks_trains_on_the_same_data_as_one(files: Path) -> None:
     flags = ["--checkpoint.enable", f"--checkpoint.initial_load_path={files}/outputs/checkpoint/step-0"]
     [one] = train(files, *flags, "--checkpoint.folder=one")
     two = train(files, *flags, "--checkpoint.folder=two", world_size=2)
-    assert list(losses(one)) == [1, 2, 3, 4]
-    assert losses(two[0]) == losses(two[1]) == pytest.approx(losses(one), abs=1e-3)
+    assert list(losses(one.output)) == [1, 2, 3, 4]
+    assert losses(two[0].output) == losses(two[1].output) == pytest.approx(losses(one.output), abs=1e-3)
 
 
 def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
     [rank] = train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
     assert "Created seed checkpoint" in rank.output
-    assert not losses(rank)
+    assert not losses(rank.output)
     assert os.listdir(files / "outputs/checkpoint") == ["step-0"]
 
 
@@ -115,8 +115,8 @@ def test_run_that_is_resumed_goes_on_as_if_it_had_not_stopped(files: Path) -> No
         f"--checkpoint.initial_load_path={files}/outputs/step-2",
         "--checkpoint.initial_load_model_only=false",
     )
-    assert list(losses(resumed)) == [3, 4]
-    assert losses(resumed)[4] == losses(whole)[4]
+    assert list(losses(resumed.output)) == [3, 4]
+    assert losses(resumed.output)[4] == losses(whole.output)[4]
 
 
 @pytest.mark.parametrize(
@@ -137,6 +137,28 @@ def test_error_of_the_user_ends_all_ranks_with_one_line_on_rank_0(files: Path, f
     assert second.code != 0
     assert (first.output + second.output).count(message) == 1
     assert first.output.splitlines()[-1].startswith(("ConfigError: ", "DataError: "))
+    assert "Traceback" not in first.output + second.output
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "text"', 'name = "txt"', "name = 'txt' in {files}/loader.toml, expected one of: "),
+        ("num_workers = 0", "num_worker = 0", "num_worker (did you mean num_workers?)"),
+        ("shuffle = true", "shufle = true", "dataset.shufle (did you mean shuffle?)"),
+        ("shuffle = true", "replication = 2", "dataset.replication = 2 in {files}/loader.toml, but world size"),
+        ("/stream", "/streem", "No index.json in {files}/streem (dataset in {files}/loader.toml)"),
+        ("[dataset]", "[dataset", "{files}/loader.toml is not valid TOML: "),
+    ],
+)
+def test_error_in_the_loader_config_ends_all_ranks_with_one_line(files: Path, old: str, new: str, message: str) -> None:
+    loader = files / "loader.toml"
+    loader.write_text(loader.read_text().replace(old, new))
+    first, second = run_ranks(lambda: main(command(files)), 2)
+    assert first.code == 1
+    assert second.code != 0
+    assert (first.output + second.output).count(message.format(files=files)) == 1
+    assert first.output.splitlines()[-1].startswith("ConfigError: ")
     assert "Traceback" not in first.output + second.output
 
 
@@ -182,22 +204,22 @@ def test_error_of_another_rank_alone_is_told_by_it(files: Path) -> None:
     assert second.output.splitlines()[-1].startswith("[rank 1] DataError: Token id 4000 in a batch")
 
 
-def nothing_is_left(ranks: list[Rank], shared_memory: set[str]) -> None:
+def nothing_is_left(ranks: list[Rank]) -> None:
     """Check that no process and no shared memory has outlived the ranks."""
     assert [rank.left for rank in ranks] == [[]] * len(ranks)
-    assert set(os.listdir("/dev/shm")) <= shared_memory
+    for rank in ranks:
+        assert len(rank.shared_memory) > 4, "streaming's shared memory is where this test looks"
+        assert not [path for path in rank.shared_memory if os.path.exists(path)]
 
 
 def test_nothing_is_left_after_success(files: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
     write_loader(files, files / "stream", num_workers=2)
-    nothing_is_left(train(files, world_size=2), before)
+    nothing_is_left(train(files, world_size=2))
 
 
 def test_nothing_is_left_after_an_exception_which_is_the_one_shown(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = set(os.listdir("/dev/shm"))
     write_loader(files, files / "stream", num_workers=2)
     step, close = Trainer.train_step, Trainer.close
 
@@ -215,22 +237,21 @@ def test_nothing_is_left_after_an_exception_which_is_the_one_shown(
     monkeypatch.setattr(Trainer, "close", close_and_fail)
     [rank] = run_ranks(lambda: main(command(files)))
     assert rank.code == 1
-    assert list(losses(rank)) == [1]
+    assert list(losses(rank.output)) == [1]
     assert "closed" in rank.output
     assert rank.output.splitlines()[-1] == "ArithmeticError: the original exception"
-    nothing_is_left([rank], before)
+    nothing_is_left([rank])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_after_a_signal(files: Path, number: signal.Signals) -> None:
-    before = set(os.listdir("/dev/shm"))
     write_loader(files, files / "stream", num_workers=2)
     ranks = run_ranks(
         lambda: main(command(files, "--training.steps=1000000")), 2, while_running=signal_at_step_3(number)
     )
     assert all(rank.code != 0 for rank in ranks)
-    assert all(len(losses(rank)) < 1000 for rank in ranks)
-    nothing_is_left(ranks, before)
+    assert all(len(losses(rank.output)) < 1000 for rank in ranks)
+    nothing_is_left(ranks)
 
 
 def signal_at_step_3(number: signal.Signals) -> Callable[[list[int], list[Path]], None]:
@@ -263,7 +284,7 @@ def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
         timeout=240,
     )
     assert ended.returncode == 0, ended.stderr
-    logged = losses(Rank(0, None, ended.stdout, []))
+    logged = losses(ended.stdout)
     assert list(logged) == list(range(1, 21))
     assert 7.9 < logged[1] < 8.3
     assert logged[20] < 7.0

@@ -116,13 +116,11 @@ def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:
 
 def stream_folders(dataset: Config) -> dict[str, str]:
     """Where each stream's shards come from, by the stream's name: a URL, or a path on this machine."""
-    streams = dataset.get("streams") or {"dataset": dataset}
-    return {
-        name: os.path.join(
-            stream.get("remote") or stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
-        )
-        for name, stream in streams.items()
-    }
+    folders = {}
+    for name, stream in (dataset.get("streams") or {"dataset": dataset}).items():
+        place, split = stream.get("remote") or stream.get("local"), stream.get("split") or dataset.get("split")
+        folders[name] = os.path.join(place, split) if place and split else place or ""
+    return folders
 
 
 def check_streams(dataset: Config, path: str) -> None:

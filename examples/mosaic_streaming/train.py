@@ -11,7 +11,6 @@ import io
 import os
 import signal
 import sys
-from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
