@@ -2,7 +2,8 @@
 # PYTHON=3.12 chooses another Python for a new .venv.
 
 PYTHON ?= >=3.11,<3.13
-UV := $(or $(shell command -v uv),.tools/bin/uv)
+UV_VERSION := 0.13.9
+UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 BIN := .venv/bin
 EXAMPLE := examples/mosaic_streaming
 SOURCES := examples tests
@@ -49,12 +50,13 @@ lock: $(UV)
 
 .venv/.synced: requirements.lock | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
-	$(UV) pip sync --quiet --python .venv --require-hashes requirements.lock
+	@echo "Installing requirements.lock into .venv: about 3 GB to download the first time."
+	$(UV) pip sync --python .venv --require-hashes requirements.lock
 	touch $@
 
 .tools/bin/uv:
 	python3 -m venv .tools
-	.tools/bin/pip install --quiet uv
+	.tools/bin/pip install --quiet uv==$(UV_VERSION)
 
 clean:
 	rm -rf .venv .tools data outputs .pytest_cache .ruff_cache .mypy_cache

@@ -5,6 +5,7 @@ import signal
 import warnings
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA doesn't survive a fork: tests run on the CPU everywhere
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads doesn't survive a fork
 
 warnings.filterwarnings("ignore", "pkg_resources is deprecated")

@@ -58,16 +58,16 @@ def loader_config(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[st
 
 
 def build_loader(
-    config: dict[str, Any], job_config: JobConfig | None = None, dp_world_size: int | None = None
+    config: dict[str, Any], job_config: JobConfig | None = None, dp_ranks: list[int] | None = None
 ) -> MosaicDataLoader:
-    """The loader of the present rank; ranks of one dp rank are consecutive, as they are without pipelines."""
+    """The loader of the present rank, given the dp ranks of all ranks; without, they all read different samples."""
     job_config = job_config or job()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    dp_world_size = dp_world_size or dist.get_world_size()
+    dp_ranks = dp_ranks or list(range(dist.get_world_size()))
     return build_mosaic_dataloader(
-        dp_world_size=dp_world_size,
-        dp_rank=dist.get_rank() // (dist.get_world_size() // dp_world_size),
+        dp_world_size=len(set(dp_ranks)),
+        dp_rank=dp_ranks[dist.get_rank()],
         tokenizer=build_tokenizer(job_config),
         job_config=job_config,
         loader_config=config,

@@ -124,14 +124,19 @@ def test_data_parallel_ranks_share_out_an_epoch(stream: Path) -> None:
     assert not first & second
 
 
-def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path) -> None:
-    def read() -> list[list[int]]:
-        return read_samples(build_loader(loader_config(stream, shuffle=True), dp_world_size=2), 5)
+@pytest.mark.parametrize("dp_ranks", [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path, dp_ranks: list[int]) -> None:
+    """As tensor-parallel peers, who are neighbours; as pipeline peers, who are not; and as peers all."""
 
-    a, b, c, d = run_rank_values(read, 4)
-    assert a == b
-    assert c == d
-    assert not set(np.ravel(a).tolist()) & set(np.ravel(c).tolist())
+    def read() -> list[list[int]]:
+        return read_samples(build_loader(loader_config(stream, shuffle=True), dp_ranks=dp_ranks), 5)
+
+    per_rank = run_rank_values(read, 4)
+    for dp_rank in set(dp_ranks):
+        peers = [samples for samples, of in zip(per_rank, dp_ranks, strict=True) if of == dp_rank]
+        assert all(peer == peers[0] for peer in peers)
+    distinct = {sample for samples in per_rank for sample in np.ravel(samples).tolist()}
+    assert len(distinct) == 10 * len(set(dp_ranks)), "different dp ranks read different samples"
 
 
 @pytest.mark.parametrize(("num_workers", "persistent_workers"), [(0, False), (2, True), (2, False)])
@@ -156,6 +161,52 @@ def test_end_of_an_epoch_is_logged_on_rank_0_alone(stream: Path) -> None:
     first, second = run_ranks(read, 2)
     assert "Epoch 0 of the streams ends: 20 samples read." in first.output
     assert "Epoch 0" not in second.output
+
+
+@pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
+def test_no_step_mixes_epochs_where_streams_end_before_a_whole_one(tmp_path: Path, batching_method: str) -> None:
+    """7 and 13 samples in batches of 2 from one stream: an odd number of batches, and two are a step."""
+    for name, samples in (("a", 7), ("b", 13)):
+        write_stream(tmp_path / name, samples)
+
+    def read() -> list[tuple[int, int]]:
+        streams = {name: {"local": str(tmp_path / name)} for name in ("a", "b")}
+        config = {"name": "text", "dataset": {"streams": streams, "batching_method": batching_method}}
+        loader = build_loader(config, job(2, global_batch_size=4))
+        positions = []
+        for _, _ in zip(loader, range(24), strict=False):
+            position = json.loads(loader.state_dict()["mosaic"])["position"]
+            positions.append((position["epoch"], position["sample_in_epoch"]))
+        return positions
+
+    [positions] = run_rank_values(read)
+    for first, second in zip(positions[::2], positions[1::2], strict=True):
+        assert second in {(first[0], first[1] + 2), (first[0] + 1, 0)}
+        assert first[1] % 4 == 2
+    assert positions[-1][0] >= 2
+
+
+def test_second_iteration_is_refused(stream: Path) -> None:
+    def read() -> str:
+        loader = build_loader(loader_config(stream))
+        read_samples(loader, 1)
+        try:
+            read_samples(loader, 1)
+        except RuntimeError as error:
+            return str(error)
+        return "no error"
+
+    assert run_rank_values(read) == ["A MosaicDataLoader can be iterated once."]
+
+
+def test_what_llm_foundry_refuses_is_told_with_the_file(stream: Path) -> None:
+    message = error_of(lambda: build_loader(loader_config(stream, eos_token_id=77)))
+    assert message.startswith("ConfigError: llm-foundry refuses loader.toml: Provided eos_token_id=77 does not match")
+
+
+@pytest.mark.parametrize(("local", "total"), [(0, -1), (2, 0)])
+def test_empty_batches_are_refused(stream: Path, local: int, total: int) -> None:
+    assert "batch_size = 0" in error_of(lambda: build_loader(loader_config(stream), job(local, total)))
 
 
 def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:

@@ -1,10 +1,13 @@
 """What is filled into a loader's configuration, and what is refused, with which words."""
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
+from llmfoundry.data import StreamingTextDataset
+from streaming import StreamingDataset
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.loader_config import resolve
@@ -58,10 +61,40 @@ def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any])
     assert complete["persistent_workers"] is True
 
 
-def test_each_key_of_the_upstream_text_loader_is_known(config: dict[str, Any]) -> None:
+def test_each_key_of_the_upstream_text_dataset_is_known(config: dict[str, Any]) -> None:
+    keys = {*inspect.signature(StreamingTextDataset).parameters, *inspect.signature(StreamingDataset).parameters}
+    given = (
+        "local",
+        "remote",
+        "split",
+        "streams",
+        "shuffle",
+        "shuffle_algo",
+        "tokenizer",
+        "kwargs",
+        "batch_size",
+        "max_seq_len",
+    )
+    config["dataset"] |= dict.fromkeys(keys - {*given, "replication"}, 1)
     config |= {"drop_last": False, "pin_memory": False, "timeout": 0}
-    config["dataset"] |= {"cache_limit": "1gb", "validate_hash": "xxh64", "num_canonical_nodes": 8, "eos_token_id": 1}
-    assert resolved(config)["dataset"]["cache_limit"] == "1gb"
+    assert resolved(config)["dataset"]["validate_hash"] == 1
+
+
+@pytest.mark.parametrize("streams", [["s3://bucket/web"], {"web": "s3://bucket/web"}])
+def test_streams_that_are_no_sections_are_refused(config: dict[str, Any], streams: object) -> None:
+    config["dataset"]["streams"] = streams
+    refuse(config, r"dataset.streams in loader.toml is not made of sections \[dataset.streams.NAME\]")
+
+
+def test_unknown_shuffle_algorithm_is_refused_with_the_valid_ones(config: dict[str, Any]) -> None:
+    config["dataset"]["shuffle_algo"] = "py2"
+    refuse(config, "dataset.shuffle_algo = 'py2' in loader.toml, expected one of: .*py1s, py2s")
+
+
+def test_packing_is_refused(config: dict[str, Any]) -> None:
+    config["dataset"]["decoder_only_format"] = True
+    config["dataset"]["packing_ratio"] = "auto"
+    refuse(config | {"name": "finetuning"}, "packing is not there yet")
 
 
 def test_unknown_keys_are_refused_all_at_once_with_the_nearest(config: dict[str, Any], folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The `build_dataloader_fn` of a Mosaic TrainSpec, and the loader that it builds: batches, epochs, state."""
 
 import copy
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,7 @@ def build_mosaic_dataloader(
         ConfigError: the loader, the tokenizer, the model and the job don't fit together.
     """
     training, model = job_config.training, job_config.model
+    accumulation = accumulation_steps(job_config, dp_world_size)
     vocab_size = embedding_rows(model.name, model.flavor)
     check_vocabulary(tokenizer, vocab_size, f"{model.name} {model.flavor}")
     transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
@@ -63,7 +65,10 @@ def build_mosaic_dataloader(
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
     # A copy: `build_dataloader` writes into what it is given.
-    spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
+    try:
+        spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"llm-foundry refuses {loader_config_path}: {error}") from error
     loader = spec.dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
@@ -79,7 +84,7 @@ def build_mosaic_dataloader(
         origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in "
         f"{loader_config_path}.",
     )
-    return MosaicDataLoader(loader, form, dp_world_size, accumulation_steps(job_config, dp_world_size))
+    return MosaicDataLoader(loader, form, dp_world_size, accumulation)
 
 
 def embedding_rows(model: str, flavor: str) -> int:
@@ -101,7 +106,9 @@ def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
         ConfigError: the global batch is not a multiple of the batches of all ranks.
     """
     local, total = job_config.training.local_batch_size, job_config.training.global_batch_size
-    if total > 0 and total % (local * dp_world_size):
+    if local < 1:
+        raise ConfigError(f"training.local_batch_size = {local}, but each rank needs at least one sequence.")
+    if total == 0 or (total > 0 and total % (local * dp_world_size)):
         raise ConfigError(
             f"training.global_batch_size = {total} is not a multiple of training.local_batch_size = {local} x "
             f"data-parallel degree = {dp_world_size}. Change one of them."
@@ -134,12 +141,15 @@ class MosaicDataLoader(BaseDataLoader):
         self._dataset = loader.dataset
         self._form = form
         self._samples_per_batch = loader.batch_size * dp_world_size
+        self._accumulation = accumulation
         self._samples_per_step = self._samples_per_batch * accumulation
         self._epoch = 0
         self._sample_in_epoch = 0
         """Samples of this epoch that all ranks together have read."""
+        self._order: dict[str, int] = {}
+        """What streaming keeps in its state beside the position: seed, canonical nodes, nodes of the first run."""
         self._batches: Iterator[Mapping[str, Any]] | None = None
-        if self._dataset.epoch_size < self._samples_per_step:
+        if self._epoch_is_read():
             raise ConfigError(
                 f"An epoch of the streams has {self._dataset.epoch_size} samples, one global batch needs "
                 f"{self._samples_per_step}. Add data, raise dataset.epoch_size or `repeat`, or lower the batch size. "
@@ -151,53 +161,53 @@ class MosaicDataLoader(BaseDataLoader):
 
         Raises:
             DataError: a batch is not as it has to be, or an epoch ends early.
+            RuntimeError: this is not the first iteration: the position is that of one reader.
         """
+        if self._batches is not None:
+            raise RuntimeError("A MosaicDataLoader can be iterated once.")
         while True:
-            epoch = self._epoch
             self._batches = iter(self._loader)
-            while self._epoch == epoch:
-                batch = next(self._batches, None)
-                if batch is None:
-                    self._end_short_epoch()
-                    break
-                titan_batch = to_titan_batch(batch, self._form)
-                self._advance()
-                yield titan_batch
+            while step := self._next_step(self._batches):
+                for batch in step:
+                    titan_batch = to_titan_batch(batch, self._form)
+                    self._sample_in_epoch += self._samples_per_batch
+                    yield titan_batch
+            if is_rank_0():
+                logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
+            self._epoch, self._sample_in_epoch = self._epoch + 1, 0
 
-    def _advance(self) -> None:
-        """Count one batch of all ranks; the position is then that of the next batch."""
-        self._sample_in_epoch += self._samples_per_batch
-        step_is_whole = self._sample_in_epoch % self._samples_per_step == 0
-        if step_is_whole and self._dataset.epoch_size - self._sample_in_epoch < self._samples_per_step:
-            self._end_epoch()
-
-    def _end_short_epoch(self) -> None:
-        """End an epoch that the streams end: right for batching methods that drop samples, an error for others."""
+    def _next_step(self, batches: Iterator[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """This rank's batches of the next optimizer step; none at the end of the epoch."""
+        if self._epoch_is_read():
+            return []
+        step = list(itertools.islice(batches, self._accumulation))
+        if len(step) == self._accumulation:
+            return step
+        # The other batching methods leave out samples that fill no batch.
         if self._dataset.batching_method == "random" or self._sample_in_epoch == 0:
             raise DataError(
                 f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._dataset.epoch_size} samples. "
                 f"{self._form.origin}"
             )
-        self._end_epoch()
+        return []
 
-    def _end_epoch(self) -> None:
-        """Go to the start of the next epoch."""
-        if is_rank_0():
-            logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
-        self._epoch, self._sample_in_epoch = self._epoch + 1, 0
+    def _epoch_is_read(self) -> bool:
+        """Whether the rest of the epoch fills no global batch."""
+        return self._dataset.epoch_size - self._sample_in_epoch < self._samples_per_step
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        position = {
-            **self._dataset.state_dict(self._sample_in_epoch, from_beginning=True),
-            "epoch": self._epoch,  # streaming's is that of the last `iter`
-        }
+        if not self._order:
+            self._order = self._dataset.state_dict(0, from_beginning=True)
+        epoch, sample = (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
+        position = self._order | {"epoch": epoch, "sample_in_epoch": sample}
         return {STATE_KEY: json.dumps({"version": STATE_VERSION, "position": position})}
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Go on from a saved position; call it before iterating."""
         position = json.loads(state_dict[STATE_KEY])["position"]
         self._epoch, self._sample_in_epoch = position["epoch"], position["sample_in_epoch"]
+        self._order = position
         self._dataset.load_state_dict(position)
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ def stop(error: ConfigError | DataError) -> NoReturn:
     """
     message = f"{type(error).__name__}: {error}"
     if not is_rank_0():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
         time.sleep(WAIT_FOR_RANK_0)
         message = f"[rank {os.environ['RANK']}] {message}"
     print(message, file=sys.stderr, flush=True)

@@ -6,11 +6,11 @@ import inspect
 import os
 from typing import Any
 
-import torch
 from llmfoundry import registry
 from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
 from llmfoundry.data.finetuning import dataloader as finetuning
 from streaming import Stream, StreamingDataset
+from streaming.base import shuffle
 
 from examples.mosaic_streaming.errors import ConfigError
 
@@ -69,8 +69,8 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree", path)
     check_streams(dataset, path)
-    defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": torch.accelerator.is_available()}
-    config = defaults | config
+    # Batches are made anew from the loader's: pinning these would help nobody.
+    config = {"drop_last": True, "num_workers": 0, "pin_memory": False} | config
     if config["num_workers"] == 0:  # torch refuses llm-foundry's own defaults for these where there are no workers
         config.update(prefetch_factor=None, persistent_workers=False)
     return config
@@ -95,12 +95,19 @@ def check_keys(config: Config, path: str) -> None:
     if not isinstance(dataset, dict):
         raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
     builder = inspect.signature(registry.dataloaders.get(name)).parameters
+    streams = dataset.get("streams", {})
+    if not isinstance(streams, dict) or not all(isinstance(stream, dict) for stream in streams.values()):
+        raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
     wrong = unknown(config, "", ["name", *builder])
     wrong += unknown(dataset, "dataset.", DATASET_KEYS.get(name, list(dataset)))
-    for stream, settings in dataset.get("streams", {}).items():
+    for stream, settings in streams.items():
         wrong += unknown(settings, f"dataset.streams.{stream}.", list(inspect.signature(Stream).parameters))
     if wrong:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(wrong)}.")
+    if dataset.get("packing_ratio"):
+        raise ConfigError(f"dataset.packing_ratio in {path}: packing is not there yet. Remove the key.")
+    if (algo := dataset.get("shuffle_algo", "py1e")) not in shuffle.algos:  # streaming looks only after the start
+        raise ConfigError(f"dataset.shuffle_algo = {algo!r} in {path}, expected one of: {', '.join(shuffle.algos)}.")
 
 
 def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import sys
+from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 MODEL = "llama3_mosaic"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+"""Those that torchrun passes on to its ranks' process groups."""
+HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """Whose versions the log opens with."""
 
@@ -31,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, register the spec, train; a user's error ends in one line."""
     try:
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
-        if not flags.config:  # `-- --help`
+        if not (flags.config and flags.mosaic_config):  # `-- --help`
             load_job_config(titan_flags)
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
         loader_config = read_toml(flags.mosaic_config)
@@ -62,13 +66,12 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
         with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
             return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
     except ValueError as error:
-        raise ConfigError(f"{titan_flags[0]}: {error}") from error
+        problem = str(error).splitlines()[0]
+        raise ConfigError(f"TorchTitan refuses {titan_flags[0]}: {problem} {HELP}") from error
     except SystemExit as exit:
         if not exit.code:
             raise
-        raise ConfigError(
-            "TorchTitan refuses a flag or a value. Its flags: python -m examples.mosaic_streaming.train -- --help"
-        ) from exit
+        raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
 
 
 def check_job(job_config: "JobConfig") -> None:
@@ -77,6 +80,8 @@ def check_job(job_config: "JobConfig") -> None:
         raise ConfigError(f"model.name = {job_config.model.name!r} does not read Mosaic streams. Set it to {MODEL!r}.")
     if job_config.validation.enable:
         raise ConfigError("validation.enable = true: there is no validation on Mosaic streams yet. Set it to false.")
+    if job_config.comm.mode != "default":
+        raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
     if job_config.checkpoint.create_seed_checkpoint:
         if (ranks := int(os.environ["WORLD_SIZE"])) != 1:
             raise ConfigError(
@@ -119,15 +124,16 @@ def register(loader_config: dict[str, Any], path: str) -> None:
 def run(job_config: "JobConfig") -> None:
     """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised."""
     import torch.distributed as dist
-    from torchtitan.tools.logging import init_logger, logger
+    from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
     from examples.mosaic_streaming import cpu
 
-    init_logger()
-    if cpu.ACTIVE and is_rank_0():
-        logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
-    for number in (signal.SIGTERM, signal.SIGINT):
+    if is_rank_0():
+        logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
+        if cpu.ACTIVE:
+            logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
+    for number in SIGNALS:
         signal.signal(number, exit_on_signal)
     trainer = None
     try:
@@ -138,24 +144,39 @@ def run(job_config: "JobConfig") -> None:
         else:
             trainer.train()
     except BaseException:
+        ignore_signals()
         with contextlib.suppress(Exception):
             close(trainer)
         raise
     close(trainer)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
     logger.info("Process group destroyed")
 
 
 def close(trainer: "Trainer | None") -> None:
-    """Close the trainer and end the dataloader workers."""
+    """End the dataloader workers and close the trainer."""
     if trainer:
-        trainer.dataloader.close()
-        trainer.close()
+        try:
+            trainer.dataloader.close()
+        finally:
+            trainer.close()
 
 
 def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """Turn a signal into an exit, so that a run that is ended from outside closes everything too."""
+    """Turn a signal into an exit, so that a run that is ended from outside closes everything, too."""
+    ignore_signals()
     sys.exit(128 + number)
+
+
+def ignore_signals() -> None:
+    """Let nothing disturb the closing of a run: not another signal, nor the end of workers that got it as well.
+
+    Source: torch's SIGCHLD handler raises when a worker ends early (torch 2.13, utils/data/_utils/signal_handling.py).
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":
