@@ -70,7 +70,8 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree", path)
     check_streams(dataset, path)
     # Batches are made anew from the loader's: pinning these would help nobody.
-    config = {"drop_last": True, "num_workers": 0, "pin_memory": False} | config
+    defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}
+    config = defaults | config
     if config["num_workers"] == 0:  # torch refuses llm-foundry's own defaults for these where there are no workers
         config.update(prefetch_factor=None, persistent_workers=False)
     return config
