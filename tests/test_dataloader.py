@@ -201,7 +201,9 @@ def test_second_iteration_is_refused(stream: Path) -> None:
 
 def test_what_llm_foundry_refuses_is_told_with_the_file(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream, eos_token_id=77)))
-    assert message.startswith("ConfigError: llm-foundry refuses loader.toml: Provided eos_token_id=77 does not match")
+    assert message.startswith(
+        "ConfigError: llm-foundry refuses loader.toml: ValueError: Provided eos_token_id=77 does not match"
+    )
 
 
 @pytest.mark.parametrize(("local", "total"), [(0, -1), (2, 0)])

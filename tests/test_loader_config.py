@@ -91,6 +91,11 @@ def test_unknown_shuffle_algorithm_is_refused_with_the_valid_ones(config: dict[s
     refuse(config, "dataset.shuffle_algo = 'py2' in loader.toml, expected one of: .*py1s, py2s")
 
 
+def test_finetuning_from_a_local_folder_alone_is_refused_with_the_way_out(config: dict[str, Any]) -> None:
+    config["dataset"]["decoder_only_format"] = True
+    refuse(config | {"name": "finetuning"}, "dataset in loader.toml has no `remote`.*Give the stream's folder as")
+
+
 def test_packing_is_refused(config: dict[str, Any]) -> None:
     config["dataset"]["decoder_only_format"] = True
     config["dataset"]["packing_ratio"] = "auto"

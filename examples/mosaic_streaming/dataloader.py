@@ -68,7 +68,7 @@ def build_mosaic_dataloader(
     try:
         spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
     except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"llm-foundry refuses {loader_config_path}: {error}") from error
+        raise ConfigError(f"llm-foundry refuses {loader_config_path}: {type(error).__name__}: {error}") from error
     loader = spec.dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")

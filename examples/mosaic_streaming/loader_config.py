@@ -107,6 +107,11 @@ def check_keys(config: Config, path: str) -> None:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(wrong)}.")
     if dataset.get("packing_ratio"):
         raise ConfigError(f"dataset.packing_ratio in {path}: packing is not there yet. Remove the key.")
+    if name == "finetuning" and not (dataset.get("remote") or streams or "hf_name" in dataset):
+        raise ConfigError(
+            f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
+            "Give the stream's folder as `remote`, and another folder as `local`, for the cache."
+        )
     if (algo := dataset.get("shuffle_algo", "py1e")) not in shuffle.algos:  # streaming looks only after the start
         raise ConfigError(f"dataset.shuffle_algo = {algo!r} in {path}, expected one of: {', '.join(shuffle.algos)}.")
 
