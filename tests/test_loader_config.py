@@ -63,6 +63,7 @@ def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any])
 
 def test_each_key_of_the_upstream_text_dataset_is_known(config: dict[str, Any]) -> None:
     keys = {*inspect.signature(StreamingTextDataset).parameters, *inspect.signature(StreamingDataset).parameters}
+    config["dataset"]["remote"] = "s3://bucket/data"
     given = (
         "local",
         "remote",
@@ -140,12 +141,24 @@ def test_what_the_job_config_owns_is_refused(config: dict[str, Any], key: str, v
 
 
 def test_another_device_batch_size_is_refused(config: dict[str, Any]) -> None:
-    refuse(config | {"device_batch_size": 4}, r"device_batch_size = 4 .* training.local_batch_size 8. Remove the key")
+    refuse(
+        config | {"device_batch_size": 4}, r"device_batch_size = 4 .* training.local_batch_size is 8. Remove the key"
+    )
 
 
 def test_stream_without_index_is_refused_with_its_path_and_the_demo_command(config: dict[str, Any]) -> None:
     config["dataset"]["split"] = "trian"
     refuse(config, r"No index.json in .*/trian .*python -m examples.mosaic_streaming.make_demo_data")
+
+
+def test_cache_limit_with_a_stream_that_has_no_remote_is_refused(config: dict[str, Any], folder: Path) -> None:
+    config["dataset"]["cache_limit"] = "1gb"
+    refuse(config, "cache_limit in loader.toml, but dataset has no `remote`: streaming would delete its only copy")
+    both = {"a": {"remote": str(folder), "local": "/tmp/a"}, "b": {"local": str(folder)}}
+    config["dataset"] = {"split": "train", "cache_limit": "1gb", "streams": both}
+    refuse(config, "but b has no `remote`")
+    both["b"] |= {"remote": str(folder), "local": "/tmp/b"}
+    assert resolved(config)["dataset"]["cache_limit"] == "1gb"
 
 
 def test_stream_without_a_place_is_refused(config: dict[str, Any]) -> None:

@@ -64,10 +64,10 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
             f"dataset.batch_size = {dataset['batch_size']!r} in {path}. Remove the key: "
             f"the batch size is training.local_batch_size = {local_batch_size} in the job config."
         )
-    derive(config, "device_batch_size", [local_batch_size], "training.local_batch_size", path)
+    derive(config, "device_batch_size", [local_batch_size], "training.local_batch_size is", path)
     del config["device_batch_size"]  # an argument of `build_dataloader`
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
-    derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree", path)
+    derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
     check_streams(dataset, path)
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}
@@ -143,6 +143,12 @@ def check_streams(dataset: Config, path: str) -> None:
     for name, folder in stream_folders(dataset).items():
         if not folder:
             raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")
+        stream = dataset.get("streams", {}).get(name, dataset)
+        if dataset.get("cache_limit") and stream.get("remote") in (None, stream.get("local")):
+            raise ConfigError(
+                f"dataset.cache_limit in {path}, but {name} has no `remote`: streaming would delete its only copy. "
+                "Remove the limit, or give a `remote` beside another `local`."
+            )
         if "://" not in folder and not os.path.isfile(os.path.join(folder, "index.json")):
             raise ConfigError(
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
