@@ -127,23 +127,28 @@ def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:
     return found
 
 
+def streams_of(dataset: Config) -> dict[str, Config]:
+    """The settings of each stream, by its name; those of a single one stand in `dataset` itself."""
+    return dataset.get("streams") or {"dataset": dataset}
+
+
 def stream_folders(dataset: Config) -> dict[str, str]:
     """Where each stream's shards come from, by the stream's name: a URL, or a path on this machine."""
     folders = {}
-    for name, stream in (dataset.get("streams") or {"dataset": dataset}).items():
+    for name, stream in streams_of(dataset).items():
         place, split = stream.get("remote") or stream.get("local"), stream.get("split") or dataset.get("split")
         folders[name] = os.path.join(place, split) if place and split else place or ""
     return folders
 
 
 def check_streams(dataset: Config, path: str) -> None:
-    """Raise ConfigError if a stream has no place, or no index.json at a place on this machine."""
+    """Raise ConfigError if a stream has no place, no index.json there, or a cache limit would delete its only copy."""
     if "hf_name" in dataset:
         raise ConfigError(f"dataset.hf_name = {dataset['hf_name']!r} in {path} is not a stream. Convert it to MDS.")
     for name, folder in stream_folders(dataset).items():
         if not folder:
             raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")
-        stream = dataset.get("streams", {}).get(name, dataset)
+        stream = streams_of(dataset)[name]
         if dataset.get("cache_limit") and stream.get("remote") in (None, stream.get("local")):
             raise ConfigError(
                 f"dataset.cache_limit in {path}, but {name} has no `remote`: streaming would delete its only copy. "
