@@ -3,6 +3,7 @@
 import os
 import signal
 import warnings
+from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA doesn't survive a fork: tests run on the CPU everywhere
@@ -14,6 +15,7 @@ from examples.mosaic_streaming import cpu
 
 cpu.prepare_torchtitan()
 
+import pytest
 import torch
 import torch._dynamo
 import torchtitan.models.llama3
@@ -22,9 +24,19 @@ import torchtitan.train  # noqa: F401
 import examples.mosaic_streaming.dataloader
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
+from tests.streams import write_stream
 
 torch.set_num_threads(1)
 
 # The import of composer 0.32.1 sets handlers that raise SystemExit, which is lost in the first moments after a fork.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Two streams, of 50 and 33 samples; the second's numbers follow the first's."""
+    folder = tmp_path_factory.mktemp("streams")
+    write_stream(folder / "a", 50)
+    write_stream(folder / "b", 33, first=50)
+    return {name: {"local": str(folder / name)} for name in ("a", "b")}

@@ -1,5 +1,7 @@
 """Small MDS streams whose every sample tells its own number, and loaders over them in the present rank."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.tokenizer import build_tokenizer
+from tests.ranks import run_rank_values
 
 TOKENIZER = "tests/assets/tokenizer"
 SEQ_LEN = 16
@@ -26,10 +29,10 @@ def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
     return tokens
 
 
-def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1) -> Path:
-    """Write a stream of token samples in several shards."""
+def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1, first: int = 0) -> Path:
+    """Write a stream of token samples in several shards, numbered from `first` on."""
     with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=1024, hashes=["xxh64"]) as writer:
-        for sample in range(samples):
+        for sample in range(first, first + samples):
             writer.write({"tokens": sample_tokens(sample, length)})
     return folder
 
@@ -54,7 +57,14 @@ def job(local_batch_size: int = 2, global_batch_size: int = -1, seq_len: int = S
 
 def loader_config(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
     """A configuration for llm-foundry's text loader."""
-    return {"name": "text", "num_workers": num_workers, "dataset": {"local": str(folder), **dataset}}
+    settings = {"local": str(folder), "num_canonical_nodes": 1, **dataset}
+    return {"name": "text", "num_workers": num_workers, "dataset": settings}
+
+
+def mixture(streams: dict[str, dict[str, Any]], num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
+    """A configuration of several streams, shuffled."""
+    settings = {"streams": streams, "shuffle": True, "num_canonical_nodes": 4, **dataset}
+    return {"name": "text", "num_workers": num_workers, "dataset": settings}
 
 
 def build_loader(
@@ -79,3 +89,53 @@ def read_samples(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
     """The numbers of the samples in the next batches."""
     iterator = iter(loader)
     return [(next(iterator)[0]["input"][:, 0] - FIRST_ID).tolist() for _ in range(batches)]
+
+
+@dataclass
+class Reading:
+    """What ranks have read: the samples of each global batch, sorted, and the state after it."""
+
+    samples: list[list[int]]
+    states: list[dict[str, str]]
+
+
+def read_steps(
+    config: dict[str, Any],
+    steps: int,
+    *,
+    dp_ranks: Sequence[int] = (0,),
+    total: int = 8,
+    local: int | None = None,
+    state: dict[str, str] | None = None,
+) -> Reading:
+    """Read global batches in ranks of their own; all peers have to get the same, and all ranks to save the same.
+
+    Args:
+        config: the loader's.
+        steps: global batches to read.
+        dp_ranks: the dp rank of each rank.
+        total: sequences of a global batch.
+        local: sequences per dp rank and batch; without, a rank's whole share.
+        state: where to go on.
+    """
+    dp = len(set(dp_ranks))
+    local = local or total // dp
+
+    def read() -> tuple[list[list[int]], list[dict[str, str]]]:
+        loader = build_loader(config, job(local, total), list(dp_ranks))
+        if state:
+            loader.load_state_dict(state)
+        batches, samples, states = iter(loader), [], []
+        for _ in range(steps):
+            accumulated = [next(batches)[0]["input"][:, 0] - FIRST_ID for _ in range(total // local // dp)]
+            samples.append([sample for batch in accumulated for sample in batch.tolist()])
+            states.append(loader.state_dict())
+        loader.close()
+        return samples, states
+
+    ranks = run_rank_values(read, len(dp_ranks))
+    assert all(states == ranks[0][1] for _, states in ranks)
+    of_dp = {dp_rank: samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True)}
+    assert all(of_dp[dp_rank] == samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True))
+    merged = [sorted(sample for samples in of_dp.values() for sample in samples[step]) for step in range(steps)]
+    return Reading(merged, ranks[0][1])

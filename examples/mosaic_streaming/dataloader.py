@@ -21,11 +21,11 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders
-from examples.mosaic_streaming.placement import sample_world
+from examples.mosaic_streaming.order import Order, set_order
+from examples.mosaic_streaming.peers import check_peers
+from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.resume import Data, check_same_data, describe, pack, unpack
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
-
-STATE_KEY = "mosaic"
-STATE_VERSION = 1
 
 
 def build_mosaic_dataloader(
@@ -72,7 +72,18 @@ def build_mosaic_dataloader(
     loader = spec.dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
-    loader.dataset._parallel_rank_world = sample_world(dp_rank, dp_world_size, int(os.environ["LOCAL_WORLD_SIZE"]))
+    assert loader.batch_size is not None
+    order = set_order(loader.dataset, loader.batch_size, loader.batch_size * dp_world_size * accumulation)
+    loader.dataset._parallel_rank_world = sample_world(
+        dp_rank,
+        dp_world_size,
+        dp_ranks_per_node(
+            dist.get_world_size(),
+            dp_world_size,
+            job_config.parallelism.pipeline_parallel_degree,
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+        ),
+    )
     form = BatchFormat(
         rows=training.local_batch_size,
         seq_len=training.seq_len,
@@ -84,7 +95,8 @@ def build_mosaic_dataloader(
         origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in "
         f"{loader_config_path}.",
     )
-    return MosaicDataLoader(loader, form, dp_world_size, accumulation)
+    data = describe(config, loader.dataset, order, training.seq_len, tokenizer)
+    return MosaicDataLoader(loader, form, order, data, dp_rank, loader_config_path)
 
 
 def embedding_rows(model: str, flavor: str) -> int:
@@ -126,50 +138,63 @@ class MosaicDataLoader(BaseDataLoader):
     Args:
         loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
         form: what batches have to look like.
-        dp_world_size: ranks that read different samples.
-        accumulation: batches of each rank in one optimizer step.
+        order: the dataset's.
+        data: what a checkpoint has to agree with.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        path: the file that configures the loader, for messages.
 
     Raises:
         ConfigError: an epoch holds no whole global batch.
     """
 
     def __init__(
-        self, loader: DataLoader[Mapping[str, Any]], form: BatchFormat, dp_world_size: int, accumulation: int
+        self,
+        loader: DataLoader[Mapping[str, Any]],
+        form: BatchFormat,
+        order: Order,
+        data: Data,
+        dp_rank: int,
+        path: str,
     ) -> None:
-        assert isinstance(loader.dataset, StreamingDataset) and loader.batch_size is not None
+        assert isinstance(loader.dataset, StreamingDataset)
         self._loader = loader
         self._dataset = loader.dataset
         self._form = form
-        self._samples_per_batch = loader.batch_size * dp_world_size
-        self._accumulation = accumulation
-        self._samples_per_step = self._samples_per_batch * accumulation
+        self._order = order
+        self._data = data
+        self._dp_rank = dp_rank
+        self._path = path
+        self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
         self._epoch = 0
         self._sample_in_epoch = 0
         """Samples of this epoch that all ranks together have read."""
-        self._order: dict[str, int] = {}
-        """What streaming keeps in its state beside the position: seed, canonical nodes, nodes of the first run."""
         self._batches: Iterator[Mapping[str, Any]] | None = None
         if self._epoch_is_read():
             raise ConfigError(
-                f"An epoch of the streams has {self._dataset.epoch_size} samples, one global batch needs "
-                f"{self._samples_per_step}. Add data, raise dataset.epoch_size or `repeat`, or lower the batch size. "
-                f"{form.origin}"
+                f"An epoch of the streams has {self._dataset.epoch_size} samples, too few for a global batch of "
+                f"{order.global_batch_size} with dataset.num_canonical_nodes = {self._dataset.num_canonical_nodes} and "
+                f"batching_method = {order.batching_method!r}. Add data, raise dataset.epoch_size or `repeat`, or "
+                f"lower one of these. {form.origin}"
             )
 
     def __iter__(self) -> Iterator[TitanBatch]:
         """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
 
         Raises:
-            DataError: a batch is not as it has to be, or an epoch ends early.
+            DataError: a batch is not as it has to be, ranks don't read the same data, or an epoch ends early.
             RuntimeError: this is not the first iteration: the position is that of one reader.
         """
         if self._batches is not None:
             raise RuntimeError("A MosaicDataLoader can be iterated once.")
+        first = True
         while True:
             self._batches = iter(self._loader)
             while step := self._next_step(self._batches):
                 for batch in step:
                     titan_batch = to_titan_batch(batch, self._form)
+                    if first:
+                        check_peers(titan_batch, self._dp_rank, self._data, self._path)
+                        first = False
                     self._sample_in_epoch += self._samples_per_batch
                     yield titan_batch
             if is_rank_0():
@@ -180,35 +205,46 @@ class MosaicDataLoader(BaseDataLoader):
         """This rank's batches of the next optimizer step; none at the end of the epoch."""
         if self._epoch_is_read():
             return []
-        step = list(itertools.islice(batches, self._accumulation))
-        if len(step) == self._accumulation:
-            return step
-        # The other batching methods leave out samples that fill no batch.
-        if self._dataset.batching_method == "random" or self._sample_in_epoch == 0:
+        accumulation = self._order.global_batch_size // self._samples_per_batch
+        step = list(itertools.islice(batches, accumulation))
+        if len(step) < accumulation:
             raise DataError(
-                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._dataset.epoch_size} samples. "
+                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
                 f"{self._form.origin}"
             )
-        return []
+        return step
 
     def _epoch_is_read(self) -> bool:
         """Whether the rest of the epoch fills no global batch."""
-        return self._dataset.epoch_size - self._sample_in_epoch < self._samples_per_step
+        return self._order.left(self._sample_in_epoch) == 0
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        if not self._order:
-            self._order = self._dataset.state_dict(0, from_beginning=True)
         epoch, sample = (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
-        position = self._order | {"epoch": epoch, "sample_in_epoch": sample}
-        return {STATE_KEY: json.dumps({"version": STATE_VERSION, "position": position})}
+        return pack(epoch, sample, self._order.global_batch_size, self._data)
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Go on from a saved position; call it before iterating."""
-        position = json.loads(state_dict[STATE_KEY])["position"]
-        self._epoch, self._sample_in_epoch = position["epoch"], position["sample_in_epoch"]
-        self._order = position
-        self._dataset.load_state_dict(position)
+        """Go on from a saved position; call it before iterating.
+
+        Raises:
+            DataError: the state is damaged, or of another version.
+            ConfigError: the data is not what it was when the state was saved.
+        """
+        self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
+        check_same_data(data, self._data, self._path)
+        if is_rank_0():
+            logger.info(
+                f"The streams go on in epoch {self._epoch}, after {self._sample_in_epoch:,} of "
+                f"{self._order.epoch_samples:,} samples."
+            )
+            if global_batch_size != self._order.global_batch_size:
+                logger.warning(
+                    f"The global batch changes from {global_batch_size} to {self._order.global_batch_size} sequences: "
+                    "the same samples follow, in other batches."
+                )
+        position = {"epoch": self._epoch, "sample_in_epoch": self._sample_in_epoch}
+        keep = ("num_canonical_nodes", "shuffle_seed", "initial_physical_nodes")
+        self._dataset.load_state_dict(position | {key: getattr(self._dataset, key) for key in keep})
 
     def close(self) -> None:
         """End the dataloader workers.

@@ -13,6 +13,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base import shuffle
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
 
 Config = dict[str, Any]
 
@@ -68,6 +69,9 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     del config["device_batch_size"]  # an argument of `build_dataloader`
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
+    nodes = dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
+    if type(nodes) is not int or nodes < 1:
+        raise ConfigError(f"dataset.num_canonical_nodes = {nodes!r} in {path}, expected a positive number.")
     check_streams(dataset, path)
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}

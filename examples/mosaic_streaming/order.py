@@ -1,0 +1,155 @@
+"""The order of an epoch's samples, which depends on the streams and their settings alone.
+
+streaming 0.13.0 puts an epoch in order for the nodes, ranks, workers and batches that read it, with samples repeated
+to fill up rows. Here it does so for one reader, without repeats; then the samples are dealt to those who read them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.batching import batching_methods
+from streaming.base.partition import algos, get_partitions_orig
+from streaming.base.world import World
+
+from examples.mosaic_streaming.placement import deal
+
+NUM_CANONICAL_NODES = 64
+"""Default of `dataset.num_canonical_nodes`: streaming's own is the number of machines of the first run."""
+
+PARTITION_ALGO = "without_repeats"
+
+
+@dataclass(frozen=True)
+class Order:
+    """How the samples of each epoch follow each other, and who reads which; a batching method for streaming.
+
+    Attributes:
+        batching_method: streaming's, one of "random", "per_stream", "stratified", "device_per_stream".
+        global_batch_size: sequences per optimizer step.
+        local_batch_size: samples per dp rank and batch.
+        epoch_samples: samples of an epoch that can be read without repeats; the rest is left out.
+    """
+
+    batching_method: str
+    global_batch_size: int
+    local_batch_size: int
+    epoch_samples: int
+
+    @property
+    def together(self) -> int:
+        """Samples that this batching method keeps in one batch of one rank."""
+        return self.local_batch_size if self.batching_method == "device_per_stream" else 1
+
+    def left(self, sample_in_epoch: int) -> int:
+        """Samples of an epoch that are left behind a position, in whole global batches."""
+        left = max(0, self.epoch_samples - sample_in_epoch)
+        return left - left % self.global_batch_size
+
+    def __call__(self, dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """The samples of the rest of an epoch; the shape is in `deal`."""
+        in_order = batching_methods[self.batching_method](dataset, World(1, 1, 1, 0), epoch, 0).reshape(-1)
+        samples = in_order[sample_in_epoch : sample_in_epoch + self.left(sample_in_epoch)]
+        assert samples.size == self.left(sample_in_epoch) and samples.min(initial=0) >= 0
+        return deal(samples, world, self.local_batch_size, self.together)
+
+
+def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int) -> Order:
+    """Make a dataset read its samples in an order that no rank, node, worker or micro-batch changes.
+
+    Source: streaming 0.13.0 finds batching methods and partition algorithms by name in these two tables
+    (base/batching/__init__.py, base/partition/__init__.py); `batch_size` is what a batching method fills a batch with.
+    """
+    assert dataset.num_canonical_nodes is not None
+    order = Order(
+        dataset.batching_method,
+        global_batch_size,
+        local_batch_size,
+        epoch_samples(
+            dataset.batching_method,
+            [int(stream.choose) for stream in dataset.streams],
+            [float(stream.proportion) for stream in dataset.streams],
+            dataset.num_canonical_nodes,
+            global_batch_size,
+            local_batch_size,
+        ),
+    )
+    algos[PARTITION_ALGO] = without_repeats
+    batching_methods[repr(order)] = order
+    dataset.partition_algo = PARTITION_ALGO
+    dataset.batching_method = repr(order)
+    dataset.batch_size = local_batch_size if order.batching_method == "device_per_stream" else global_batch_size
+    return order
+
+
+def epoch_samples(
+    batching_method: str,
+    choose: Sequence[int],
+    proportions: Sequence[float],
+    num_canonical_nodes: int,
+    global_batch_size: int,
+    local_batch_size: int,
+) -> int:
+    """Samples that an epoch gives without repeats; 0 where a stream fills no batch.
+
+    Args:
+        batching_method: streaming's.
+        choose: samples of each stream in an epoch.
+        proportions: share of each stream in an epoch.
+        num_canonical_nodes: as set.
+        global_batch_size: sequences per optimizer step.
+        local_batch_size: samples per dp rank and batch.
+
+    Source: what the methods in streaming 0.13.0, base/batching, leave out.
+    """
+    if batching_method == "random":
+        return whole(sum(choose), num_canonical_nodes)
+    sizes = [whole(samples, num_canonical_nodes) for samples in choose]
+    if batching_method == "stratified":
+        parts = stream_parts(proportions, global_batch_size)
+        return (
+            0
+            if min(parts) < 1
+            else min(size // part for size, part in zip(sizes, parts, strict=True)) * global_batch_size
+        )
+    batch = local_batch_size if batching_method == "device_per_stream" else global_batch_size
+    return 0 if min(sizes) < batch else sum(whole(size, batch) for size in sizes)
+
+
+def whole(samples: int, multiple: int) -> int:
+    """The largest multiple up to `samples`."""
+    return samples - samples % multiple
+
+
+def stream_parts(proportions: Sequence[float], global_batch_size: int) -> list[int]:
+    """Samples of each stream in a global batch under stratified batching (streaming 0.13.0, batching/stratified.py)."""
+    exact = np.array(proportions) * global_batch_size
+    parts = exact.astype(np.int64)
+    parts[np.flip(np.argsort(exact - parts))[: global_batch_size - parts.sum()]] += 1
+    return [int(part) for part in parts]
+
+
+def without_repeats(
+    num_samples: int,
+    num_canonical_nodes: int,
+    num_physical_nodes: int,
+    ranks_per_node: int,
+    workers_per_rank: int,
+    batch_size: int,
+    drop_first: int = 0,
+    initial_physical_nodes: int | None = None,
+) -> NDArray[np.int64]:
+    """A partition algorithm: streaming's, without the samples that it repeats where canonical nodes differ in size.
+
+    Canonical nodes take turns; from the first turn on for which one of them has no sample, all ids are -1. The
+    arguments and the shape are those of `get_partitions_orig`.
+
+    Source: "repeat the last ID to get even length" (streaming 0.13.0, base/partition/orig.py).
+    """
+    world = (num_physical_nodes, ranks_per_node, workers_per_rank)
+    parts = get_partitions_orig(num_samples, num_canonical_nodes, *world, batch_size, drop_first)
+    in_turn = np.ascontiguousarray(parts.transpose(3, 2, 0, 1, 4))
+    in_turn.reshape(-1)[whole(num_samples, num_canonical_nodes) - drop_first :] = -1
+    return in_turn.transpose(2, 3, 1, 0, 4)

@@ -1,0 +1,169 @@
+"""The saved state: a position in the data, and what the data was, in one string of JSON."""
+
+import hashlib
+import json
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+from streaming import Stream, StreamingDataset
+from streaming.base.format import Reader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.loader_config import Config, streams_of
+from examples.mosaic_streaming.order import Order
+
+STATE_KEY = "mosaic"
+STATE_VERSION = 2
+
+Data = dict[str, Any]
+"""What decides which samples come next, by the setting's name."""
+
+ORDER_KEYS = ("num_canonical_nodes", "shuffle", "shuffle_seed", "sampling_method", "sampling_granularity", "epoch_size")
+SHUFFLE_KEYS = ("shuffle_algo", "shuffle_block_size")
+OTHER_KEYS = {
+    *("streams", "stream_name", "stream_config", "proportion", "repeat", "choose", "batching_method"),
+    *("local", "remote", "split", "download_retry", "download_timeout", "validate_hash", "keep_zip"),
+    *("predownload", "cache_limit", "allow_unsafe_types", "replication", "partition_algo", "max_seq_len"),
+    *("override_eos_token_id_mismatch_error", "override_bos_token_id_mismatch_error"),
+}
+"""Settings of `dataset` that are described in another way, or that change neither samples nor their order."""
+
+START_ANEW = "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader"
+
+
+def describe(
+    config: Config, dataset: StreamingDataset, order: Order, seq_len: int, tokenizer: HuggingFaceTokenizer
+) -> Data:
+    """What decides which samples come next, and what is in them.
+
+    Args:
+        config: the resolved loader configuration.
+        dataset: built from it.
+        order: the dataset's.
+        seq_len: `training.seq_len`, in tokens.
+        tokenizer: the model's.
+
+    Returns:
+        values by setting; paths, workers and caches are not among them.
+    """
+    data: Data = {"name": config["name"], "training.seq_len": seq_len}
+    data["model.hf_assets_path"] = f"vocabulary {digest(sorted(tokenizer.get_vocab().items()))}"
+    data["dataset.max_seq_len"] = config["dataset"]["max_seq_len"]
+    for number, (name, stream) in enumerate(zip(streams_of(config["dataset"]), dataset.streams, strict=True)):
+        data[f"stream {number + 1}"] = {"name": name} | describe_stream(stream, shards_of(dataset, number))
+    data["dataset.batching_method"] = order.batching_method
+    if order.batching_method in ("per_stream", "stratified"):
+        data["training.global_batch_size"] = order.global_batch_size
+    if order.batching_method == "device_per_stream":
+        data["training.local_batch_size"] = order.local_batch_size
+    keys = ORDER_KEYS + SHUFFLE_KEYS if dataset.shuffle else ORDER_KEYS
+    data |= {f"dataset.{key}": getattr(dataset, key) for key in keys}
+    rest = sorted(set(config["dataset"]) - OTHER_KEYS - set(ORDER_KEYS) - set(SHUFFLE_KEYS))
+    data |= {f"dataset.{key}": config["dataset"][key] for key in rest}
+    described: Data = json.loads(json.dumps(data))  # as it will be read back
+    return described
+
+
+def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
+    """The shards of a stream, by its number."""
+    begin = int(dataset.shard_offset_per_stream[stream])
+    return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
+
+
+def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
+    """Size, weight and index of a stream; of the index only what says which samples there are."""
+    files = [[(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs] for shard in shards]
+    index = [
+        [shard.samples, getattr(shard, "column_encodings", None), *raw]
+        for shard, raw in zip(shards, files, strict=True)
+    ]
+    return {
+        "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
+        "an epoch": f"{int(stream.choose)} samples, share {stream.proportion:.6g}",
+    }
+
+
+def digest(value: object) -> str:
+    """A short hash of a value of JSON."""
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+
+
+def pack(epoch: int, sample_in_epoch: int, global_batch_size: int, data: Data) -> dict[str, str]:
+    """The state: one key, so that DCP, which asks for just the keys of the fresh state, finds it in any version."""
+    position = {"epoch": epoch, "sample_in_epoch": sample_in_epoch, "global_batch_size": global_batch_size}
+    return {STATE_KEY: json.dumps({"version": STATE_VERSION, **position, "data": data})}
+
+
+def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
+    """Epoch, samples of it that have been read, global batch size, and data of a saved state.
+
+    Raises:
+        DataError: the state is damaged, or of a version that this code doesn't know.
+    """
+    text = str(state.get(STATE_KEY))
+    try:
+        saved = json.loads(text)
+        version = saved["version"]
+        if version == STATE_VERSION:
+            epoch, sample_in_epoch, global_batch_size = (
+                operator.index(saved[key]) for key in ("epoch", "sample_in_epoch", "global_batch_size")
+            )
+            return epoch, sample_in_epoch, global_batch_size, dict(saved["data"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"The checkpoint's dataloader state is damaged: {text[:200]!r}. Load an earlier checkpoint with "
+            f"--checkpoint.load_step, or {START_ANEW}."
+        ) from error
+    raise DataError(
+        f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
+        f"Go on with the code that wrote it, or {START_ANEW}."
+    )
+
+
+def check_same_data(saved: Data, now: Data, path: str) -> None:
+    """Raise ConfigError, with all differences, unless the samples that come next are those of the saved run.
+
+    Args:
+        saved: the data of the checkpoint.
+        now: the data of this run.
+        path: the loader's configuration file, for the message.
+    """
+    if rows := differences(saved, now):
+        raise ConfigError(
+            f"The checkpoint was written on other data. Going on from it would not give the samples that come next.\n"
+            f"{table(['setting', 'checkpoint', 'now'], rows)}\n"
+            f"Restore these in {path} and the job config, or {START_ANEW}."
+        )
+
+
+def differences(saved: Data, now: Data) -> list[list[str]]:
+    """The settings that differ, each with both values; a stream's name makes no difference."""
+    rows = []
+    for key in [*saved, *(key for key in now if key not in saved)]:
+        old, new = saved.get(key), now.get(key)
+        if key.startswith("stream ") and old and new:
+            label = f"{key} ({new.get('name')})"
+            rows += [
+                [f"{label}: {part}", show(old.get(part)), show(new.get(part))]
+                for part in new
+                if part != "name" and old.get(part) != new[part]
+            ]
+        elif old != new:
+            rows.append([key, show(old), show(new)])
+    return rows
+
+
+def show(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, dict):
+        return ", ".join(map(str, value.values()))
+    return "not set" if value is None else str(value)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """Rows in columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    return "\n".join(f"  {line}".rstrip() for line in lines)

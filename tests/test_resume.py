@@ -1,0 +1,232 @@
+"""Resume equals never having stopped: by the samples of each global batch, restored in fresh processes.
+
+The sweep over all ways to weigh, batch and shuffle is marked `long`: `make test-all` runs it.
+"""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchtitan.tools.logging import init_logger
+
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.resume import STATE_VERSION, unpack
+from tests.ranks import run_rank_values, run_ranks
+from tests.streams import build_loader, job, loader_config, mixture, read_steps, write_stream
+from tests.test_order import BATCHING, SHUFFLE
+
+WEIGHTS: dict[str, list[dict[str, float]]] = {
+    "unweighted": [{}, {}],
+    "proportion": [{"proportion": 0.25}, {"proportion": 0.75}],
+    "repeat": [{"repeat": 1.5}, {"repeat": 0.5}],
+    "choose": [{"choose": 61}, {"choose": 20}],
+}
+RANKS = {1: [0], 2: [0, 1], 4: [0, 1, 0, 1]}
+"""Dp ranks by number of ranks: one; two dp ranks; two with pipeline peers."""
+
+
+def resume_at_every_step(config: dict[str, Any], steps: int, **options: Any) -> int:
+    """Save at each step, go on from each in fresh processes, on one, two and four ranks and other workers in turn.
+
+    Returns:
+        how many positions have been restored.
+    """
+    one = read_steps(config, steps, **options)
+    layouts = itertools.cycle(itertools.product(RANKS.values(), (0, 2)))
+    for saved, (dp_ranks, num_workers) in zip(range(1, steps), layouts, strict=False):
+        state = one.states[saved - 1]
+        rest = read_steps(
+            config | {"num_workers": num_workers}, steps - saved, dp_ranks=dp_ranks, state=state, **options
+        )
+        assert rest.samples == one.samples[saved:], f"saved at step {saved}, on {dp_ranks}, {num_workers} workers"
+        assert rest.states == one.states[saved:]
+    return steps - 1
+
+
+@pytest.mark.parametrize("batching_method", BATCHING)
+def test_resume_at_every_step_of_an_epoch_and_a_half(
+    streams: dict[str, dict[str, Any]],
+    batching_method: str,
+) -> None:
+    """An epoch has 9 or 10 steps. On one rank, four batches are a step; on two dp ranks, two."""
+    config = mixture(streams, batching_method=batching_method)
+    assert resume_at_every_step(config, 15, local=2) == 14
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shuffle_algo", SHUFFLE)
+@pytest.mark.parametrize("batching_method", BATCHING)
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_resume_at_every_step_in_each_way_to_read(
+    streams: dict[str, dict[str, Any]],
+    weights: str,
+    batching_method: str,
+    shuffle_algo: str,
+) -> None:
+    weighted = {name: stream | weight for (name, stream), weight in zip(streams.items(), WEIGHTS[weights], strict=True)}
+    config = mixture(weighted, batching_method=batching_method, shuffle_algo=shuffle_algo)
+    assert resume_at_every_step(config, 15, local=2) == 14
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"shuffle": False}, {"sampling_method": "fixed"}, {"sampling_granularity": 4}, {"epoch_size": 77}],
+    ids=str,
+)
+def test_resume_with_other_settings_of_the_sampling(
+    streams: dict[str, dict[str, Any]],
+    settings: dict[str, Any],
+) -> None:
+    config = mixture(streams, **settings)
+    one = read_steps(config, 14)
+    for saved in (4, 9, 10):
+        state = one.states[saved - 1]
+        assert read_steps(config, 14 - saved, dp_ranks=[0, 1], state=state).samples == one.samples[saved:]
+
+
+def test_one_two_four_one_ranks_read_what_one_reads(streams: dict[str, dict[str, Any]]) -> None:
+    """With tensor and pipeline peers in between, and the whole of a first epoch."""
+    config = mixture(streams)
+    one = read_steps(config, 16)
+    samples, state = [], None
+    for dp_ranks in ([0], [0, 0, 1, 1], [0, 1, 2, 3], [0, 1, 0, 1], [0]):
+        part = read_steps(config, 3, dp_ranks=dp_ranks, state=state)
+        samples, state = samples + part.samples, part.states[-1]
+    assert samples == one.samples[:15]
+
+
+def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(streams: dict[str, dict[str, Any]]) -> None:
+    config = mixture(streams)
+    first = read_steps(config, 3, total=8)
+    second = read_steps(config, 4, total=12, state=first.states[-1])
+    one = read_steps(config, 18, total=4)
+    read = [sample for step in first.samples + second.samples for sample in step]
+    assert sorted(read) == sorted(sample for step in one.samples for sample in step)
+    assert len(set(read)) == len(read) == 72
+
+    def load() -> None:
+        init_logger()
+        build_loader(config, job(12, 12)).load_state_dict(first.states[-1])
+
+    [rank] = run_ranks(load)
+    assert "The global batch changes from 8 to 12 sequences: the same samples follow, in other batches." in rank.output
+    assert "The streams go on in epoch 0, after 24 of 80 samples." in rank.output
+
+
+def test_state_is_small_readable_and_names_the_data(tmp_path: Path) -> None:
+    [state] = read_steps(loader_config(write_stream(tmp_path, 21)), 1).states
+    assert list(state) == ["mosaic"]
+    saved = json.loads(state["mosaic"])
+    assert saved["version"] == STATE_VERSION
+    assert (saved["epoch"], saved["sample_in_epoch"], saved["global_batch_size"]) == (0, 8, 8)
+    assert saved["data"]["stream 1"]["index"].startswith("21 samples in 2 shards, ")
+    assert len(state["mosaic"]) < 1000
+
+
+def message_of_load(config: dict[str, Any], state: dict[str, str], **options: Any) -> str:
+    """What a fresh loader says to a saved state."""
+
+    def load() -> str:
+        try:
+            build_loader(config, job(**options)).load_state_dict(state)
+        except (ConfigError, DataError) as error:
+            return f"{type(error).__name__}: {error}"
+        return "no error"
+
+    [message] = run_rank_values(load)
+    return str(message)
+
+
+def test_all_that_changes_the_samples_is_told_at_once(tmp_path: Path) -> None:
+    write_stream(tmp_path / "a", 50)
+    write_stream(tmp_path / "b", 33, first=50)
+    streams = {name: {"local": str(tmp_path / name), "repeat": 1} for name in ("a", "b")}
+    [state] = read_steps(mixture(streams), 1).states
+    write_stream(tmp_path / "c", 40, first=50)
+    streams["b"] = {"local": str(tmp_path / "c"), "repeat": 2}
+    changed = mixture(
+        streams,
+        shuffle_seed=5,
+        shuffle_algo="py2s",
+        num_canonical_nodes=2,
+        batching_method="per_stream",
+        eos_token_id=0,
+    )
+    message = message_of_load(changed, state, local_batch_size=8, global_batch_size=8)
+    assert message.startswith("ConfigError: The checkpoint was written on other data.")
+    rows = [line.split() for line in message.splitlines()[1:-1]]
+    assert rows[0] == ["setting", "checkpoint", "now"]
+    changes = {"_".join(row[:-2]): row[-2:] for row in rows[1:] if row[0] != "stream"}
+    assert changes == {
+        "dataset.batching_method": ["random", "per_stream"],
+        "dataset.num_canonical_nodes": ["4", "2"],
+        "dataset.shuffle_seed": ["9176", "5"],
+        "dataset.shuffle_algo": ["py1e", "py2s"],
+        "dataset.epoch_size": ["83", "130"],
+        "training.global_batch_size_not": ["set", "8"],
+        "dataset.eos_token_id_not": ["set", "0"],
+    }
+    assert "stream 2 (b): index     33 samples in 3 shards, " in message
+    assert "stream 2 (b): an epoch  33 samples, share 0.39759  " in message
+    assert "stream 1 (a): an epoch  50 samples, share 0.60241  " in message, "its share has changed, too"
+    assert message.splitlines()[-1].startswith("Restore these in loader.toml and the job config, or start the new data")
+    assert "--checkpoint.exclude_from_loading=dataloader" in message
+
+
+def test_shards_that_are_added_to_a_stream_are_a_change(tmp_path: Path) -> None:
+    [state] = read_steps(loader_config(write_stream(tmp_path / "a", 50)), 1).states
+    message = message_of_load(loader_config(write_stream(tmp_path / "b", 60)), state)
+    assert "stream 1 (dataset): index     50 samples in 4 shards, " in message
+
+
+def test_other_tokens_in_as_many_samples_are_a_change(tmp_path: Path) -> None:
+    """Told by the hashes in the index."""
+    [state] = read_steps(loader_config(write_stream(tmp_path / "a", 50)), 1).states
+    message = message_of_load(loader_config(write_stream(tmp_path / "b", 50, first=1)), state)
+    assert message.count("50 samples in 4 shards, ") == 2
+
+
+def test_other_sequence_length_and_batch_of_a_device_are_a_change(tmp_path: Path) -> None:
+    config = loader_config(write_stream(tmp_path, 50), batching_method="device_per_stream")
+    [state] = read_steps(config, 1).states
+    message = message_of_load(config, state, local_batch_size=4, global_batch_size=8, seq_len=15)
+    rows = [line.split() for line in message.splitlines()[2:-1]]
+    assert rows == [
+        ["training.seq_len", "16", "15"],
+        ["dataset.max_seq_len", "17", "16"],
+        ["training.local_batch_size", "8", "4"],
+    ]
+
+
+def test_what_does_not_matter_is_not_compared(tmp_path: Path) -> None:
+    """Another place, another name, workers, caches, retries: the same samples."""
+    first = write_stream(tmp_path / "a", 50)
+    second = write_stream(tmp_path / "b", 50)
+    streams = {"one": {"local": str(first)}}
+    config = mixture(streams)
+    one = read_steps(config, 5)
+    moved = {"two": {"local": str(tmp_path / "cache"), "remote": str(second), "download_retry": 5}}
+    other = mixture(
+        moved, num_workers=1, predownload=8, cache_limit="1mb", validate_hash="xxh64", partition_algo="orig"
+    )
+    assert read_steps(other, 4, state=one.states[0]).samples == one.samples[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "state is damaged: ''."),
+        ('{"version": 2, "epo', "state is damaged: "),
+        ('{"version": 2, "epoch": "one"}', "state is damaged: "),
+        ('{"version": 2, "epoch": 0, "sample_in_epoch": 8, "global_batch_size": 8}', "state is damaged: "),
+        ("[]", "state is damaged: "),
+        ('{"version": 3, "place": 8}', f"state is of version 3, this code reads version {STATE_VERSION}."),
+        ('{"version": 1, "position": {}}', f"state is of version 1, this code reads version {STATE_VERSION}."),
+    ],
+)
+def test_state_that_cannot_be_read_is_refused_with_words(text: str, message: str) -> None:
+    with pytest.raises(DataError, match="exclude_from_loading=dataloader") as error:
+        unpack({"mosaic": text})
+    assert message in str(error.value)
