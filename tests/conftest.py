@@ -3,6 +3,7 @@
 import os
 import signal
 import warnings
+from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -24,6 +25,7 @@ import torchtitan.train  # noqa: F401
 import examples.mosaic_streaming.dataloader
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
+from tests.jobs import write_files
 from tests.streams import write_stream
 
 torch.set_num_threads(1)
@@ -31,6 +33,12 @@ torch.set_num_threads(1)
 # The import of composer 0.32.1 sets handlers that raise SystemExit, which is lost in the first moments after a fork.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with `job.toml`, `loader.toml` and their stream of 100 samples."""
+    return write_files(tmp_path)
 
 
 @pytest.fixture(scope="session")

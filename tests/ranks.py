@@ -6,6 +6,7 @@ opened shared memory: a child of such a process can hang.
 
 import atexit
 import contextlib
+import ctypes
 import os
 import pickle
 import re
@@ -20,6 +21,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
+
+CLONE_NEWNS, CLONE_NEWIPC, MS_REC, MS_PRIVATE = 0x20000, 0x8000000, 0x4000, 0x40000
+"""Source: Linux, sched.h and mount.h."""
 
 
 @dataclass
@@ -45,14 +49,16 @@ def run_ranks(
     function: Callable[[], Any],
     world_size: int = 1,
     *,
+    nodes: int = 1,
     timeout: float = 120.0,
     while_running: Callable[[list[int], list[Path]], None] = lambda pids, outputs: None,
 ) -> list[Rank]:
-    """Call `function` in `world_size` new processes that look like torchrun's, on one node.
+    """Call `function` in `world_size` new processes that look like torchrun's.
 
     Args:
         function: called without arguments; what it returns is pickled.
         world_size: number of ranks.
+        nodes: machines that the ranks are spread over: each has its own shared memory and temporary folder.
         timeout: seconds until the test fails, and ranks that still run are killed.
         while_running: called once they are started, with the ranks' pids and the files with what they print.
 
@@ -61,7 +67,7 @@ def run_ranks(
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         port = free_port()
-        pids = [fork_rank(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
+        pids = [fork_rank(function, rank, world_size, nodes, port, Path(folder)) for rank in range(world_size)]
         try:
             while_running(pids, [Path(folder, f"{rank}.txt") for rank in range(world_size)])
             codes = wait_for_ranks(pids, time.monotonic() + timeout)
@@ -75,9 +81,9 @@ def run_ranks(
         return [read_rank(Path(folder), rank, codes[pid], left[rank]) for rank, pid in enumerate(pids)]
 
 
-def run_rank_values(function: Callable[[], Any], world_size: int = 1) -> list[Any]:
+def run_rank_values(function: Callable[[], Any], world_size: int = 1, nodes: int = 1) -> list[Any]:
     """What `function` returns in each rank; the test fails if a rank does."""
-    ranks = run_ranks(function, world_size)
+    ranks = run_ranks(function, world_size, nodes=nodes)
     failed = [f"rank {i} ended with {rank.code}:\n{rank.output}" for i, rank in enumerate(ranks) if rank.code]
     assert not failed, "\n".join(failed)
     return [rank.value for rank in ranks]
@@ -90,19 +96,21 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def fork_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> int:
+def fork_rank(function: Callable[[], Any], rank: int, world_size: int, nodes: int, port: int, folder: Path) -> int:
     """Start one rank and return its pid, which is that of its process group, too."""
     pid = os.fork()
     if pid == 0:
         with contextlib.suppress(BaseException):
-            live_as_rank(function, rank, world_size, port, folder)
+            live_as_rank(function, rank, world_size, nodes, port, folder)
         os._exit(70)
     with contextlib.suppress(PermissionError):
         os.setpgid(pid, pid)
     return pid
 
 
-def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> NoReturn:
+def live_as_rank(
+    function: Callable[[], Any], rank: int, world_size: int, nodes: int, port: int, folder: Path
+) -> NoReturn:
     """All of a rank's life, from the fork to the exit; what happens at the exit of an interpreter happens here, too."""
     os.setpgid(0, 0)
     atexit._clear()
@@ -110,11 +118,15 @@ def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: 
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world_size)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    per_node = world_size // nodes
+    local = {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **local}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     tempfile.tempdir = str(folder)
     code = 1
     try:
+        if nodes > 1:
+            enter_node(folder / f"node-{rank // per_node}", is_first=rank % per_node == 0)
         (folder / f"{rank}.pickle").write_bytes(pickle.dumps(function()))
         code = 0
     except SystemExit as exit:
@@ -125,6 +137,46 @@ def live_as_rank(function: Callable[[], Any], rank: int, world_size: int, port: 
     threading._shutdown()  # type: ignore[attr-defined]  # with this, and then with that, an interpreter ends
     atexit._run_exitfuncs()
     os._exit(code)
+
+
+def enter_node(folder: Path, is_first: bool) -> None:
+    """Give this process a machine's own shared memory and temporary folder, together with the others of its node."""
+    ready = folder / "ready"
+    if is_first:
+        folder.mkdir()
+        call_libc("unshare", CLONE_NEWNS | CLONE_NEWIPC)
+        call_libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+        call_libc("mount", b"tmpfs", b"/dev/shm", b"tmpfs", 0, None)
+        ready.with_suffix(".part").write_text(str(os.getpid()))
+        ready.with_suffix(".part").rename(ready)
+    while not ready.exists():
+        time.sleep(0.01)
+    if not is_first:
+        for kind in ("ipc", "mnt"):
+            with open(f"/proc/{ready.read_text()}/ns/{kind}") as namespace:
+                call_libc("setns", namespace.fileno(), 0)
+    tempfile.tempdir = str(folder)
+
+
+def call_libc(name: str, *arguments: Any) -> None:
+    """Call a function of the C library; raise OSError if it fails."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, name)(*arguments) != 0:
+        raise OSError(ctypes.get_errno(), f"{name}: {os.strerror(ctypes.get_errno())}")
+
+
+def can_make_nodes() -> bool:
+    """Whether this user may have namespaces of their own, which nodes are made of."""
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as folder:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            with contextlib.suppress(BaseException):
+                enter_node(Path(folder, "node"), is_first=True)
+                code = 0
+            os._exit(code)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return False
 
 
 def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:

@@ -29,9 +29,11 @@ def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
     return tokens
 
 
-def write_stream(folder: Path, samples: int, length: int = SEQ_LEN + 1, first: int = 0) -> Path:
+def write_stream(
+    folder: Path, samples: int, length: int = SEQ_LEN + 1, first: int = 0, hashes: Sequence[str] = ("xxh64",)
+) -> Path:
     """Write a stream of token samples in several shards, numbered from `first` on."""
-    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=1024, hashes=["xxh64"]) as writer:
+    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=1024, hashes=list(hashes)) as writer:
         for sample in range(first, first + samples):
             writer.write({"tokens": sample_tokens(sample, length)})
     return folder
@@ -104,6 +106,7 @@ def read_steps(
     steps: int,
     *,
     dp_ranks: Sequence[int] = (0,),
+    nodes: int = 1,
     total: int = 8,
     local: int | None = None,
     state: dict[str, str] | None = None,
@@ -114,6 +117,7 @@ def read_steps(
         config: the loader's.
         steps: global batches to read.
         dp_ranks: the dp rank of each rank.
+        nodes: machines that the ranks are spread over.
         total: sequences of a global batch.
         local: sequences per dp rank and batch; without, a rank's whole share.
         state: where to go on.
@@ -133,7 +137,7 @@ def read_steps(
         loader.close()
         return samples, states
 
-    ranks = run_rank_values(read, len(dp_ranks))
+    ranks = run_rank_values(read, len(dp_ranks), nodes)
     assert all(states == ranks[0][1] for _, states in ranks)
     of_dp = {dp_rank: samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True)}
     assert all(of_dp[dp_rank] == samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True))

@@ -43,7 +43,7 @@ def test_the_tables_of_streaming_hold_no_other_methods() -> None:
 def test_global_batches_are_the_same_for_any_ranks_workers_and_accumulation(
     streams: dict[str, dict[str, Any]], batching_method: str, shuffle_algo: str
 ) -> None:
-    settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo}
+    settings: dict[str, Any] = {"batching_method": batching_method, "shuffle_algo": shuffle_algo}
     one = read_steps(mixture(streams, **settings), STEPS, local=2)
     wide = read_steps(mixture(streams, num_workers=2, **settings), STEPS, dp_ranks=range(4), local=2)
     assert wide == one

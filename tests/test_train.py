@@ -17,63 +17,9 @@ from torchtitan.train import Trainer
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main
+from tests.jobs import command, losses, train, write_loader
 from tests.ranks import Rank, run_rank_values, run_ranks
-from tests.streams import SEQ_LEN, write_stream, write_tokens
-
-JOB = f"""
-[model]
-name = "llama3_mosaic"
-flavor = "debugmodel"
-hf_assets_path = "tests/assets/tokenizer"
-[training]
-local_batch_size = 2
-global_batch_size = 4
-seq_len = {SEQ_LEN}
-steps = 4
-mixed_precision_param = "float32"
-[lr_scheduler]
-warmup_steps = 2
-[checkpoint]
-last_save_model_only = false
-[activation_checkpoint]
-mode = "none"
-[metrics]
-log_freq = 1
-disable_color_printing = true
-"""
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    """A folder with `job.toml`, `loader.toml` and their stream."""
-    write_stream(tmp_path / "stream", samples=100)
-    (tmp_path / "job.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/outputs"\n' + JOB)
-    write_loader(tmp_path, tmp_path / "stream")
-    return tmp_path
-
-
-def write_loader(files: Path, stream: Path, num_workers: int = 0) -> None:
-    """Write `loader.toml` for a stream."""
-    (files / "loader.toml").write_text(
-        f'name = "text"\nnum_workers = {num_workers}\n[dataset]\nlocal = "{stream}"\nshuffle = true\n'
-    )
-
-
-def command(files: Path, *titan_flags: str) -> list[str]:
-    """The arguments of `train.main`."""
-    return ["--config", f"{files}/job.toml", "--mosaic-config", f"{files}/loader.toml", "--", *titan_flags]
-
-
-def train(files: Path, *titan_flags: str, world_size: int = 1) -> list[Rank]:
-    """Run in ranks that all have to succeed."""
-    ranks = run_ranks(lambda: main(command(files, *titan_flags)), world_size)
-    assert [rank.code for rank in ranks] == [0] * world_size, "\n".join(rank.output for rank in ranks)
-    return ranks
-
-
-def losses(log: str) -> dict[int, float]:
-    """The losses in a log, by step."""
-    return {int(step): float(loss) for step, loss in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", log)}
+from tests.streams import SEQ_LEN, write_tokens
 
 
 def test_model_trains_on_the_cpu(files: Path) -> None:
@@ -84,37 +30,11 @@ def test_model_trains_on_the_cpu(files: Path) -> None:
     assert float(memory) > 0.1, "the process's: torch alone takes more"
 
 
-def test_fsdp_on_two_ranks_trains_on_the_same_data_as_one(files: Path) -> None:
-    """From one seed checkpoint, with the same global batch."""
-    train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint=true")
-    flags = ["--checkpoint.enable", f"--checkpoint.initial_load_path={files}/outputs/checkpoint/step-0"]
-    [one] = train(files, *flags, "--checkpoint.folder=one")
-    two = train(files, *flags, "--checkpoint.folder=two", world_size=2)
-    assert list(losses(one.output)) == [1, 2, 3, 4]
-    assert losses(two[0].output) == losses(two[1].output) == pytest.approx(losses(one.output), abs=1e-3)
-
-
 def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
     [rank] = train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint")
     assert "Created seed checkpoint" in rank.output
     assert not losses(rank.output)
     assert os.listdir(files / "outputs/checkpoint") == ["step-0"]
-
-
-def test_run_that_is_resumed_goes_on_as_if_it_had_not_stopped(files: Path) -> None:
-    flags = ["--checkpoint.enable", "--checkpoint.interval=2", "--lr_scheduler.total_steps=4"]
-    [whole] = train(files, *flags, "--checkpoint.folder=whole")
-    train(files, *flags, "--checkpoint.folder=whole_2", "--training.steps=2")
-    os.rename(files / "outputs/whole/step-2", files / "outputs/step-2")
-    [resumed] = train(
-        files,
-        *flags,
-        "--checkpoint.folder=whole_3",
-        f"--checkpoint.initial_load_path={files}/outputs/step-2",
-        "--checkpoint.initial_load_model_only=false",
-    )
-    assert list(losses(resumed.output)) == [3, 4]
-    assert losses(resumed.output)[4] == losses(whole.output)[4]
 
 
 @pytest.mark.parametrize(

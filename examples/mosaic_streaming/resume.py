@@ -3,6 +3,7 @@
 import hashlib
 import json
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,28 @@ def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
     raise DataError(
         f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
         f"Go on with the code that wrote it, or {START_ANEW}."
+    )
+
+
+def explain_missing(error: str) -> str | None:
+    """What to do about a checkpoint without all that training goes on from; none for any other error of DCP.
+
+    Source: "Missing key in checkpoint state_dict" (torch 2.13, distributed/checkpoint/default_planner.py).
+    """
+    found = re.search(r"Missing key in checkpoint state_dict: ((dataloader|train_state|optimizer|lr_scheduler)\S*)\.", error)
+    if not found:
+        return None
+    if found[2] == "dataloader":
+        return (
+            f"The checkpoint has no {found[1]!r}: another loader wrote it, so it doesn't know where in the streams to go "
+            "on. To keep its model and optimizer and start the streams from their beginning: "
+            "--checkpoint.exclude_from_loading=dataloader"
+        )
+    return (
+        f"The checkpoint has no {found[1]!r}: it is model-only, as TorchTitan writes a run's last one unless "
+        "checkpoint.last_save_model_only = false, and training can't go on from it. Load an earlier one with "
+        "--checkpoint.load_step, or begin a new run with its weights: an empty --checkpoint.folder and "
+        "--checkpoint.initial_load_path=<this checkpoint>"
     )
 
 

@@ -124,10 +124,11 @@ def register(loader_config: dict[str, Any], path: str) -> None:
 def run(job_config: "JobConfig") -> None:
     """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised."""
     import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming import cpu
+    from examples.mosaic_streaming import cpu, resume
 
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
@@ -143,10 +144,12 @@ def run(job_config: "JobConfig") -> None:
             logger.info("Created seed checkpoint")
         else:
             trainer.train()
-    except BaseException:
+    except BaseException as error:
         ignore_signals()
         with contextlib.suppress(Exception):
             close(trainer)
+        if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
+            raise ConfigError(missing) from error
         raise
     close(trainer)
     if dist.is_initialized():

@@ -1,0 +1,72 @@
+"""The comparison at the first batch: what differs is told, with the ranks, before anything is trained."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.mosaic_streaming.errors import DataError
+from tests.ranks import can_make_nodes, run_rank_values
+from tests.streams import build_loader, job, mixture, write_stream
+
+
+def messages(config_of_rank: list[dict[str, Any]], dp_ranks: list[int], nodes: int) -> list[str]:
+    """What each rank's first batch ends with."""
+
+    def read() -> str:
+        try:
+            next(iter(build_loader(config_of_rank[int(os.environ["RANK"])], job(2), dp_ranks)))
+        except DataError as error:
+            return str(error)
+        return "no error"
+
+    return [str(message) for message in run_rank_values(read, len(dp_ranks), nodes)]
+
+
+def test_ranks_with_other_settings_are_named_with_the_settings(streams: dict[str, dict[str, Any]]) -> None:
+    """As when nodes have different copies of the file."""
+    here, there = mixture(streams), mixture(streams, shuffle_seed=5, predownload=64)
+    told = messages([here, here, there, there], [0, 1, 0, 1], nodes=1)
+    assert len(set(told)) == 1, "all ranks stop together"
+    lines = told[0].splitlines()
+    assert lines[0] == "Ranks [2, 3] don't read what rank 0 reads."
+    assert [line.split() for line in lines[2:-1]] == [
+        ["2", "dataset.shuffle_seed", "9176", "5"],
+        ["3", "dataset.shuffle_seed", "9176", "5"],
+    ]
+    assert lines[-1].startswith("Each node needs the same loader.toml, job config and index.json of each stream")
+
+
+needs_nodes = pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which nodes are made")
+
+
+@needs_nodes
+def test_ranks_with_an_older_index_in_their_cache_are_named(tmp_path: Path) -> None:
+    configs = [mixture({"a": {"local": str(write_stream(tmp_path / name, n))}}) for name, n in (("x", 40), ("y", 32))]
+    told = messages(configs, [0, 1], nodes=2)
+    assert "Ranks [1] don't read what rank 0 reads." in told[0]
+    assert "stream 1 (a): index" in told[1]
+
+
+@needs_nodes
+@pytest.mark.parametrize(
+    ("dp_ranks", "pairs"), [([0, 0], "1 than 0 (dp rank 0)"), ([0, 1, 0, 1], "1 than 0"), ([0, 1], "")]
+)
+def test_peers_that_got_other_tokens_are_named_with_the_suspect(
+    tmp_path: Path, dp_ranks: list[int], pairs: str
+) -> None:
+    """Rank 1 has a cache with other shards under the same index, which has no hashes."""
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    for folder, first in ((good, 0), (bad, 100)):
+        write_stream(folder, 40, first=first, hashes=[])
+    (bad / "index.json").write_bytes((good / "index.json").read_bytes())
+    configs = [mixture({"a": {"local": str(bad if rank == 1 else good)}}) for rank in range(len(dp_ranks))]
+    told = messages(configs, dp_ranks, nodes=len(dp_ranks))
+    if dp_ranks == [0, 1]:
+        assert told == ["no error"] * 2, "a rank without peers has none to compare with"
+    elif dp_ranks == [0, 0]:
+        assert len(set(told)) == 1
+        assert f"but got another first batch: {pairs}. Their settings are the same: suspect `local` in" in told[0]
+    else:
+        assert "got another first batch: 3 than 1 (dp rank 1)." in told[0]
