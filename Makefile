@@ -8,7 +8,7 @@ BIN := .venv/bin
 EXAMPLE := examples/mosaic_streaming
 SOURCES := examples tests
 
-.PHONY: demo test format lint typecheck check lock clean
+.PHONY: demo test test-all format lint typecheck check lock clean
 
 demo: .venv/.synced
 	rm -rf outputs/demo
@@ -29,6 +29,10 @@ demo: .venv/.synced
 
 test: .venv/.synced
 	$(BIN)/pytest
+
+# The long ones, too: resume in each way to read, and restarts through torchrun, also on two machines.
+test-all: .venv/.synced
+	$(BIN)/pytest -m ""
 
 format: .venv/.synced
 	$(BIN)/ruff format $(SOURCES)

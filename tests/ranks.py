@@ -152,9 +152,11 @@ def enter_node(folder: Path, is_first: bool) -> None:
     while not ready.exists():
         time.sleep(0.01)
     if not is_first:
+        here = os.getcwd()
         for kind in ("ipc", "mnt"):
             with open(f"/proc/{ready.read_text()}/ns/{kind}") as namespace:
                 call_libc("setns", namespace.fileno(), 0)
+        os.chdir(here)  # the namespace's root is where one enters
     tempfile.tempdir = str(folder)
 
 

@@ -13,8 +13,8 @@ from torchtitan.config import ConfigManager
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.train import main
-from tests.jobs import command, logged, losses, train
-from tests.ranks import Rank, can_make_nodes, run_rank_values, run_ranks
+from tests.jobs import command, logged, losses, train, write_files
+from tests.ranks import can_make_nodes, run_rank_values, run_ranks
 from tests.recording import PAUSE, recorded, recording
 from tests.streams import write_stream
 
@@ -22,27 +22,60 @@ SAVE = ("--checkpoint.enable", "--training.steps=12", "--checkpoint.interval=1",
 """64 of the stream's 100 samples are an epoch, of 8 steps."""
 
 
-def go_on(files: Path, checkpoint: Path, *flags: str, world_size: int = 1, nodes: int = 1) -> tuple[list[Rank], Path]:
-    """Go on from a copy of a checkpoint; where the samples are recorded comes back, too."""
-    name = f"from-{checkpoint.name}-{world_size}x{nodes}"
-    shutil.copytree(checkpoint, files / "outputs" / name / checkpoint.name)
-    with recording(files / "recorded" / name):
-        ranks = train(files, *SAVE, f"--checkpoint.folder={name}", *flags, world_size=world_size, nodes=nodes)
-    return ranks, files / "recorded" / name
+Whole = tuple[Path, dict[int, float], list[list[int]]]
+"""The folder of a run of 12 steps, its losses, and the samples of each step."""
 
 
-@pytest.mark.parametrize("async_mode", ["disabled", "async"])
-def test_run_goes_on_from_any_step_as_if_it_had_not_stopped(files: Path, async_mode: str) -> None:
-    """Also where its checkpoints were written in the background while it trained on."""
-    mode = f"--checkpoint.async_mode={async_mode}"
-    with recording(files / "recorded/whole"):
-        whole = train(files, *SAVE, mode, "--training.local_batch_size=4")
-    samples = recorded(files / "recorded/whole")
+def run_whole(folder: Path, name: str, *flags: str, world_size: int = 1) -> Whole:
+    """Train 12 steps in one go."""
+    with recording(folder / "recorded" / name):
+        ranks = train(folder, *SAVE, f"--checkpoint.folder={name}", *flags, world_size=world_size)
+    samples = recorded(folder / "recorded" / name)
     assert len(samples) == 12
-    for step in (3, 8, 9):
-        again, folder = go_on(files, files / f"outputs/checkpoint/step-{step}", mode, "--training.local_batch_size=4")
-        assert recorded(folder) == samples[step:]
-        assert losses(again[0].output) == {n: loss for n, loss in losses(whole[0].output).items() if n > step}
+    return folder, logged(ranks), samples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("restart"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Whole:
+    """On one rank, saved at each step."""
+    return run_whole(folder, "whole", "--training.local_batch_size=4")
+
+
+@pytest.fixture(scope="module")
+def whole_on_two_ranks(folder: Path) -> Whole:
+    return run_whole(folder, "whole-2", "--checkpoint.interval=6", world_size=2)
+
+
+def go_on(whole: Whole, checkpoint: str, name: str, *flags: str, world_size: int = 1, nodes: int = 1) -> Whole:
+    """Go on from a copy of a checkpoint."""
+    folder, *_ = whole
+    shutil.copytree(folder / "outputs" / checkpoint, folder / "outputs" / name / Path(checkpoint).name)
+    flags = (*SAVE, "--checkpoint.interval=100", f"--checkpoint.folder={name}", *flags)
+    with recording(folder / "recorded" / name):
+        ranks = train(folder, *flags, world_size=world_size, nodes=nodes)
+    return folder, logged(ranks), recorded(folder / "recorded" / name)
+
+
+@pytest.mark.parametrize("step", [3, 8, 9])
+def test_run_goes_on_as_if_it_had_not_stopped(whole: Whole, step: int) -> None:
+    """In an epoch, at its end, and behind it."""
+    _, losses, samples = go_on(whole, f"whole/step-{step}", f"from-{step}", "--training.local_batch_size=4")
+    assert samples == whole[2][step:]
+    assert losses == {n: loss for n, loss in whole[1].items() if n > step}
+
+
+def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) -> None:
+    flags = ("--training.local_batch_size=4", "--checkpoint.async_mode=async")
+    run = run_whole(whole[0], "async", *flags)
+    assert run == whole
+    _, losses, samples = go_on(run, "async/step-5", "from-async", *flags)
+    assert samples == whole[2][5:]
+    assert losses == {n: loss for n, loss in whole[1].items() if n > 5}
 
 
 @pytest.mark.parametrize(
@@ -55,42 +88,39 @@ def test_run_goes_on_from_any_step_as_if_it_had_not_stopped(files: Path, async_m
             *(4, 2, []), marks=pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces for nodes")
         ),
     ],
-    ids=["2 ranks", "tp 2", "pp 2 x dp 2", "2 nodes x 2 ranks"],
+    ids=["fsdp-2", "tp-2", "pp-2-fsdp-2", "2-nodes-2-ranks"],
 )
-def test_run_goes_on_in_another_layout(files: Path, world_size: int, nodes: int, flags: list[str]) -> None:
-    with recording(files / "recorded/whole"):
-        whole = train(files, *SAVE)
-    again, folder = go_on(files, files / "outputs/checkpoint/step-5", *flags, world_size=world_size, nodes=nodes)
-    assert recorded(folder) == recorded(files / "recorded/whole")[5:]
-    expected = {step: loss for step, loss in logged(whole).items() if step > 5}
-    assert logged(again) == pytest.approx(expected, abs=1e-2 if "pipe" in str(flags) else 1e-3)
+def test_run_goes_on_in_another_layout(
+    whole: Whole, request: pytest.FixtureRequest, world_size: int, nodes: int, flags: list[str]
+) -> None:
+    name = request.node.callspec.id
+    _, losses, samples = go_on(whole, "whole/step-5", name, *flags, world_size=world_size, nodes=nodes)
+    assert samples == whole[2][5:]
+    expected = {step: loss for step, loss in whole[1].items() if step > 5}
+    assert losses == pytest.approx(expected, abs=1e-2 if "pp" in name else 1e-3)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
-    files: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
+    whole_on_two_ranks: Whole, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
     """12 steps in one go, against SIGKILL behind the checkpoint of step 6, and 6 more."""
-    flags = [*SAVE, "--checkpoint.interval=6"]
-    with recording(files / "recorded/whole"):
-        whole = train(files, *flags, "--checkpoint.folder=whole", world_size=2)
-    monkeypatch.setenv(PAUSE, "8")
-    before = set(os.listdir("/dev/shm"))
-    with recording(files / "recorded/first"):
-        killed = run_ranks(
-            lambda: main(command(files, *flags)), 2, while_running=kill_when(files / "recorded/first", steps=8)
-        )
-    monkeypatch.delenv(PAUSE)
+    folder, losses, samples = whole_on_two_ranks
+    name = f"killed-{world_size}"
+    flags = [*SAVE, "--checkpoint.interval=6", f"--checkpoint.folder={name}"]
+    before, first, second = set(os.listdir("/dev/shm")), folder / "recorded" / name, folder / "recorded" / f"{name}-2"
+    with monkeypatch.context() as patch, recording(first):
+        patch.setenv(PAUSE, "8")
+        killed = run_ranks(lambda: main(command(folder, *flags)), 2, while_running=kill_when(first, steps=8))
     assert [rank.code for rank in killed] == [-signal.SIGKILL] * 2
-    assert sorted(os.listdir(files / "outputs/checkpoint")) == ["step-6"]
-    with recording(files / "recorded/second"):
-        second = train(files, *flags, world_size=world_size)
+    assert os.listdir(folder / "outputs" / name) == ["step-6"]
+    with recording(second):
+        ranks = train(folder, *flags, world_size=world_size)
     for segment in set(os.listdir("/dev/shm")) - before:
         Path("/dev/shm", segment).unlink()
-    samples = recorded(files / "recorded/first")[:6] + recorded(files / "recorded/second")
-    assert samples == recorded(files / "recorded/whole")
-    expected = {step: loss for step, loss in logged(whole).items() if step > 6}
-    assert logged(second) == pytest.approx(expected, abs=1e-5 if world_size == 2 else 1e-3)
+    assert recorded(first)[:6] + recorded(second) == samples
+    expected = {step: loss for step, loss in losses.items() if step > 6}
+    assert logged(ranks) == pytest.approx(expected, abs=1e-5 if world_size == 2 else 1e-3)
 
 
 def kill_when(folder: Path, steps: int) -> Callable[[list[int], list[Path]], None]:
@@ -147,14 +177,17 @@ def test_run_on_changed_data_is_refused_and_can_start_the_new_data_anew(files: P
     assert recorded(files / "recorded/anew") == recorded(files / "recorded/new"), "from the beginning"
     with recording(files / "recorded/further"):
         train(files, *flags, "--training.steps=5")
-    assert not set(recorded(files / "recorded/further")[0]) & set(sum(recorded(files / "recorded/anew"), [])), "goes on"
+    of_anew = {sample for step in recorded(files / "recorded/anew") for sample in step}
+    assert not of_anew & set(recorded(files / "recorded/further")[0]), "the new data goes on"
 
 
 def test_model_only_checkpoint_is_refused_with_words(files: Path) -> None:
     flags = ["--checkpoint.enable", "--checkpoint.last_save_model_only"]
     train(files, *flags, "--training.steps=2")
     message = refused(files, *flags)
-    assert "it is model-only, as TorchTitan writes a run's last one unless" in message
+    assert message.startswith(
+        "Error: The checkpoint doesn't say where in the streams to go on. Either it is model-only"
+    )
     assert "--checkpoint.initial_load_path=" in message
     [anew] = train(
         files, *flags, "--checkpoint.folder=anew", f"--checkpoint.initial_load_path={files}/outputs/checkpoint/step-2"
@@ -177,6 +210,6 @@ def test_checkpoint_of_stock_torchtitan_is_refused_with_words_and_can_be_taken_o
 
     run_rank_values(stock)
     message = refused(files, "--checkpoint.enable")
-    assert "The checkpoint has no 'dataloader.mosaic': another loader wrote it" in message
+    assert "Or another loader wrote it: keep its model and optimizer and start the streams" in message
     [taken] = train(files, "--checkpoint.enable", "--checkpoint.exclude_from_loading=dataloader")
     assert list(losses(taken.output)) == [3, 4]

@@ -117,6 +117,18 @@ def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(streams: d
     assert "The streams go on in epoch 0, after 24 of 80 samples." in rank.output
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_rest_of_an_epoch_that_fills_no_changed_global_batch_is_left_out(
+    streams: dict[str, dict[str, Any]], num_workers: int
+) -> None:
+    config = mixture(streams, num_workers)
+    whole = read_steps(config, 12, total=8)
+    rolled = read_steps(config, 2, total=12, state=whole.states[8])
+    begins = {sample for step in whole.samples[10:] for sample in step}
+    assert set(rolled.samples[0]) < begins, "72 of 80 were read, so the first 12 of the next epoch follow"
+    assert len(set(rolled.samples[0] + rolled.samples[1])) == 24
+
+
 def test_state_is_small_readable_and_names_the_data(tmp_path: Path) -> None:
     [state] = read_steps(loader_config(write_stream(tmp_path, 21)), 1).states
     assert list(state) == ["mosaic"]

@@ -220,8 +220,11 @@ class MosaicDataLoader(BaseDataLoader):
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        epoch, sample = (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
-        return pack(epoch, sample, self._order.global_batch_size, self._data)
+        return pack(*self._next_position(), self._order.global_batch_size, self._data)
+
+    def _next_position(self) -> tuple[int, int]:
+        """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
+        return (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Go on from a saved position; call it before iterating.
@@ -232,6 +235,7 @@ class MosaicDataLoader(BaseDataLoader):
         """
         self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
         check_same_data(data, self._data, self._path)
+        self._epoch, self._sample_in_epoch = self._next_position()
         if is_rank_0():
             logger.info(
                 f"The streams go on in epoch {self._epoch}, after {self._sample_in_epoch:,} of "

@@ -128,20 +128,20 @@ def explain_missing(error: str) -> str | None:
 
     Source: "Missing key in checkpoint state_dict" (torch 2.13, distributed/checkpoint/default_planner.py).
     """
-    found = re.search(r"Missing key in checkpoint state_dict: ((dataloader|train_state|optimizer|lr_scheduler)\S*)\.", error)
+    found = re.search(r"Missing key in checkpoint state_dict: (dataloader|train_state|optimizer|lr_scheduler)\b", error)
     if not found:
         return None
-    if found[2] == "dataloader":
-        return (
-            f"The checkpoint has no {found[1]!r}: another loader wrote it, so it doesn't know where in the streams to go "
-            "on. To keep its model and optimizer and start the streams from their beginning: "
-            "--checkpoint.exclude_from_loading=dataloader"
-        )
+    model_only = (
+        "model-only, as TorchTitan writes a run's last one unless checkpoint.last_save_model_only = false. Load an "
+        "earlier one with --checkpoint.load_step, or begin a new run with its weights: an empty --checkpoint.folder "
+        "and --checkpoint.initial_load_path=<this checkpoint>."
+    )
+    if found[1] != "dataloader":
+        return f"The checkpoint has no {found[1]}: it is {model_only}"
     return (
-        f"The checkpoint has no {found[1]!r}: it is model-only, as TorchTitan writes a run's last one unless "
-        "checkpoint.last_save_model_only = false, and training can't go on from it. Load an earlier one with "
-        "--checkpoint.load_step, or begin a new run with its weights: an empty --checkpoint.folder and "
-        "--checkpoint.initial_load_path=<this checkpoint>"
+        f"The checkpoint doesn't say where in the streams to go on. Either it is {model_only} Or another loader wrote "
+        "it: keep its model and optimizer and start the streams from their beginning with "
+        "--checkpoint.exclude_from_loading=dataloader."
     )
 
 

@@ -1,0 +1,139 @@
+"""Restarts through torchrun itself: after SIGKILL, on other ranks, and on two machines with an agent each."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.jobs import command, losses, write_files
+from tests.ranks import can_make_nodes, free_port
+from tests.recording import PAUSE, recorded
+from tests.test_restart import SAVE, read_steps
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
+TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--local-ranks-filter=0"]
+
+
+def start(
+    folder: Path, name: str, torchrun: list[str], *flags: str, prefix: tuple[str, ...] = ()
+) -> subprocess.Popen[str]:
+    """Start an agent with its ranks; what it prints goes to a file, the samples to a folder of this name."""
+    (folder / "recorded" / name).mkdir(parents=True, exist_ok=True)
+    run = [
+        "-m",
+        "tests.recording",
+        str(folder / "recorded" / name),
+        *command(folder, *SAVE, "--debug.seed=1", "--checkpoint.interval=6", *flags),
+    ]
+    with open(folder / f"{name}.log", "a") as log:
+        return subprocess.Popen(
+            [*prefix, *TORCHRUN, *torchrun, *run],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+
+def ends_well(folder: Path, name: str, agents: list[subprocess.Popen[str]]) -> tuple[dict[int, float], list[list[int]]]:
+    """Wait for all agents; losses and samples of the run."""
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            kill_tree(agent.pid)
+    log = (folder / f"{name}.log").read_text()
+    assert codes == [0] * len(agents), log
+    return losses(log), recorded(folder / "recorded" / name)
+
+
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it has started, resource trackers too."""
+    tree, found = [pid], [pid]
+    while found:
+        found = [child for parent in found for child in children(parent)]
+        tree += found
+    for member in tree:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_files(tmp_path_factory.mktemp("torchrun"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> tuple[dict[int, float], list[list[int]]]:
+    """12 steps in one go, on two ranks; saved at step 6, too."""
+    run = ends_well(folder, "whole", [start(folder, "whole", ["--nproc_per_node=2"], "--checkpoint.folder=whole")])
+    assert list(run[0]) == list(range(1, 13))
+    assert len(run[1]) == 12
+    return run
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_killed_job_goes_on_on_as_many_ranks_or_twice_as_many(
+    folder: Path, whole: tuple[dict[int, float], list[list[int]]], monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    name, before = f"killed-{ranks}", set(os.listdir("/dev/shm"))
+    flag = f"--checkpoint.folder={name}"
+    monkeypatch.setenv(PAUSE, "8")
+    agent = start(folder, name, ["--nproc_per_node=2"], flag)
+    deadline = time.monotonic() + 300
+    while not all(read_steps(folder / "recorded" / name / f"{rank}.jsonl") == 8 for rank in range(2)):
+        assert time.monotonic() < deadline and agent.poll() is None, (folder / f"{name}.log").read_text()
+        time.sleep(0.1)
+    kill_tree(agent.pid)
+    agent.wait()
+    monkeypatch.delenv(PAUSE)
+    again = start(folder, f"{name}-again", [f"--nproc_per_node={ranks}"], flag)
+    found, samples = ends_well(folder, f"{name}-again", [again])
+    for segment in set(os.listdir("/dev/shm")) - before:
+        Path("/dev/shm", segment).unlink()
+    assert recorded(folder / "recorded" / name)[:6] + samples == whole[1]
+    expected = {step: loss for step, loss in whole[0].items() if step > 6}
+    assert found == pytest.approx(expected, abs=1e-5 if ranks == 2 else 1e-3)
+
+
+@pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which machines are made")
+def test_job_of_four_ranks_goes_on_on_two_machines(
+    folder: Path, whole: tuple[dict[int, float], list[list[int]]], tmp_path: Path
+) -> None:
+    """One machine with 4 ranks, then two with 2: each has its own agent, shared memory and temporary folder."""
+    flag = "--checkpoint.folder=nodes"
+    ends_well(
+        folder,
+        "one",
+        [start(folder, "one", ["--nproc_per_node=4"], flag, "--training.steps=6", "--lr_scheduler.total_steps=12")],
+    )
+    port, agents = free_port(), []
+    for node in range(2):
+        (tmp_path / f"node-{node}").mkdir()
+        shell = f'mount -t tmpfs tmpfs /dev/shm && TMPDIR={tmp_path}/node-{node} exec "$@"'
+        prefix = ("unshare", "--mount", "--ipc", "sh", "-c", shell, "sh")
+        rendezvous = [
+            "--nnodes=2",
+            f"--node_rank={node}",
+            "--nproc_per_node=2",
+            "--rdzv_backend=c10d",
+            "--rdzv_id=nodes",
+        ]
+        rendezvous.append(f"--rdzv_endpoint=127.0.0.1:{port}")
+        agents.append(start(folder, "two", rendezvous, flag, prefix=prefix))
+    found, samples = ends_well(folder, "two", agents)
+    assert recorded(folder / "recorded/one") + samples == whole[1]
+    assert found == pytest.approx({step: loss for step, loss in whole[0].items() if step > 6}, abs=1e-3)
