@@ -75,10 +75,13 @@ def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
 
 def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
     """Size, weight and index of a stream; of the index only what says which samples there are."""
-    files = [[(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs] for shard in shards]
     index = [
-        [shard.samples, getattr(shard, "column_encodings", None), *raw]
-        for shard, raw in zip(shards, files, strict=True)
+        [
+            shard.samples,
+            getattr(shard, "column_encodings", None),
+            [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs],
+        ]
+        for shard in shards
     ]
     return {
         "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
