@@ -1,5 +1,6 @@
 """Small MDS streams whose every sample tells its own number, and loaders over them in the present rank."""
 
+import atexit
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def build_loader(
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     dp_ranks = dp_ranks or list(range(dist.get_world_size()))
-    return build_mosaic_dataloader(
+    loader = build_mosaic_dataloader(
         dp_world_size=len(set(dp_ranks)),
         dp_rank=dp_ranks[dist.get_rank()],
         tokenizer=build_tokenizer(job_config),
@@ -85,6 +86,8 @@ def build_loader(
         loader_config=config,
         loader_config_path="loader.toml",
     )
+    atexit.register(loader.close)  # or its workers find out seconds later that their rank is gone
+    return loader
 
 
 def read_samples(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
@@ -134,7 +137,6 @@ def read_steps(
             accumulated = [next(batches)[0]["input"][:, 0] - FIRST_ID for _ in range(total // local // dp)]
             samples.append([sample for batch in accumulated for sample in batch.tolist()])
             states.append(loader.state_dict())
-        loader.close()
         return samples, states
 
     ranks = run_rank_values(read, len(dp_ranks), nodes)

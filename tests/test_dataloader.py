@@ -22,6 +22,7 @@ from tests.streams import (
     build_loader,
     job,
     loader_config,
+    mixture,
     read_samples,
     sample_tokens,
     write_stream,
@@ -165,24 +166,25 @@ def test_end_of_an_epoch_is_logged_on_rank_0_alone(stream: Path) -> None:
 
 @pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
 def test_no_step_mixes_epochs_where_streams_end_before_a_whole_one(tmp_path: Path, batching_method: str) -> None:
-    """7 and 13 samples in batches of 2 from one stream: an odd number of batches, and two are a step."""
+    """7 and 13 samples in global batches of 4, which leave out a part of each stream."""
     for name, samples in (("a", 7), ("b", 13)):
         write_stream(tmp_path / name, samples)
 
     def read() -> list[tuple[int, int]]:
         streams = {name: {"local": str(tmp_path / name)} for name in ("a", "b")}
-        config = {"name": "text", "dataset": {"streams": streams, "batching_method": batching_method}}
-        loader = build_loader(config, job(2, global_batch_size=4))
+        loader = build_loader(
+            mixture(streams, num_canonical_nodes=1, batching_method=batching_method), job(2, global_batch_size=4)
+        )
         positions = []
         for _, _ in zip(loader, range(24), strict=False):
-            position = json.loads(loader.state_dict()["mosaic"])["position"]
+            position = json.loads(loader.state_dict()["mosaic"])
             positions.append((position["epoch"], position["sample_in_epoch"]))
         return positions
 
     [positions] = run_rank_values(read)
     for first, second in zip(positions[::2], positions[1::2], strict=True):
-        assert second in {(first[0], first[1] + 2), (first[0] + 1, 0)}
-        assert first[1] % 4 == 2
+        assert second in {(first[0], first[1] + 4), (first[0] + 1, 0)}
+        assert first[1] % 4 == 0, "in the middle of a step, the position is its beginning"
     assert positions[-1][0] >= 2
 
 
@@ -213,7 +215,9 @@ def test_empty_batches_are_refused(stream: Path, local: int, total: int) -> None
 
 def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=22)))
-    assert message.startswith("ConfigError: An epoch of the streams has 21 samples, one global batch needs 22.")
+    assert message.startswith(
+        "ConfigError: An epoch of the streams has 21 samples, too few for a global batch of 22 with"
+    )
 
 
 def test_global_batch_that_is_no_multiple_is_refused(stream: Path) -> None:
@@ -283,8 +287,8 @@ def test_state_is_one_readable_string_and_the_same_from_each_rank(stream: Path) 
     first, second = run_rank_values(save, 2)
     assert first == second
     [state] = map(json.loads, first.values())
-    assert state["position"]["epoch"] == 0
-    assert state["position"]["sample_in_epoch"] == 8
+    assert state["epoch"] == 0
+    assert state["sample_in_epoch"] == 8
 
 
 def test_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ def test_derived_keys_are_filled_in_a_copy(config: dict[str, Any]) -> None:
     given = copy.deepcopy(config)
     complete = resolved(config)
     assert config == given
-    assert complete["dataset"] == {**given["dataset"], "max_seq_len": 17, "replication": 4}
+    derived = {"max_seq_len": 17, "replication": 4, "num_canonical_nodes": 64}
+    assert complete["dataset"] == {**given["dataset"], **derived}
     assert complete["drop_last"] is True
 
 
@@ -48,6 +49,12 @@ def test_right_values_of_derived_keys_are_kept(config: dict[str, Any], max_seq_l
     complete = resolved(config)
     assert complete["dataset"]["max_seq_len"] == max_seq_len
     assert "device_batch_size" not in complete
+
+
+@pytest.mark.parametrize("number", [0, -1, "many", 1.5, True])
+def test_num_canonical_nodes_that_is_no_number_is_refused(config: dict[str, Any], number: object) -> None:
+    config["dataset"]["num_canonical_nodes"] = number
+    refuse(config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a positive number.")
 
 
 def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:

@@ -99,22 +99,36 @@ def test_one_two_four_one_ranks_read_what_one_reads(streams: dict[str, dict[str,
     assert samples == one.samples[:15]
 
 
-def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(streams: dict[str, dict[str, Any]]) -> None:
-    config = mixture(streams)
-    first = read_steps(config, 3, total=8)
-    second = read_steps(config, 4, total=12, state=first.states[-1])
-    one = read_steps(config, 18, total=4)
+@pytest.mark.parametrize(("batching_method", "local"), [("random", None), ("device_per_stream", 2)])
+def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
+    streams: dict[str, dict[str, Any]], batching_method: str, local: int | None
+) -> None:
+    """Where the batching method doesn't make it a part of the order."""
+    config = mixture(streams, batching_method=batching_method)
+    first = read_steps(config, 3, total=8, local=local)
+    second = read_steps(config, 4, total=12, local=local, state=first.states[-1])
+    one = read_steps(config, 18, total=4, local=local)
     read = [sample for step in first.samples + second.samples for sample in step]
     assert sorted(read) == sorted(sample for step in one.samples for sample in step)
     assert len(set(read)) == len(read) == 72
 
     def load() -> None:
         init_logger()
-        build_loader(config, job(12, 12)).load_state_dict(first.states[-1])
+        build_loader(config, job(local or 12, 12)).load_state_dict(first.states[-1])
 
     [rank] = run_ranks(load)
     assert "The global batch changes from 8 to 12 sequences: the same samples follow, in other batches." in rank.output
-    assert "The streams go on in epoch 0, after 24 of 80 samples." in rank.output
+    assert "The streams go on in epoch 0, after 24 of " in rank.output
+
+
+@pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
+def test_changed_global_batch_is_refused_where_it_is_part_of_the_order(
+    streams: dict[str, dict[str, Any]], batching_method: str
+) -> None:
+    config = mixture(streams, batching_method=batching_method)
+    [state] = read_steps(config, 1, total=8).states
+    message = message_of_load(config, state, local_batch_size=12, global_batch_size=12)
+    assert [line.split() for line in message.splitlines()[2:-1]] == [["training.global_batch_size", "8", "12"]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

@@ -132,8 +132,8 @@ class MosaicDataLoader(BaseDataLoader):
     """Batches of this rank without end, epoch after epoch, from any position.
 
     An epoch is as many whole global batches as the streams' epoch holds; the rest of it is left out, so that no
-    optimizer step mixes two epochs. The position is counted where batches are handed out: those that workers have
-    prefetched don't count.
+    optimizer step mixes two epochs. The position counts optimizer steps whose batches have all been handed out: what
+    workers have prefetched doesn't count.
 
     Args:
         loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
@@ -167,7 +167,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
         self._epoch = 0
         self._sample_in_epoch = 0
-        """Samples of this epoch that all ranks together have read."""
+        """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
         self._batches: Iterator[Mapping[str, Any]] | None = None
         if self._epoch_is_read():
             raise ConfigError(
@@ -190,12 +190,13 @@ class MosaicDataLoader(BaseDataLoader):
         while True:
             self._batches = iter(self._loader)
             while step := self._next_step(self._batches):
-                for batch in step:
+                for number, batch in enumerate(step):
                     titan_batch = to_titan_batch(batch, self._form)
                     if first:
                         check_peers(titan_batch, self._dp_rank, self._data, self._path)
                         first = False
-                    self._sample_in_epoch += self._samples_per_batch
+                    if number == len(step) - 1:
+                        self._sample_in_epoch += self._order.global_batch_size
                     yield titan_batch
             if is_rank_0():
                 logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
