@@ -133,7 +133,7 @@ def live_as_rank(
         code = exit.code if isinstance(exit.code, int) else 1
     except BaseException:
         traceback.print_exc()
-    (folder / f"{rank}.shm").write_text("\n".join(set(re.findall("/dev/shm/.*", Path("/proc/self/maps").read_text()))))
+    (folder / f"{rank}.shm").write_text("\n".join(shared_memory_of(os.getpid())))
     threading._shutdown()  # type: ignore[attr-defined]  # with this, and then with that, an interpreter ends
     atexit._run_exitfuncs()
     os._exit(code)
@@ -179,6 +179,11 @@ def can_make_nodes() -> bool:
             os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     return False
+
+
+def shared_memory_of(pid: int) -> set[str]:
+    """Files in /dev/shm that a process uses."""
+    return set(re.findall("/dev/shm/.*", Path(f"/proc/{pid}/maps").read_text()))
 
 
 def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:

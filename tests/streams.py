@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
+from examples.mosaic_streaming.build import build_mosaic_dataloader
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.ranks import run_rank_values
 
@@ -31,12 +32,18 @@ def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
 
 
 def write_stream(
-    folder: Path, samples: int, length: int = SEQ_LEN + 1, first: int = 0, hashes: Sequence[str] = ("xxh64",)
+    folder: Path,
+    samples: int,
+    length: int = SEQ_LEN + 1,
+    first: int = 0,
+    hashes: Sequence[str] = ("xxh64",),
+    columns: dict[str, str] = COLUMNS,
 ) -> Path:
     """Write a stream of token samples in several shards, numbered from `first` on."""
-    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=1024, hashes=list(hashes)) as writer:
+    with MDSWriter(out=str(folder), columns=columns, size_limit=1024, hashes=list(hashes)) as writer:
         for sample in range(first, first + samples):
-            writer.write({"tokens": sample_tokens(sample, length)})
+            dtype = columns["tokens"].partition(":")[2]
+            writer.write({"tokens": sample_tokens(sample, length).astype(dtype)})
     return folder
 
 

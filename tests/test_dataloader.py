@@ -154,14 +154,16 @@ def test_epochs_roll_over_for_ever_in_whole_global_batches(
     assert len({tuple(epoch) for epoch in epochs}) == 3, "each epoch has its own order"
 
 
-def test_end_of_an_epoch_is_logged_on_rank_0_alone(stream: Path) -> None:
+def test_start_and_end_of_an_epoch_are_logged_on_rank_0_alone(stream: Path) -> None:
     def read() -> None:
         init_logger()
         read_samples(build_loader(loader_config(stream)), 6)
 
     first, second = run_ranks(read, 2)
+    start = "The streams start in epoch 0 behind 0 samples. An epoch reads 20 of 21 samples, in 5 steps."
+    assert f"WARNING - {start}" in first.output, "more than one per cent is left out"
     assert "Epoch 0 of the streams ends: 20 samples read." in first.output
-    assert "Epoch 0" not in second.output
+    assert "epoch 0" not in second.output.lower()
 
 
 @pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
@@ -216,7 +218,7 @@ def test_empty_batches_are_refused(stream: Path, local: int, total: int) -> None
 def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=22)))
     assert message.startswith(
-        "ConfigError: An epoch of the streams has 21 samples, too few for a global batch of 22 with"
+        "ConfigError: An epoch fills no global batch of 22 sequences. loader.toml gives it {'dataset': 21}"
     )
 
 

@@ -141,23 +141,38 @@ def test_three_nodes_of_samples_need_no_multiple_of_canonical_nodes(streams: dic
     )
 
 
-@pytest.mark.parametrize("batching_method", BATCHING)
-def test_stream_that_fills_no_batch_is_refused(tmp_path: Path, batching_method: str) -> None:
-    write_stream(tmp_path / "a", 50)
-    write_stream(tmp_path / "b", 3, first=50)
-    streams = {name: {"local": str(tmp_path / name)} for name in ("a", "b")}
-    config = mixture(streams, batching_method=batching_method)
+@pytest.mark.parametrize(
+    ("batching_method", "samples", "total"),
+    [
+        ("random", (40, 9), 50),
+        ("per_stream", (80, 6), 8),
+        ("device_per_stream", (80, 3), 8),
+        ("stratified", (80, 3), 8),
+        ("stratified", (80, 40), 1),
+    ],
+)
+def test_streams_that_fill_no_batch_are_refused_with_their_samples(
+    tmp_path: Path, batching_method: str, samples: tuple[int, int], total: int
+) -> None:
+    """Too few together; too few in one stream; too small a share of a global batch."""
+    for name, size in zip("ab", samples, strict=True):
+        write_stream(tmp_path / name, size)
+    config = mixture({name: {"local": str(tmp_path / name)} for name in "ab"}, batching_method=batching_method)
 
     def build() -> str:
         try:
-            build_loader(config, job(2, 60))
+            build_loader(config, job(min(total, 2), total))
         except ConfigError as error:
             return str(error)
         return "no error"
 
     [message] = run_rank_values(build)
-    assert message.startswith("An epoch of the streams has 53 samples, too few for a global batch of 60 with ")
-    assert "num_canonical_nodes = 4" in message
+    told = {"a": samples[0], "b": samples[1]}
+    assert message.startswith(
+        f"An epoch fills no global batch of {total} sequences. loader.toml gives it {told} samples"
+    )
+    assert f"dataset.batching_method = {batching_method!r}" in message
+    assert "dataset.num_canonical_nodes = 4" in message
 
 
 def test_whole_epoch_of_one_canonical_node_leaves_nothing_out() -> None:

@@ -1,22 +1,27 @@
 """The comparison at the first batch: what differs is told, with the ranks, before anything is trained."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from examples.mosaic_streaming import build
 from examples.mosaic_streaming.errors import DataError
 from tests.ranks import can_make_nodes, run_rank_values
 from tests.streams import build_loader, job, mixture, write_stream
 
 
-def messages(config_of_rank: list[dict[str, Any]], dp_ranks: list[int], nodes: int) -> list[str]:
-    """What each rank's first batch ends with."""
+def messages(
+    config_of_rank: list[dict[str, Any]], dp_ranks: list[int], nodes: int, totals: Sequence[int] = ()
+) -> list[str]:
+    """What each rank's first batch ends with; `totals` are their global batch sizes."""
 
     def read() -> str:
+        rank = int(os.environ["RANK"])
         try:
-            next(iter(build_loader(config_of_rank[int(os.environ["RANK"])], job(2), dp_ranks)))
+            next(iter(build_loader(config_of_rank[rank], job(2, totals[rank] if totals else -1), dp_ranks)))
         except DataError as error:
             return str(error)
         return "no error"
@@ -35,10 +40,38 @@ def test_ranks_with_other_settings_are_named_with_the_settings(streams: dict[str
         ["2", "dataset.shuffle_seed", "9176", "5"],
         ["3", "dataset.shuffle_seed", "9176", "5"],
     ]
-    assert lines[-1].startswith("Each node needs the same loader.toml, job config and index.json of each stream")
+    assert lines[-1].startswith(
+        "Each node needs the same loader.toml, job config, checkpoint, number of ranks, and index.json"
+    )
+
+
+def test_ranks_with_another_job_config_are_named_with_the_settings(streams: dict[str, dict[str, Any]]) -> None:
+    told = messages([mixture(streams)] * 2, [0, 1], nodes=1, totals=[8, 4])
+    assert [line.split() for line in told[0].splitlines()[2:-1]] == [["1", "training.global_batch_size", "8", "4"]]
+
+
+def test_names_of_streams_may_differ(streams: dict[str, dict[str, Any]]) -> None:
+    renamed = dict(zip(["x", "y"], streams.values(), strict=True))
+    assert messages([mixture(streams), mixture(renamed)], [0, 1], nodes=1) == ["no error"] * 2
 
 
 needs_nodes = pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which nodes are made")
+
+
+@needs_nodes
+def test_machines_with_unequal_numbers_of_ranks_are_told(
+    streams: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four ranks think that there are two on each machine."""
+    reckon = build.dp_ranks_per_node
+
+    def reckon_on_this_machine(world_size: int, dp_world_size: int, pp: int, local_world_size: int) -> int:
+        return reckon(world_size, dp_world_size, pp, 4 if int(os.environ["RANK"]) < 2 else 2)
+
+    monkeypatch.setattr(build, "dp_ranks_per_node", reckon_on_this_machine)
+    told = messages([mixture(streams)] * 4, [0, 1, 2, 3], nodes=2)
+    assert "Ranks [2, 3] don't read what rank 0 reads." in told[0]
+    assert "nodes x dp ranks on each  1 x 4   2 x 2" in told[0]
 
 
 @needs_nodes

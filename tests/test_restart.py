@@ -14,7 +14,7 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, losses, train, write_files
-from tests.ranks import can_make_nodes, run_rank_values, run_ranks
+from tests.ranks import can_make_nodes, run_rank_values, run_ranks, shared_memory_of
 from tests.recording import PAUSE, recorded, recording
 from tests.streams import write_stream
 
@@ -108,29 +108,32 @@ def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
     folder, losses, samples = whole_on_two_ranks
     name = f"killed-{world_size}"
     flags = [*SAVE, "--checkpoint.interval=6", f"--checkpoint.folder={name}"]
-    before, first, second = set(os.listdir("/dev/shm")), folder / "recorded" / name, folder / "recorded" / f"{name}-2"
+    first, second = folder / "recorded" / name, folder / "recorded" / f"{name}-2"
+    left: set[str] = set()
     with monkeypatch.context() as patch, recording(first):
         patch.setenv(PAUSE, "8")
-        killed = run_ranks(lambda: main(command(folder, *flags)), 2, while_running=kill_when(first, steps=8))
+        killed = run_ranks(lambda: main(command(folder, *flags)), 2, while_running=kill_when(first, 8, left))
     assert [rank.code for rank in killed] == [-signal.SIGKILL] * 2
     assert os.listdir(folder / "outputs" / name) == ["step-6"]
     with recording(second):
         ranks = train(folder, *flags, world_size=world_size)
-    for segment in set(os.listdir("/dev/shm")) - before:
-        Path("/dev/shm", segment).unlink()
+    for segment in left:
+        Path(segment).unlink(missing_ok=True)
     assert recorded(first)[:6] + recorded(second) == samples
     expected = {step: loss for step, loss in losses.items() if step > 6}
     assert logged(ranks) == pytest.approx(expected, abs=1e-5 if world_size == 2 else 1e-3)
 
 
-def kill_when(folder: Path, steps: int) -> Callable[[list[int], list[Path]], None]:
-    """Kill the ranks once they have read so many steps."""
+def kill_when(folder: Path, steps: int, left: set[str]) -> Callable[[list[int], list[Path]], None]:
+    """Kill the ranks once they have read so many steps; what they leave in shared memory is added to `left`."""
 
     def kill(pids: list[int], outputs: list[Path]) -> None:
         deadline = time.monotonic() + 60
         while not all(read_steps(folder / f"{rank}.jsonl") == steps for rank in range(len(pids))):
             assert time.monotonic() < deadline, outputs[0].read_text()
             time.sleep(0.05)
+        for pid in pids:
+            left.update(shared_memory_of(pid))
         for pid in pids:
             os.killpg(pid, signal.SIGKILL)
 
@@ -210,6 +213,6 @@ def test_checkpoint_of_stock_torchtitan_is_refused_with_words_and_can_be_taken_o
 
     run_rank_values(stock)
     message = refused(files, "--checkpoint.enable")
-    assert "Or another loader wrote it: keep its model and optimizer and start the streams" in message
+    assert "Or it was written by another loader: keep its model and optimizer and start the streams" in message
     [taken] = train(files, "--checkpoint.enable", "--checkpoint.exclude_from_loading=dataloader")
     assert list(losses(taken.output)) == [3, 4]

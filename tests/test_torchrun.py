@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs import command, losses, write_files
-from tests.ranks import can_make_nodes, free_port
+from tests.ranks import can_make_nodes, free_port, shared_memory_of
 from tests.recording import PAUSE, recorded
 from tests.test_restart import SAVE, read_steps
 
@@ -52,15 +53,20 @@ def ends_well(folder: Path, name: str, agents: list[subprocess.Popen[str]]) -> t
     return losses(log), recorded(folder / "recorded" / name)
 
 
-def kill_tree(pid: int) -> None:
-    """SIGKILL a process and all that it has started, resource trackers too."""
+def kill_tree(pid: int) -> set[str]:
+    """SIGKILL a process and all that it has started, resource trackers too; return their shared memory."""
     tree, found = [pid], [pid]
     while found:
         found = [child for parent in found for child in children(parent)]
         tree += found
+    left: set[str] = set()
+    for member in tree:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            left |= shared_memory_of(member)
     for member in tree:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)
+    return left
 
 
 def children(pid: int) -> list[int]:
@@ -89,51 +95,40 @@ def whole(folder: Path) -> tuple[dict[int, float], list[list[int]]]:
 def test_killed_job_goes_on_on_as_many_ranks_or_twice_as_many(
     folder: Path, whole: tuple[dict[int, float], list[list[int]]], monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
-    name, before = f"killed-{ranks}", set(os.listdir("/dev/shm"))
-    flag = f"--checkpoint.folder={name}"
+    name, flag = f"killed-{ranks}", f"--checkpoint.folder=killed-{ranks}"
     monkeypatch.setenv(PAUSE, "8")
     agent = start(folder, name, ["--nproc_per_node=2"], flag)
     deadline = time.monotonic() + 300
     while not all(read_steps(folder / "recorded" / name / f"{rank}.jsonl") == 8 for rank in range(2)):
         assert time.monotonic() < deadline and agent.poll() is None, (folder / f"{name}.log").read_text()
         time.sleep(0.1)
-    kill_tree(agent.pid)
+    left = kill_tree(agent.pid)
     agent.wait()
     monkeypatch.delenv(PAUSE)
     again = start(folder, f"{name}-again", [f"--nproc_per_node={ranks}"], flag)
     found, samples = ends_well(folder, f"{name}-again", [again])
-    for segment in set(os.listdir("/dev/shm")) - before:
-        Path("/dev/shm", segment).unlink()
+    for segment in left:
+        Path(segment).unlink(missing_ok=True)
     assert recorded(folder / "recorded" / name)[:6] + samples == whole[1]
     expected = {step: loss for step, loss in whole[0].items() if step > 6}
     assert found == pytest.approx(expected, abs=1e-5 if ranks == 2 else 1e-3)
 
 
 @pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which machines are made")
-def test_job_of_four_ranks_goes_on_on_two_machines(
-    folder: Path, whole: tuple[dict[int, float], list[list[int]]], tmp_path: Path
-) -> None:
+def test_job_of_four_ranks_goes_on_on_two_machines(folder: Path, tmp_path: Path) -> None:
     """One machine with 4 ranks, then two with 2: each has its own agent, shared memory and temporary folder."""
-    flag = "--checkpoint.folder=nodes"
-    ends_well(
-        folder,
-        "one",
-        [start(folder, "one", ["--nproc_per_node=4"], flag, "--training.steps=6", "--lr_scheduler.total_steps=12")],
+    losses_of_one, samples_of_one = ends_well(
+        folder, "one", [start(folder, "one", ["--nproc_per_node=4"], "--checkpoint.folder=one")]
     )
+    shutil.copytree(folder / "outputs/one/step-6", folder / "outputs/two/step-6")
     port, agents = free_port(), []
     for node in range(2):
         (tmp_path / f"node-{node}").mkdir()
         shell = f'mount -t tmpfs tmpfs /dev/shm && TMPDIR={tmp_path}/node-{node} exec "$@"'
+        agent = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2"]
+        agent += ["--rdzv_backend=c10d", "--rdzv_id=two", f"--rdzv_endpoint=127.0.0.1:{port}"]
         prefix = ("unshare", "--mount", "--ipc", "sh", "-c", shell, "sh")
-        rendezvous = [
-            "--nnodes=2",
-            f"--node_rank={node}",
-            "--nproc_per_node=2",
-            "--rdzv_backend=c10d",
-            "--rdzv_id=nodes",
-        ]
-        rendezvous.append(f"--rdzv_endpoint=127.0.0.1:{port}")
-        agents.append(start(folder, "two", rendezvous, flag, prefix=prefix))
+        agents.append(start(folder, "two", agent, "--checkpoint.folder=two", prefix=prefix))
     found, samples = ends_well(folder, "two", agents)
-    assert recorded(folder / "recorded/one") + samples == whole[1]
-    assert found == pytest.approx({step: loss for step, loss in whole[0].items() if step > 6}, abs=1e-3)
+    assert samples == samples_of_one[6:]
+    assert found == pytest.approx({step: loss for step, loss in losses_of_one.items() if step > 6}, abs=1e-3)

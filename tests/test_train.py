@@ -118,7 +118,7 @@ def test_error_of_another_rank_alone_is_told_by_it(files: Path, monkeypatch: pyt
     monkeypatch.setattr(errors, "WAIT_FOR_RANK_0", 1.0)
     rows = [[token] * (SEQ_LEN + 1) for token in (20, 21, 22, 4000)]
     write_loader(files, write_tokens(files / "bad", rows))
-    text = (files / "loader.toml").read_text().replace("shuffle = true", "shuffle = false")
+    text = (files / "loader.toml").read_text().replace("shuffle = true", "num_canonical_nodes = 1")
     (files / "loader.toml").write_text(text)
     first, second = run_ranks(lambda: main(command(files, "--training.local_batch_size=2")), 2)
     assert second.code == 1

@@ -4,6 +4,7 @@ streaming 0.13.0 puts an epoch in order for the nodes, ranks, workers and batche
 to fill up rows. Here it does so for one reader, without repeats; then the samples are dealt to those who read them.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,12 +32,16 @@ class Order:
         global_batch_size: sequences per optimizer step.
         local_batch_size: samples per dp rank and batch.
         epoch_samples: samples of an epoch that can be read without repeats; the rest is left out.
+        first_epoch: the epoch to start in.
+        first_sample: samples of it that have been read already.
     """
 
     batching_method: str
     global_batch_size: int
     local_batch_size: int
     epoch_samples: int
+    first_epoch: int = 0
+    first_sample: int = 0
 
     @property
     def together(self) -> int:
@@ -49,38 +54,51 @@ class Order:
         return left - left % self.global_batch_size
 
     def __call__(self, dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-        """The samples of the rest of an epoch; the shape is in `deal`."""
+        """The samples of an epoch, or of the rest of the first one; the shape is in `deal`."""
+        assert sample_in_epoch == 0, "streaming's own way to resume is not used"
         in_order = batching_methods[self.batching_method](dataset, World(1, 1, 1, 0), epoch, 0).reshape(-1)
-        samples = in_order[sample_in_epoch : sample_in_epoch + self.left(sample_in_epoch)]
-        assert samples.size == self.left(sample_in_epoch) and samples.min(initial=0) >= 0
+        begin = self.first_sample if epoch == self.first_epoch else 0
+        samples = in_order[begin : begin + self.left(begin)]
+        assert samples.size == self.left(begin) and samples.min(initial=0) >= 0
         return deal(samples, world, self.local_batch_size, self.together)
 
 
 def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int) -> Order:
     """Make a dataset read its samples in an order that no rank, node, worker or micro-batch changes.
 
-    Source: streaming 0.13.0 finds batching methods and partition algorithms by name in these two tables
-    (base/batching/__init__.py, base/partition/__init__.py); `batch_size` is what a batching method fills a batch with.
+    Source: streaming 0.13.0 finds partition algorithms by name in a table (base/partition/__init__.py); `batch_size` is
+    what a batching method fills a batch with.
     """
     assert dataset.num_canonical_nodes is not None
-    order = Order(
-        dataset.batching_method,
-        global_batch_size,
-        local_batch_size,
-        epoch_samples(
-            dataset.batching_method,
-            [int(stream.choose) for stream in dataset.streams],
-            [float(stream.proportion) for stream in dataset.streams],
-            dataset.num_canonical_nodes,
-            global_batch_size,
-            local_batch_size,
-        ),
+    method = dataset.batching_method
+    choose = [int(stream.choose) for stream in dataset.streams]
+    proportions = [float(stream.proportion) for stream in dataset.streams]
+    samples = epoch_samples(
+        method, choose, proportions, dataset.num_canonical_nodes, global_batch_size, local_batch_size
     )
     algos[PARTITION_ALGO] = without_repeats
-    batching_methods[repr(order)] = order
     dataset.partition_algo = PARTITION_ALGO
+    dataset.batch_size = local_batch_size if method == "device_per_stream" else global_batch_size
+    return use(dataset, Order(method, global_batch_size, local_batch_size, samples))
+
+
+def start_at(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoch: int) -> Order:
+    """Make a dataset that nobody has iterated yet start at a position.
+
+    `StreamingDataset.load_state_dict` would do it, but it fails now and then where several ranks of a node create its
+    shared memory at once: "cannot mmap an empty file" (streaming 0.13.0, base/shared/memory.py).
+    """
+    dataset.next_epoch = epoch
+    return use(dataset, dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch))
+
+
+def use(dataset: StreamingDataset, order: Order) -> Order:
+    """Set an order as the batching method of a dataset.
+
+    Source: streaming 0.13.0 finds batching methods by name in a table (base/batching/__init__.py).
+    """
+    batching_methods[repr(order)] = order
     dataset.batching_method = repr(order)
-    dataset.batch_size = local_batch_size if order.batching_method == "device_per_stream" else global_batch_size
     return order
 
 
@@ -148,8 +166,9 @@ def without_repeats(
 
     Source: "repeat the last ID to get even length" (streaming 0.13.0, base/partition/orig.py).
     """
+    assert drop_first == 0
     world = (num_physical_nodes, ranks_per_node, workers_per_rank)
-    parts = get_partitions_orig(num_samples, num_canonical_nodes, *world, batch_size, drop_first)
+    parts = get_partitions_orig(num_samples, num_canonical_nodes, *world, batch_size)
     in_turn = np.ascontiguousarray(parts.transpose(3, 2, 0, 1, 4))
-    in_turn.reshape(-1)[whole(num_samples, num_canonical_nodes) - drop_first :] = -1
+    in_turn.reshape(-1)[whole(num_samples, num_canonical_nodes) :] = -1
     return in_turn.transpose(2, 3, 1, 0, 4)

@@ -1,6 +1,7 @@
 """Ranks tell each other what they read, once after each start: wrong data doesn't fail, it only trains badly."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -9,32 +10,36 @@ from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.resume import Data, differences, table
+from examples.mosaic_streaming.resume import Data, differences, nameless, table
 
 
-def check_peers(batch: TitanBatch, dp_rank: int, data: Data, path: str) -> None:
-    """Compare this rank's first batch with those of its peers, and its data with everyone's: one small collective.
+def check_peers(batch: TitanBatch, dp_rank: int, settings: Data, path: str) -> None:
+    """Compare this rank's first batch with those of its peers, and its settings with everyone's.
+
+    One small collective; a second one if ranks differ.
 
     Args:
         batch: the first after the start.
         dp_rank: on TorchTitan's batch mesh; ranks that share it have to read the same.
-        data: what `resume.describe` says of the streams and settings.
+        settings: what all ranks have to agree on.
         path: the file that configures the loader, for the message.
 
     Raises:
         DataError: on all ranks, if ranks differ that must not.
     """
-    mine = torch.tensor([dp_rank, hash_of(str(data).encode()), hash_of(bytes_of(batch))], device=device_type)
+    agreed = json.dumps({key: nameless(value) for key, value in settings.items()})
+    mine = torch.tensor([dp_rank, hash_of(agreed.encode()), hash_of(bytes_of(batch))], device=device_type)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
-    dp_ranks, datas, batches = zip(*(one.tolist() for one in everyone), strict=True)
-    if ranks := unlike_first(datas, [0] * len(datas)):
-        described: list[Data] = [{}] * len(datas)
-        dist.all_gather_object(described, data)
-        rows = [[str(rank), *row] for rank in ranks for row in differences(described[0], described[rank])]
+    dp_ranks, agreements, batches = zip(*(one.tolist() for one in everyone), strict=True)
+    if ranks := unlike_first(agreements, [0] * len(agreements)):
+        told: list[Data] = [{}] * len(agreements)
+        dist.all_gather_object(told, settings)
+        rows = [[str(rank), *row] for rank in ranks for row in differences(told[0], told[rank])]
         raise DataError(
             f"Ranks {ranks} don't read what rank 0 reads.\n{table(['rank', 'setting', 'rank 0', 'this rank'], rows)}\n"
-            f"Each node needs the same {path}, job config and index.json of each stream, also in `local`."
+            f"Each node needs the same {path}, job config, checkpoint, number of ranks, and index.json of each stream, "
+            "also in `local`."
         )
     if ranks := unlike_first(batches, dp_ranks):
         pairs = [f"{rank} than {dp_ranks.index(dp_ranks[rank])} (dp rank {dp_ranks[rank]})" for rank in ranks]

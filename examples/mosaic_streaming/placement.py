@@ -43,7 +43,8 @@ def dp_ranks_per_node(world_size: int, dp_world_size: int, pp: int, local_world_
 def deal(samples: NDArray[np.int64], world: World, local_batch_size: int, together: int = 1) -> NDArray[np.int64]:
     """Share out samples that are in order, so that each global batch takes the next ones, however many ranks read it.
 
-    Node n gets samples n, n + num_nodes, …: with `num_canonical_nodes` a multiple of it, those of its own shards.
+    Node n gets samples n, n + num_nodes, …: in the order of "random" and "per_stream" batching, with
+    `num_canonical_nodes` a multiple of the nodes, those are the samples of its own canonical nodes' shards.
 
     Args:
         samples: ids, int64 [whole global batches]; the global batch is a multiple of `local_batch_size` x dp ranks.

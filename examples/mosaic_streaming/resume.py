@@ -14,6 +14,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.loader_config import Config, streams_of
 from examples.mosaic_streaming.order import Order
+from examples.mosaic_streaming.tokenizer import what_decides_ids
 
 STATE_KEY = "mosaic"
 STATE_VERSION = 2
@@ -22,16 +23,19 @@ Data = dict[str, Any]
 """What decides which samples come next, by the setting's name."""
 
 ORDER_KEYS = ("num_canonical_nodes", "shuffle", "shuffle_seed", "sampling_method", "sampling_granularity", "epoch_size")
-SHUFFLE_KEYS = ("shuffle_algo", "shuffle_block_size")
 OTHER_KEYS = {
-    *("streams", "stream_name", "stream_config", "proportion", "repeat", "choose", "batching_method"),
+    *("streams", "stream_name", "stream_config", "batching_method", "shuffle_algo", "shuffle_block_size"),
     *("local", "remote", "split", "download_retry", "download_timeout", "validate_hash", "keep_zip"),
     *("predownload", "cache_limit", "allow_unsafe_types", "replication", "partition_algo", "max_seq_len"),
-    *("override_eos_token_id_mismatch_error", "override_bos_token_id_mismatch_error"),
+    *("eos_token_id", "override_eos_token_id_mismatch_error"),
+    *("bos_token_id", "override_bos_token_id_mismatch_error"),
 }
 """Settings of `dataset` that are described in another way, or that change neither samples nor their order."""
 
-START_ANEW = "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader"
+START_ANEW = (
+    "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader, for this one start: "
+    "each one that has the flag begins anew"
+)
 
 
 def describe(
@@ -50,7 +54,7 @@ def describe(
         values by setting; paths, workers and caches are not among them.
     """
     data: Data = {"name": config["name"], "training.seq_len": seq_len}
-    data["model.hf_assets_path"] = f"vocabulary {digest(sorted(tokenizer.get_vocab().items()))}"
+    data["model.hf_assets_path"] = f"tokenizer {digest(what_decides_ids(tokenizer))}"
     data["dataset.max_seq_len"] = config["dataset"]["max_seq_len"]
     for number, (name, stream) in enumerate(zip(streams_of(config["dataset"]), dataset.streams, strict=True)):
         data[f"stream {number + 1}"] = {"name": name} | describe_stream(stream, shards_of(dataset, number))
@@ -59,9 +63,13 @@ def describe(
         data["training.global_batch_size"] = order.global_batch_size
     if order.batching_method == "device_per_stream":
         data["training.local_batch_size"] = order.local_batch_size
-    keys = ORDER_KEYS + SHUFFLE_KEYS if dataset.shuffle else ORDER_KEYS
-    data |= {f"dataset.{key}": getattr(dataset, key) for key in keys}
-    rest = sorted(set(config["dataset"]) - OTHER_KEYS - set(ORDER_KEYS) - set(SHUFFLE_KEYS))
+    data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
+    if dataset.shuffle:
+        data["dataset.shuffle_algo"] = dataset.shuffle_algo
+        # The default is streaming 0.13.0's, base/dataset.py, which fills it in when it is first iterated.
+        default = max(4_000_000 // config["dataset"]["num_canonical_nodes"], 1 << 18)
+        data["dataset.shuffle_block_size"] = dataset.shuffle_block_size or default
+    rest = sorted(set(config["dataset"]) - OTHER_KEYS - set(ORDER_KEYS))
     data |= {f"dataset.{key}": config["dataset"][key] for key in rest}
     described: Data = json.loads(json.dumps(data))  # as it will be read back
     return described
@@ -78,6 +86,7 @@ def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
     index = [
         [
             shard.samples,
+            getattr(shard, "column_names", None),
             getattr(shard, "column_encodings", None),
             [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs],
         ]
@@ -85,7 +94,7 @@ def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
     ]
     return {
         "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
-        "an epoch": f"{int(stream.choose)} samples, share {stream.proportion:.6g}",
+        "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
     }
 
 
@@ -127,24 +136,22 @@ def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
 
 
 def explain_missing(error: str) -> str | None:
-    """What to do about a checkpoint without all that training goes on from; none for any other error of DCP.
+    """What to do about a checkpoint that lacks what training goes on from; none for any other error of DCP.
 
     Source: "Missing key in checkpoint state_dict" (torch 2.13, distributed/checkpoint/default_planner.py).
     """
-    found = re.search(r"Missing key in checkpoint state_dict: (dataloader|train_state|optimizer|lr_scheduler)\b", error)
-    if not found:
-        return None
-    model_only = (
-        "model-only, as TorchTitan writes a run's last one unless checkpoint.last_save_model_only = false. Load an "
-        "earlier one with --checkpoint.load_step, or begin a new run with its weights: an empty --checkpoint.folder "
-        "and --checkpoint.initial_load_path=<this checkpoint>."
+    key = re.search(
+        r"Missing key in checkpoint state_dict: ((dataloader|train_state|optimizer|lr_scheduler)\b.*)\.", error
     )
-    if found[1] != "dataloader":
-        return f"The checkpoint has no {found[1]}: it is {model_only}"
+    if not key:
+        return None
+    by_other = "another loader: keep its model and optimizer and start the streams from their beginning with "
+    by_other += "--checkpoint.exclude_from_loading=dataloader, for this one start"
     return (
-        f"The checkpoint doesn't say where in the streams to go on. Either it is {model_only} Or another loader wrote "
-        "it: keep its model and optimizer and start the streams from their beginning with "
-        "--checkpoint.exclude_from_loading=dataloader."
+        f"The checkpoint has no {key[1]!r}. Either it is model-only, as TorchTitan writes a run's last one unless "
+        "checkpoint.last_save_model_only = false: load an earlier one with --checkpoint.load_step, or begin a new run "
+        "with its weights, with an empty --checkpoint.folder and --checkpoint.initial_load_path=<this checkpoint>. "
+        f"Or it was written by {by_other if key[2] == 'dataloader' else 'another version of torch or torchtitan'}."
     )
 
 
@@ -168,17 +175,20 @@ def differences(saved: Data, now: Data) -> list[list[str]]:
     """The settings that differ, each with both values; a stream's name makes no difference."""
     rows = []
     for key in [*saved, *(key for key in now if key not in saved)]:
-        old, new = saved.get(key), now.get(key)
+        old, new = nameless(saved.get(key)), nameless(now.get(key))
         if key.startswith("stream ") and old and new:
-            label = f"{key} ({new.get('name')})"
+            name = now[key].get("name")
             rows += [
-                [f"{label}: {part}", show(old.get(part)), show(new.get(part))]
-                for part in new
-                if part != "name" and old.get(part) != new[part]
+                [f"{key} ({name}): {part}", old.get(part), new[part]] for part in new if old.get(part) != new[part]
             ]
         elif old != new:
             rows.append([key, show(old), show(new)])
     return rows
+
+
+def nameless(value: Any) -> Any:
+    """A value without the name of a stream."""
+    return {part: value[part] for part in value if part != "name"} if isinstance(value, dict) else value
 
 
 def show(value: Any) -> str:

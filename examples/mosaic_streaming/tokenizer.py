@@ -1,6 +1,8 @@
 """One set of tokenizer assets, two tokenizers: TorchTitan's and the transformers one that llm-foundry needs."""
 
+import json
 import os
+from pathlib import Path
 
 from torchtitan.components.tokenizer import HuggingFaceTokenizer, build_hf_tokenizer
 from torchtitan.config import JobConfig
@@ -12,6 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns 
 
 PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
 """A text on which two tokenizers that differ in normalization, splitting or merges give different ids."""
+
+ASSETS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+CONFIG_KEYS = ("bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
+"""Of tokenizer_config.json."""
 
 
 def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
@@ -72,3 +78,13 @@ def check_vocabulary(tokenizer: HuggingFaceTokenizer, vocab_size: int, model: st
             f"{tokenizer.get_vocab_size()} entries, the embedding of {model} has {vocab_size} rows. "
             "Choose the tokenizer of this model, or a model.flavor with a larger vocabulary."
         )
+
+
+def what_decides_ids(tokenizer: HuggingFaceTokenizer) -> list[object]:
+    """The content of the assets that ids depend on, whichever versions of the libraries read them."""
+    found: list[object] = [{key: tokenizer.config.get(key) for key in CONFIG_KEYS} if tokenizer.config else None]
+    for name in ASSETS:
+        if (file := Path(tokenizer.tokenizer_path, name)).is_file():
+            text = file.read_text()
+            found += [name, json.loads(text) if name.endswith(".json") else text]
+    return found

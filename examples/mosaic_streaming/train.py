@@ -101,7 +101,7 @@ def mosaic_spec(spec: "TrainSpec", loader_config: dict[str, Any], path: str) -> 
         path: the file it was read from, for messages.
     """
     from examples.mosaic_streaming import cpu
-    from examples.mosaic_streaming.dataloader import build_mosaic_dataloader
+    from examples.mosaic_streaming.build import build_mosaic_dataloader
     from examples.mosaic_streaming.tokenizer import build_tokenizer
 
     return dataclasses.replace(

@@ -1,0 +1,144 @@
+"""The `build_dataloader_fn` of a Mosaic TrainSpec."""
+
+import copy
+import json
+import os
+
+import torch.distributed as dist
+from composer import DataSpec
+from llmfoundry.data.dataloader import build_dataloader
+from streaming import StreamingDataset
+from torch.utils.data import DataLoader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
+
+from examples.mosaic_streaming.batch import BatchFormat
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders, streams_of
+from examples.mosaic_streaming.order import Order, set_order
+from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.resume import describe
+from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
+
+
+def build_mosaic_dataloader(
+    *,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: HuggingFaceTokenizer,
+    job_config: JobConfig,
+    loader_config: Config,
+    loader_config_path: str,
+) -> MosaicDataLoader:
+    """Build the training loader of one rank; a TrainSpec's `build_dataloader_fn` once the last two are bound.
+
+    Args:
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        dp_rank: this rank on that mesh.
+        tokenizer: TorchTitan's tokenizer.
+        job_config: the whole job.
+        loader_config: the loader TOML, for llm-foundry's `build_dataloader`.
+        loader_config_path: the file it was read from, for messages.
+
+    Raises:
+        ConfigError: the loader, the tokenizer, the model and the job don't fit together.
+    """
+    training, model = job_config.training, job_config.model
+    accumulation = accumulation_steps(job_config, dp_world_size)
+    vocab_size = embedding_rows(model.name, model.flavor)
+    check_vocabulary(tokenizer, vocab_size, f"{model.name} {model.flavor}")
+    transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
+    config = resolve(
+        loader_config,
+        loader_config_path,
+        seq_len=training.seq_len,
+        local_batch_size=training.local_batch_size,
+        replication=dist.get_world_size() // dp_world_size,
+    )
+    if is_rank_0():
+        logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
+    # A copy: `build_dataloader` writes into what it is given.
+    try:
+        spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"llm-foundry refuses {loader_config_path}: {type(error).__name__}: {error}") from error
+    loader = spec.dataloader
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
+        raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
+    assert loader.batch_size is not None
+    order = set_order(loader.dataset, loader.batch_size, loader.batch_size * dp_world_size * accumulation)
+    check_epoch(order, loader.dataset, list(streams_of(config["dataset"])), loader_config_path)
+    loader.dataset._parallel_rank_world = sample_world(
+        dp_rank,
+        dp_world_size,
+        dp_ranks_per_node(
+            dist.get_world_size(),
+            dp_world_size,
+            job_config.parallelism.pipeline_parallel_degree,
+            int(os.environ["LOCAL_WORLD_SIZE"]),
+        ),
+    )
+    form = BatchFormat(
+        rows=training.local_batch_size,
+        seq_len=training.seq_len,
+        max_seq_len=config["dataset"]["max_seq_len"],
+        vocab_size=vocab_size,
+        pad_id=transformers_tokenizer.pad_token_id,
+        eos_id=transformers_tokenizer.eos_token_id,
+        labels_are_ids=config["name"] == "text",
+        origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in "
+        f"{loader_config_path}.",
+    )
+    data = describe(config, loader.dataset, order, training.seq_len, tokenizer)
+    return MosaicDataLoader(loader, form, order, data, dp_rank, loader_config_path)
+
+
+def embedding_rows(model: str, flavor: str) -> int:
+    """Rows of a model's embedding, before the model is built.
+
+    Raises:
+        ConfigError: the model has no such flavor.
+    """
+    flavors = get_train_spec(model).model_args
+    if flavor not in flavors:
+        raise ConfigError(f"model.flavor = {flavor!r}, but {model} has: {', '.join(flavors)}.")
+    return flavors[flavor].vocab_size
+
+
+def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
+    """Batches that each rank reads for one optimizer step, as TorchTitan's Trainer will reckon.
+
+    Raises:
+        ConfigError: the global batch is not a multiple of the batches of all ranks.
+    """
+    local, total = job_config.training.local_batch_size, job_config.training.global_batch_size
+    if local < 1:
+        raise ConfigError(f"training.local_batch_size = {local}, but each rank needs at least one sequence.")
+    if total == 0 or (total > 0 and total % (local * dp_world_size)):
+        raise ConfigError(
+            f"training.global_batch_size = {total} is not a multiple of training.local_batch_size = {local} x "
+            f"data-parallel degree = {dp_world_size}. Change one of them."
+        )
+    return max(1, total // (local * dp_world_size))
+
+
+def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path: str) -> None:
+    """Raise ConfigError unless an epoch holds a whole global batch.
+
+    Args:
+        order: the dataset's.
+        dataset: with its streams' samples an epoch.
+        names: of the streams.
+        path: the file that configures the loader, for the message.
+    """
+    if order.left(0) == 0:
+        samples = {name: int(stream.choose) for name, stream in zip(names, dataset.streams, strict=True)}
+        raise ConfigError(
+            f"An epoch fills no global batch of {order.global_batch_size} sequences. {path} gives it {samples} samples, "
+            f"read in whole batches of dataset.batching_method = {order.batching_method!r} and, for each stream, in "
+            f"multiples of dataset.num_canonical_nodes = {dataset.num_canonical_nodes}. Add data, `repeat` it, or lower "
+            "one of these."
+        )
