@@ -137,8 +137,8 @@ def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path:
     if order.left(0) == 0:
         samples = {name: int(stream.choose) for name, stream in zip(names, dataset.streams, strict=True)}
         raise ConfigError(
-            f"An epoch fills no global batch of {order.global_batch_size} sequences. {path} gives it {samples} samples, "
-            f"read in whole batches of dataset.batching_method = {order.batching_method!r} and, for each stream, in "
-            f"multiples of dataset.num_canonical_nodes = {dataset.num_canonical_nodes}. Add data, `repeat` it, or lower "
-            "one of these."
+            f"An epoch fills no global batch of {order.global_batch_size} sequences. {path} gives it {samples} "
+            f"samples, read in whole batches of dataset.batching_method = {order.batching_method!r} and, for each "
+            f"stream, in multiples of dataset.num_canonical_nodes = {dataset.num_canonical_nodes}. Add data, `repeat` "
+            "it, or lower one of these."
         )
