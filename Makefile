@@ -63,4 +63,4 @@ lock: $(UV)
 	.tools/bin/pip install --quiet uv==$(UV_VERSION)
 
 clean:
-	rm -rf .venv .tools data outputs .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .tools data outputs .hypothesis .pytest_cache .ruff_cache .mypy_cache

@@ -160,7 +160,7 @@ def test_start_and_end_of_an_epoch_are_logged_on_rank_0_alone(stream: Path) -> N
         read_samples(build_loader(loader_config(stream)), 6)
 
     first, second = run_ranks(read, 2)
-    start = "The streams start in epoch 0 behind 0 samples. An epoch reads 20 of 21 samples, in 5 steps."
+    start = "The streams start at sample 0 of epoch 0. An epoch reads 20 of 21 samples, in 5 steps."
     assert f"WARNING - {start}" in first.output, "more than one per cent is left out"
     assert "Epoch 0 of the streams ends: 20 samples read." in first.output
     assert "epoch 0" not in second.output.lower()

@@ -89,7 +89,7 @@ class MosaicDataLoader(BaseDataLoader):
             level = logging.INFO if read > 0.99 * samples else logging.WARNING
             logger.log(
                 level,
-                f"The streams start in epoch {self._epoch} behind {self._sample_in_epoch:,} samples. An epoch reads "
+                f"The streams start at sample {self._sample_in_epoch:,} of epoch {self._epoch}. An epoch reads "
                 f"{read:,} of {samples:,} samples, in {read // self._order.global_batch_size:,} steps.",
             )
 

@@ -49,7 +49,7 @@ class Order:
         return self.local_batch_size if self.batching_method == "device_per_stream" else 1
 
     def left(self, sample_in_epoch: int) -> int:
-        """Samples of an epoch that are left behind a position, in whole global batches."""
+        """Samples of an epoch that follow a position, in whole global batches."""
         left = max(0, self.epoch_samples - sample_in_epoch)
         return left - left % self.global_batch_size
 
@@ -127,11 +127,8 @@ def epoch_samples(
     sizes = [whole(samples, num_canonical_nodes) for samples in choose]
     if batching_method == "stratified":
         parts = stream_parts(proportions, global_batch_size)
-        return (
-            0
-            if min(parts) < 1
-            else min(size // part for size, part in zip(sizes, parts, strict=True)) * global_batch_size
-        )
+        steps = min(size // part if part else 0 for size, part in zip(sizes, parts, strict=True))
+        return steps * global_batch_size
     batch = local_batch_size if batching_method == "device_per_stream" else global_batch_size
     return 0 if min(sizes) < batch else sum(whole(size, batch) for size in sizes)
 
