@@ -160,7 +160,7 @@ def test_start_and_end_of_an_epoch_are_logged_on_rank_0_alone(stream: Path) -> N
         read_samples(build_loader(loader_config(stream)), 6)
 
     first, second = run_ranks(read, 2)
-    start = "The streams start at sample 0 of epoch 0. An epoch reads 20 of 21 samples, in 5 steps."
+    start = "The streams start at sample 0 of epoch 0, of which 5 steps follow; it leaves out 1 of 21 samples."
     assert f"WARNING - {start}" in first.output, "more than one per cent is left out"
     assert "Epoch 0 of the streams ends: 20 samples read." in first.output
     assert "epoch 0" not in second.output.lower()
@@ -218,7 +218,7 @@ def test_empty_batches_are_refused(stream: Path, local: int, total: int) -> None
 def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=22)))
     assert message.startswith(
-        "ConfigError: An epoch fills no global batch of 22 sequences. loader.toml gives it {'dataset': 21}"
+        "ConfigError: An epoch fills no global batch of 22 sequences. Of its samples in loader.toml (dataset 21), "
     )
 
 

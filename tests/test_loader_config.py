@@ -54,7 +54,7 @@ def test_right_values_of_derived_keys_are_kept(config: dict[str, Any], max_seq_l
 @pytest.mark.parametrize("number", [0, -1, "many", 1.5, True])
 def test_num_canonical_nodes_that_is_no_number_is_refused(config: dict[str, Any], number: object) -> None:
     config["dataset"]["num_canonical_nodes"] = number
-    refuse(config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a positive number.")
+    refuse(config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a whole number from 1 on.")
 
 
 def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:

@@ -172,6 +172,7 @@ def test_run_on_changed_data_is_refused_and_can_start_the_new_data_anew(files: P
     with recording(files / "recorded/anew"):
         [anew] = train(files, *flags, "--checkpoint.exclude_from_loading=dataloader")
     assert list(losses(anew.output)) == [3, 4]
+    assert "WARNING - checkpoint.exclude_from_loading has dataloader: the streams start from their begin" in anew.output
     with recording(files / "recorded/new"):
         train(files, "--training.steps=2")
     assert recorded(files / "recorded/anew") == recorded(files / "recorded/new"), "from the beginning"

@@ -122,7 +122,8 @@ def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
 
     [rank] = run_ranks(load)
     assert "The global batch changes from 8 to 12 sequences: the same samples follow, in other batches." in rank.output
-    assert "The streams start at sample 24 of epoch 0. An epoch reads 72 of 83 samples, in 6 steps." in rank.output
+    start = "The streams start at sample 24 of epoch 0, of which 4 steps follow; it leaves out 11 of 83 samples."
+    assert start in rank.output
 
 
 @pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])

@@ -60,6 +60,18 @@ def test_error_of_the_user_ends_all_ranks_with_one_line_on_rank_0(files: Path, f
     assert "Traceback" not in first.output + second.output
 
 
+def test_torchruns_report_has_the_reason_once_and_no_traceback(files: Path) -> None:
+    def run() -> None:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(files / f"{os.environ['RANK']}.json")
+        main(command(files, "--model.flavor=9B"))
+
+    run_ranks(run, 2)
+    first, second = ((files / f"{rank}.json").read_text() for rank in range(2))
+    assert "model.flavor = '9B', but llama3_mosaic has: debugmodel" in first
+    assert "Ended with rank 0." in second
+    assert "Traceback" not in first + second
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

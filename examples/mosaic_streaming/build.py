@@ -135,10 +135,11 @@ def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path:
         path: the file that configures the loader, for the message.
     """
     if order.left(0) == 0:
-        samples = {name: int(stream.choose) for name, stream in zip(names, dataset.streams, strict=True)}
+        samples = [f"{name} {int(stream.choose):,}" for name, stream in zip(names, dataset.streams, strict=True)]
+        nodes, each = dataset.num_canonical_nodes, "" if order.batching_method == "random" else " from each stream"
         raise ConfigError(
-            f"An epoch fills no global batch of {order.global_batch_size} sequences. {path} gives it {samples} "
-            f"samples, read in whole batches of dataset.batching_method = {order.batching_method!r} and, for each "
-            f"stream, in multiples of dataset.num_canonical_nodes = {dataset.num_canonical_nodes}. Add data, `repeat` "
-            "it, or lower one of these."
+            f"An epoch fills no global batch of {order.global_batch_size} sequences. Of its samples in {path} "
+            f"({', '.join(samples)}), dataset.num_canonical_nodes = {nodes} takes multiples of {nodes}{each}, and "
+            f"dataset.batching_method = {order.batching_method!r} whole batches. Add data, `repeat` it, or lower the "
+            "batch size or num_canonical_nodes."
         )

@@ -85,12 +85,13 @@ class MosaicDataLoader(BaseDataLoader):
     def _log_start(self) -> None:
         """Say on rank 0 where in the streams the run starts, and how much of them an epoch leaves out."""
         if is_rank_0():
-            samples, read = self._dataset.epoch_size, self._order.left(0)
-            level = logging.INFO if read > 0.99 * samples else logging.WARNING
+            samples, start = self._dataset.epoch_size, self._sample_in_epoch
+            left = self._order.left(start)
             logger.log(
-                level,
-                f"The streams start at sample {self._sample_in_epoch:,} of epoch {self._epoch}. An epoch reads "
-                f"{read:,} of {samples:,} samples, in {read // self._order.global_batch_size:,} steps.",
+                logging.INFO if start + left > 0.99 * samples else logging.WARNING,
+                f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
+                f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
+                f"{samples:,} samples.",
             )
 
     def _place(self) -> Data:

@@ -36,11 +36,17 @@ def stop(error: ConfigError | DataError) -> NoReturn:
     """
     message = f"{type(error).__name__}: {error}"
     if not is_rank_0():
+        report("Ended with rank 0.")
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
         time.sleep(WAIT_FOR_RANK_0)
         message = f"[rank {os.environ['RANK']}] {message}"
     print(message, file=sys.stderr, flush=True)
-    if report := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+    report(message)
     sys.exit(1)
+
+
+def report(message: str) -> None:
+    """Leave a message for torchrun's closing report, in place of a traceback."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

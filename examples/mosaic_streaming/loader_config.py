@@ -71,7 +71,7 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
     nodes = dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
     if type(nodes) is not int or nodes < 1:
-        raise ConfigError(f"dataset.num_canonical_nodes = {nodes!r} in {path}, expected a positive number.")
+        raise ConfigError(f"dataset.num_canonical_nodes = {nodes!r} in {path}, expected a whole number from 1 on.")
     check_streams(dataset, path)
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}

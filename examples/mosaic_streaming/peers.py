@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.batch import TitanBatch
@@ -48,6 +49,8 @@ def check_peers(batch: TitanBatch, dp_rank: int, settings: Data, path: str) -> N
             f"settings are the same: suspect `local` in {path}, a cache with other shards than the stream's. "
             "Remove it on the nodes of these ranks."
         )
+    if dist.get_rank() == 0:
+        logger.info(f"All {len(dp_ranks)} ranks agree on data and settings; peers got the same first batch.")
 
 
 def unlike_first(values: Sequence[int], groups: Sequence[int]) -> list[int]:

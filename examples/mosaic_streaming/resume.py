@@ -149,8 +149,9 @@ def explain_missing(error: str) -> str | None:
     by_other += "--checkpoint.exclude_from_loading=dataloader, for this one start"
     return (
         f"The checkpoint has no {key[1]!r}. Either it is model-only, as TorchTitan writes a run's last one unless "
-        "checkpoint.last_save_model_only = false: load an earlier one with --checkpoint.load_step, or begin a new run "
-        "with its weights, with an empty --checkpoint.folder and --checkpoint.initial_load_path=<this checkpoint>. "
+        "checkpoint.last_save_model_only = false: for this one start, load an earlier one with --checkpoint.load_step "
+        "or begin a new run with its weights: --checkpoint.initial_load_path=<this checkpoint> and a "
+        "--checkpoint.folder that doesn't exist yet. "
         f"Or it was written by {by_other if key[2] == 'dataloader' else 'another version of torch or torchtitan'}."
     )
 

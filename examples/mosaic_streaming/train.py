@@ -134,6 +134,10 @@ def run(job_config: "JobConfig") -> None:
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
         if cpu.ACTIVE:
             logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
+        if "dataloader" in job_config.checkpoint.exclude_from_loading:
+            logger.warning(
+                "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again."
+            )
     for number in SIGNALS:
         signal.signal(number, exit_on_signal)
     trainer = None
