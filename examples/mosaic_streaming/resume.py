@@ -100,7 +100,7 @@ def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
 
 def digest(value: object) -> str:
     """A short hash of a value of JSON."""
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def pack(epoch: int, sample_in_epoch: int, global_batch_size: int, data: Data) -> dict[str, str]:
