@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
+
 CLONE_NEWNS, CLONE_NEWIPC, MS_REC, MS_PRIVATE = 0x20000, 0x8000000, 0x4000, 0x40000
 """Source: Linux, sched.h and mount.h."""
 
@@ -123,6 +125,9 @@ def live_as_rank(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **local}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     tempfile.tempdir = str(folder)
+    # The fork has invalidated torch's pool of threads: it is renewed here, before several threads of autograd race to do
+    # so and one of them finds none ("Invalid thread pool!", torch 2.13).
+    torch.set_num_threads(1)
     code = 1
     try:
         if nodes > 1:
