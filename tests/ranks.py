@@ -125,8 +125,8 @@ def live_as_rank(
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **local}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     tempfile.tempdir = str(folder)
-    # The fork has invalidated torch's pool of threads: it is renewed here, before several threads of autograd race to do
-    # so and one of them finds none ("Invalid thread pool!", torch 2.13).
+    # A fork invalidates torch's pool of threads. Renew it here, before several threads of autograd race to do so and
+    # one of them finds none ("Invalid thread pool!", torch 2.13).
     torch.set_num_threads(1)
     code = 1
     try:
