@@ -49,7 +49,7 @@ def check_peers(batch: TitanBatch, dp_rank: int, settings: Data, path: str) -> N
             f"settings are the same: suspect `local` in {path}, a cache with other shards than the stream's. "
             "Remove it on the nodes of these ranks."
         )
-    if dist.get_rank() == 0:
+    if dist.get_rank() == 0 and len(dp_ranks) > 1:
         logger.info(f"All {len(dp_ranks)} ranks agree on data and settings; peers got the same first batch.")
 
 
