@@ -15,7 +15,7 @@ from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.resume import STATE_VERSION, unpack
+from examples.mosaic_streaming.resume import STATE_VERSION, differences, unpack
 from tests.ranks import run_rank_values, run_ranks
 from tests.streams import TOKENIZER, build_loader, job, loader_config, mixture, read_steps, sample_tokens, write_stream
 from tests.test_order import BATCHING, SHUFFLE
@@ -341,3 +341,10 @@ def test_state_that_cannot_be_read_is_refused_with_words(text: str, message: str
     with pytest.raises(DataError, match="exclude_from_loading=dataloader") as error:
         unpack({"mosaic": text})
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("saved", ["scrambled", {}, None])
+def test_stream_that_is_damaged_in_the_state_is_told_as_a_difference(saved: object) -> None:
+    [row] = differences({"stream 1": saved}, {"stream 1": {"name": "a", "index": "50 samples"}})
+    assert row[0].startswith("stream 1")
+    assert row[2] == "50 samples"

@@ -50,8 +50,7 @@ class Order:
 
     def left(self, sample_in_epoch: int) -> int:
         """Samples of an epoch that follow a position, in whole global batches."""
-        left = max(0, self.epoch_samples - sample_in_epoch)
-        return left - left % self.global_batch_size
+        return whole(max(0, self.epoch_samples - sample_in_epoch), self.global_batch_size)
 
     def __call__(self, dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
         """The samples of an epoch, or of the rest of the first one; the shape is in `deal`."""

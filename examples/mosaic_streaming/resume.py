@@ -177,11 +177,10 @@ def differences(saved: Data, now: Data) -> list[list[str]]:
     rows = []
     for key in [*saved, *(key for key in now if key not in saved)]:
         old, new = nameless(saved.get(key)), nameless(now.get(key))
-        if key.startswith("stream ") and old and new:
-            name = now[key].get("name")
-            rows += [
-                [f"{key} ({name}): {part}", old.get(part), new[part]] for part in new if old.get(part) != new[part]
-            ]
+        if key.startswith("stream ") and isinstance(old, dict) and isinstance(new, dict):
+            label = f"{key} ({now[key].get('name')})"
+            changed = [part for part in new if old.get(part) != new[part]]
+            rows += [[f"{label}: {part}", show(old.get(part)), show(new[part])] for part in changed]
         elif old != new:
             rows.append([key, show(old), show(new)])
     return rows
