@@ -8,7 +8,7 @@ BIN := .venv/bin
 EXAMPLE := examples/mosaic_streaming
 SOURCES := examples tests
 
-.PHONY: demo test test-all format lint typecheck check lock clean
+.PHONY: demo test test-all soak format lint typecheck check lock clean
 
 demo: .venv/.synced
 	rm -rf outputs/demo
@@ -33,6 +33,10 @@ test: .venv/.synced
 # The long ones, too: resume in each way to read, and restarts through torchrun, also on two machines.
 test-all: .venv/.synced
 	$(BIN)/pytest -m ""
+
+# At least 200 faults and 20 kills, in at most 20 minutes.
+soak: .venv/.synced
+	$(BIN)/python -W ignore -m tests.soak
 
 format: .venv/.synced
 	$(BIN)/ruff format $(SOURCES)

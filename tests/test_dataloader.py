@@ -1,5 +1,6 @@
 """Batches, epochs, state and end of the loader: over real streams, in real ranks, by the numbers of the samples."""
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from torchtitan.tools.logging import init_logger
 from transformers import AutoTokenizer
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.faults import CheckedDataset
 from tests.ranks import run_rank_values, run_ranks
 from tests.streams import (
     SEQ_LEN,
@@ -293,15 +295,13 @@ def test_state_is_one_readable_string_and_the_same_from_each_rank(stream: Path) 
     assert state["sample_in_epoch"] == 8
 
 
-def test_epoch_that_ends_early_is_an_error(tmp_path: Path) -> None:
-    """A shard that fails its checksum ends streaming's epoch as if it were complete."""
-    folder = write_stream(tmp_path / "remote", samples=21)
-    shard = folder / "shard.00001.mds"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
-    config = loader_config(tmp_path / "cache", remote=str(folder), validate_hash="xxh64", predownload=2)
-    message = error_of(lambda: read_samples(build_loader(config), 10))
-    assert message.startswith("DataError: Epoch 0 ended after ")
-    assert " of 21 samples." in message
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_epoch_that_ends_early_is_an_error(stream: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    """Whyever: here, the dataset gives each reader 5 samples."""
+    each = CheckedDataset._each_sample_id
+    monkeypatch.setattr(CheckedDataset, "_each_sample_id", lambda self, it: itertools.islice(each(self, it), 5))
+    message = error_of(lambda: read_samples(build_loader(loader_config(stream, num_workers)), 10))
+    assert re.match(r"DataError: Epoch 0 ended after \d+ of 21 samples\. Rank 0", message)
 
 
 def test_close_ends_the_workers(stream: Path) -> None:

@@ -17,11 +17,17 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.faults import check_dataset
+from examples.mosaic_streaming.job import new_number, on_each_node, open_line
 from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders, streams_of
+from examples.mosaic_streaming.node import keep_locks_together, prepare_streams, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.resume import describe
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
+
+ORDER_BYTES = 40
+"""Of a node's memory for each sample of an epoch: seen with 100 million samples."""
 
 
 def build_mosaic_dataloader(
@@ -60,17 +66,24 @@ def build_mosaic_dataloader(
     )
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
-    # A copy: `build_dataloader` writes into what it is given.
+    number = new_number()
+    open_line(number)
+    on_each_node(number, lambda: prepare_streams(config, loader_config_path))
     try:
-        spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
-    except (ValueError, TypeError, KeyError) as error:
+        with shared_memory(number):
+            # A copy: `build_dataloader` writes into what it is given.
+            spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
+    except Exception as error:
         raise ConfigError(f"llm-foundry refuses {loader_config_path}: {type(error).__name__}: {error}") from error
     loader = spec.dataloader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
     assert loader.batch_size is not None
+    names = list(streams_of(config["dataset"]))
+    check_dataset(loader.dataset, [stream_label(name, loader_config_path) for name in names])
+    keep_locks_together(loader.dataset)
     order = set_order(loader.dataset, loader.batch_size, loader.batch_size * dp_world_size * accumulation)
-    check_epoch(order, loader.dataset, list(streams_of(config["dataset"])), loader_config_path)
+    check_epoch(order, loader.dataset, names, loader_config_path)
     loader.dataset._parallel_rank_world = sample_world(
         dp_rank,
         dp_world_size,
@@ -126,7 +139,7 @@ def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
 
 
 def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path: str) -> None:
-    """Raise ConfigError unless an epoch holds a whole global batch.
+    """Raise ConfigError unless an epoch holds a whole global batch, and can be put in order in this machine's memory.
 
     Args:
         order: the dataset's.
@@ -134,6 +147,12 @@ def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path:
         names: of the streams.
         path: the file that configures the loader, for the message.
     """
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (needed := dataset.epoch_size * ORDER_BYTES) > memory:
+        raise ConfigError(
+            f"An epoch of {dataset.epoch_size:,} samples takes about {needed / 1e9:,.0f} GB of each node's memory to "
+            f"put in order, of {memory / 1e9:,.0f} GB. Lower `epoch_size`, `repeat` or `choose` in {path}."
+        )
     if order.left(0) == 0:
         samples = [f"{name} {int(stream.choose):,}" for name, stream in zip(names, dataset.streams, strict=True)]
         nodes, each = dataset.num_canonical_nodes, "" if order.batching_method == "random" else " from each stream"

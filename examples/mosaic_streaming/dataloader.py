@@ -11,7 +11,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
-from examples.mosaic_streaming.errors import DataError, is_rank_0
+from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.order import Order, start_at
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, check_same_data, pack, unpack
@@ -110,7 +110,10 @@ class MosaicDataLoader(BaseDataLoader):
         if self._epoch_is_read():
             return []
         accumulation = self._order.global_batch_size // self._samples_per_batch
-        step = list(itertools.islice(batches, accumulation))
+        try:
+            step = list(itertools.islice(batches, accumulation))
+        except Exception as error:
+            raise DataError(self.lost_workers() or f"{cause(error)} {self._form.origin}") from error
         if len(step) < accumulation:
             raise DataError(
                 f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
@@ -147,6 +150,19 @@ class MosaicDataLoader(BaseDataLoader):
             )
         self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
 
+    def lost_workers(self) -> str:
+        """Which dataloader workers have ended with an error, and how; signals that end a whole job aside."""
+        workers = enumerate(getattr(self._batches, "_workers", []))
+        lost = [
+            f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
+            for number, worker in workers
+            if worker.exitcode not in (None, 0, *(-number for number in SIGNALS))
+        ]
+        if lost:
+            lost.append("-9 is mostly for want of memory: lower num_workers, prefetch_factor or dataset.predownload in")
+            lost.append(f"{self._path}.")
+        return " ".join(lost)
+
     def close(self) -> None:
         """End the dataloader workers.
 
@@ -156,3 +172,16 @@ class MosaicDataLoader(BaseDataLoader):
         shutdown = getattr(batches, "_shutdown_workers", None)  # there are none where num_workers = 0
         if shutdown:
             shutdown()
+
+
+def cause(error: Exception) -> str:
+    """What an error says; of one from a worker, without the worker's traceback.
+
+    Source: torch hands it on as the type that it had, with a text that the traceback ends (torch 2.13, _utils.py).
+    """
+    lines = str(error).splitlines()
+    if "Original Traceback (most recent call last):" not in lines:
+        return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+    last = max(number for number, line in enumerate(lines) if line.startswith("  "))
+    text = "\n".join(lines[last + 1 :])
+    return text.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")

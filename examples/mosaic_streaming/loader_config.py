@@ -2,8 +2,10 @@
 
 import copy
 import difflib
+import hashlib
 import inspect
 import os
+import tempfile
 from typing import Any
 
 from llmfoundry import registry
@@ -14,6 +16,7 @@ from streaming.base import shuffle
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.values import hints_of, wrong_values
 
 Config = dict[str, Any]
 
@@ -40,6 +43,15 @@ DATASET_KEYS = {
 Source: llm-foundry 0.22.0, data/text_data.py, data/utils.py and data/finetuning/dataloader.py. The text loader drops
 a key that it doesn't know without a word.
 """
+
+STREAM_DEFAULTS = {
+    key: inspect.signature(StreamingDataset).parameters[key].default
+    for key in ("download_retry", "download_timeout", "validate_hash", "keep_zip")
+}
+"""Settings of `dataset` that streams take over, and their defaults."""
+
+WEIGHT_TOLERANCE = 0.01
+"""By how much the proportions of all streams may sum to another number than 1: people round."""
 
 NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
 
@@ -69,10 +81,13 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     del config["device_batch_size"]  # an argument of `build_dataloader`
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
-    nodes = dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
-    if type(nodes) is not int or nodes < 1:
-        raise ConfigError(f"dataset.num_canonical_nodes = {nodes!r} in {path}, expected a whole number from 1 on.")
+    dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
     check_streams(dataset, path)
+    check_weights(dataset, path)
+    for stream in streams_of(dataset).values():
+        if stream.get("remote") and not stream.get("local"):
+            stream["local"] = default_cache(stream["remote"])
+    check_caches(dataset, path)
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}
     config = defaults | config
@@ -109,6 +124,13 @@ def check_keys(config: Config, path: str) -> None:
         wrong += unknown(settings, f"dataset.streams.{stream}.", list(inspect.signature(Stream).parameters))
     if wrong:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(wrong)}.")
+    hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__)
+    wrong = wrong_values(config, "", hints_of(registry.dataloaders.get(name)), path)
+    wrong += wrong_values(dataset, "dataset.", hints, path)
+    for stream, settings in streams.items():
+        wrong += wrong_values(settings, f"dataset.streams.{stream}.", hints, path)
+    if wrong:
+        raise ConfigError(" ".join(wrong))
     if dataset.get("packing_ratio"):
         raise ConfigError(f"dataset.packing_ratio in {path}: packing is not there yet. Remove the key.")
     if name == "finetuning" and not (dataset.get("remote") or streams or "hf_name" in dataset):
@@ -153,7 +175,7 @@ def check_streams(dataset: Config, path: str) -> None:
         if not folder:
             raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")
         stream = streams_of(dataset)[name]
-        if dataset.get("cache_limit") and stream.get("remote") in (None, stream.get("local")):
+        if dataset.get("cache_limit") and not has_cache(stream):
             raise ConfigError(
                 f"dataset.cache_limit in {path}, but {name} has no `remote`: streaming would delete its only copy. "
                 "Remove the limit, or give a `remote` beside another `local`."
@@ -163,3 +185,38 @@ def check_streams(dataset: Config, path: str) -> None:
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
                 f"or make the demo data: {MAKE_DEMO_DATA}"
             )
+
+
+def has_cache(stream: Config) -> bool:
+    """Whether a stream's `local` is a copy of its `remote`, rather than all there is."""
+    remote, local = stream.get("remote") or "", stream.get("local") or ""
+    return bool(remote) and not (local and os.path.realpath(remote) == os.path.realpath(local))
+
+
+def default_cache(remote: str) -> str:
+    """Where shards are kept if a stream says nothing; streaming's own default is refused when it is there already."""
+    name = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
+    return os.path.join(tempfile.gettempdir(), f"mosaic_streaming-{os.getuid()}", name)
+
+
+def check_weights(dataset: Config, path: str) -> None:
+    """Raise ConfigError unless the proportions of all streams sum to 1; streaming would take them as ratios."""
+    shares = {name: stream["proportion"] for name, stream in streams_of(dataset).items() if "proportion" in stream}
+    if shares and len(shares) == len(streams_of(dataset)) and abs(sum(shares.values()) - 1) > WEIGHT_TOLERANCE:
+        listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+        raise ConfigError(
+            f"The proportions of the streams in {path} ({listed}) sum to {sum(shares.values()):g}, not 1."
+        )
+
+
+def check_caches(dataset: Config, path: str) -> None:
+    """Raise ConfigError if two streams have the same `local`: each would overwrite the other's index."""
+    places: dict[str, str] = {}
+    for name, stream in streams_of(dataset).items():
+        local, split = stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
+        place = os.path.abspath(os.path.join(local, split))
+        if place in places:
+            raise ConfigError(
+                f"{places[place]} and {name} in {path} have the same `local`, {place}. Give each its own."
+            )
+        places[place] = name

@@ -15,7 +15,8 @@ from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0, stop
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import parse_flags, read_toml, spell_booleans
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 MODEL = "llama3_mosaic"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""Those that torchrun passes on to its ranks' process groups."""
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """Whose versions the log opens with."""
@@ -33,7 +32,7 @@ PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, register the spec, train; a user's error ends in one line."""
-    try:
+    with errors.told_once():
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
         if not (flags.config and flags.mosaic_config):  # `-- --help`
             load_job_config(titan_flags)
@@ -45,8 +44,6 @@ def main(argv: list[str] | None = None) -> None:
         check_job(job_config)
         register(loader_config, flags.mosaic_config)
         run(job_config)
-    except (ConfigError, DataError) as error:
-        stop(error)
 
 
 def load_job_config(titan_flags: list[str]) -> "JobConfig":
@@ -150,12 +147,16 @@ def run(job_config: "JobConfig") -> None:
             trainer.train()
     except BaseException as error:
         ignore_signals()
+        lost = trainer.dataloader.lost_workers() if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
+        if lost and not isinstance(error, DataError):
+            raise DataError(lost) from error
         if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
             raise ConfigError(missing) from error
         raise
     close(trainer)
+    errors.line.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     logger.info("Process group destroyed")

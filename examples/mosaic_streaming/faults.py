@@ -1,0 +1,135 @@
+"""Datasets whose faults reach whoever reads them.
+
+What fails in one of streaming 0.13.0's threads ends the epoch early, as if it were over, or leaves other workers
+waiting for ever.
+"""
+
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, cast
+
+from streaming import StreamingDataset
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format.mds import MDSReader
+
+from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
+
+
+class CheckedReader(MDSReader):
+    """Reads samples of an MDS shard, whole ones only.
+
+    Attributes:
+        is_cache: whether the file can be fetched again.
+    """
+
+    is_cache = False
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """The bytes of a sample.
+
+        Raises:
+            FileNotFoundError: the file was damaged; it has been removed, so that it is fetched again.
+            DataError: it is damaged and there is no other.
+        """
+        filename = os.path.join(self.dirname, self.split, self.raw_data.basename)
+        with open(filename, "rb", 0) as file:
+            file.seek((1 + idx) * 4)
+            begin, end = struct.unpack("<2I", file.read(8).ljust(8, b"\0"))
+            file.seek(begin)
+            data = file.read(end - begin) if begin < end else b""
+        if data and len(data) == end - begin:
+            return data
+        if not self.is_cache:
+            raise DataError(f"{filename} is damaged: sample {idx} isn't whole. There is no remote to fetch it from.")
+        Path(filename).unlink(missing_ok=True)
+        raise FileNotFoundError(f"{filename} was damaged while in use")
+
+
+class CheckedDataset(StreamingDataset):
+    """A dataset whose faults reach whoever reads it, in all processes of a node."""
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have a shard ready, as streaming does; what fails is given up, for all processes of this node."""
+        if fault := self.fault():
+            raise DataError(fault)
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self.give_up(shard_id, error)
+            raise
+
+    def fault(self) -> str | None:
+        """Why a shard was given up on this node."""
+        path = self._fault_file()
+        return path.read_text() if path.exists() else None
+
+    def _fault_file(self) -> Path:
+        return Path("/dev/shm", f"{self._shm_prefix_int:06}_fault")
+
+    def give_up(self, shard_id: int, error: Exception) -> None:
+        """Tell all processes of this node, and let none wait for the shard.
+
+        streaming leaves it in the state PREPARING, for which others wait; where it is LOCAL they miss its file and ask
+        for it, and are told. It also leaves its lock, if what failed was to make room (base/dataset.py).
+        """
+        if self._cache_filelock.is_locked:
+            self._cache_filelock.release(force=True)
+        part = self._fault_file().with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        part.write_text(str(error) if isinstance(error, DataError) else describe(error))
+        part.rename(self._fault_file())
+        self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def __getitem__(self, at: Any) -> Any:
+        try:
+            return super().__getitem__(at)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(self.fault() or self._describe(at, error)) from error
+
+    def _describe(self, sample_id: int, error: Exception) -> str:
+        """What failed in reading a sample."""
+        shard_id, index = self.spanner[sample_id]
+        stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
+        file = self.shards[shard_id].file_pairs[0][0].basename
+        return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}"
+
+    def on_exception(self, future: "Future[None]") -> None:
+        """Let reading end with the error of a thread; streaming raises it where nobody hears it."""
+        if future.exception():
+            self._event.set()
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Nothing has to wait for shards but reading; streaming's waits for ever for one that failed elsewhere."""
+        it.on_exit()
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        """Each sample in turn: reading one whose shard isn't there yet fetches it, or fails."""
+        for number, sample_id in enumerate(it.sample_ids):
+            it.yield_index = number
+            if it.should_exit():
+                break
+            if sample_id != -1:
+                yield sample_id
+        it.on_exit()
+
+
+def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:
+    """Turn a dataset that llm-foundry has made into a checked one, with its streams and readers.
+
+    A class of ours can't be given to llm-foundry 0.22.0: its text loader names the one that it makes.
+    """
+    kind = type(dataset)
+    dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {})
+    for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
+        checked = make_checked(stream, label)
+        begin = int(dataset.shard_offset_per_stream[number])
+        for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
+            if type(shard) is MDSReader:
+                shard.__class__ = CheckedReader
+                cast(CheckedReader, shard).is_cache = checked.is_cache

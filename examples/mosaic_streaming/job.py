@@ -1,0 +1,121 @@
+"""What the ranks of a job tell each other aside from training: whether they are ready, and why one stops."""
+
+import contextlib
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.node import FIRST_NUMBER
+
+FAULT, TOLD = "fault", "told"
+"""Keys of the store: why the job stops, and that rank 0 has said it."""
+
+PATIENCE = timedelta(seconds=5)
+"""How long a rank waits for a key before it asks again; in between it can be interrupted."""
+
+INTERVAL = 1.0
+"""Seconds between two looks for a fault."""
+
+GRACE = 20.0
+"""Seconds from the fault of one rank to the end of another that a collective won't let go."""
+
+
+def new_number() -> int:
+    """A random number, the same on all ranks, that no other job of this machine has."""
+    number = [random.SystemRandom().randrange(FIRST_NUMBER, 9 * FIRST_NUMBER)]
+    dist.broadcast_object_list(number)
+    return number[0]
+
+
+def open_store(number: int) -> dist.Store:
+    """A connection of one's own to the store that the job's ranks have met at, with keys of this number alone."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(str(number), dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
+
+
+def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str | None:
+    """The value of a key once somebody has set it; none if nobody does in time."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait([key], PATIENCE)
+            return str(store.get(key).decode())
+    return None
+
+
+def on_each_node(number: int, prepare: Callable[[], None]) -> None:
+    """Call a function on the local leader of each node; all ranks wait for all of them, however long it takes.
+
+    Raises:
+        ConfigError, DataError: on all ranks, the first node's that failed.
+    """
+    store, node_size = open_store(number), int(os.environ["LOCAL_WORLD_SIZE"])
+    if dist.get_rank() % node_size == 0:
+        problem = ""
+        try:
+            prepare()
+        except (ConfigError, DataError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        store.set(f"node {dist.get_rank() // node_size}", problem)
+    for node in range(dist.get_world_size() // node_size):
+        if problem := wait_for(store, f"node {node}") or "":
+            kind, _, message = problem.partition(": ")
+            raise (ConfigError if kind == "ConfigError" else DataError)(message)
+
+
+class Line(errors.Line):
+    """The line by which any rank makes rank 0 say why the job stops.
+
+    Args:
+        number: of the job.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._store = open_store(number)
+        self._closed = threading.Event()
+        self._listener = threading.Thread(target=self._listen, args=[open_store(number)], daemon=True)
+        self._listener.start()
+
+    def _listen(self, store: dist.Store) -> None:
+        """Wait until a rank stops; end this one some time later, if nothing else does.
+
+        It asks again and again: a thread that is inside of `wait` when Python ends aborts the process.
+        """
+        with contextlib.suppress(Exception):  # the store ends with the job
+            while not store.check([FAULT]):
+                if self._closed.wait(INTERVAL):
+                    return
+            if errors.is_rank_0():
+                errors.say(store.get(FAULT).decode())
+                store.set(TOLD, "")
+            time.sleep(GRACE)
+            os._exit(1)
+
+    def close(self) -> None:
+        """Listen no longer."""
+        self._closed.set()
+        self._listener.join()
+
+    def tell(self, message: str) -> bool:
+        with contextlib.suppress(Exception):
+            self._store.compare_set(FAULT, "", message)
+            return wait_for(self._store, TOLD, errors.WAIT_FOR_RANK_0) is not None
+        return False
+
+    def is_used(self) -> bool:
+        with contextlib.suppress(Exception):
+            return bool(self._store.check([FAULT]))
+        return False
+
+
+def open_line(number: int) -> None:
+    """Let rank 0 speak for all ranks from here on."""
+    if not isinstance(errors.line, Line):
+        errors.line = Line(number)

@@ -1,0 +1,272 @@
+"""What processes share on a node: caches and shared memory, made ready before streaming uses them, left to nobody.
+
+streaming 0.13.0 looks for the first free number for its shared memory, minding what dead jobs have left; two jobs that
+start at once find the same, and its clean-up takes a living neighbour's. Here each job has a number of its own, and
+its processes hold a lock for as long as one of them lives.
+"""
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from unittest import mock
+
+import torch.distributed as dist
+from streaming import Stream, StreamingDataset
+from streaming.base import dataset as streaming_dataset
+from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.format import get_index_basename
+from streaming.base.shared import SharedMemory
+from streaming.base.shared.prefix import _get_path, _pack_locals
+from streaming.base.world import World
+from torchtitan.tools.logging import logger
+
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.fetch import INCOMING, CheckedStream, check_file, describe, make_checked
+from examples.mosaic_streaming.index import FileError, Part, read_index
+from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, streams_of
+
+SHM = Path("/dev/shm")
+FIRST_NUMBER = 10**12
+"""Ours, of 13 digits, begin here: streaming counts up from 0."""
+LOCK = "job"
+"""Of a job's files in shared memory, the one that its processes lock."""
+IN_USE = ".in_use"
+"""The file in a cache that its job locks."""
+THREADS = 4
+"""That verify files."""
+
+held: list[int] = []
+"""Locks that this process keeps until it ends."""
+
+
+def prepare_streams(config: Config, path: str) -> None:
+    """Have the indexes and caches of all streams ready on this node; its local leader calls it.
+
+    Args:
+        config: the resolved loader configuration.
+        path: the file it was read from, for messages.
+
+    Raises:
+        ConfigError: a cache is in use, or can't be used.
+        DataError: an index can't be had or can't be believed, or a file that can't be fetched again is damaged.
+    """
+    remove_stale()
+    dataset = config["dataset"]
+    for name, settings in streams_of(dataset).items():
+        stream = make_stream(settings, dataset, stream_label(name, path))
+        if stream.is_cache:
+            take_cache(stream, path)
+        parts = get_index(stream, bool(dataset.get("allow_unsafe_types")))
+        verify(stream, parts)
+
+
+def stream_label(name: str, path: str) -> str:
+    """What a stream is called in messages."""
+    return f"the stream in {path}" if name == "dataset" else f"stream {name!r} in {path}"
+
+
+def make_stream(settings: Config, dataset: Config, label: str) -> CheckedStream:
+    """A stream as streaming will make it from its settings.
+
+    Raises:
+        ConfigError: streaming refuses them.
+    """
+    keys = ("remote", "local", "split", *STREAM_DEFAULTS)
+    try:
+        stream = Stream(**{key: settings[key] for key in keys if key in settings})
+        stream.apply_default({"split": None} | STREAM_DEFAULTS | {key: dataset[key] for key in keys if key in dataset})
+    except Exception as error:  # a store's client, too, may refuse
+        raise ConfigError(f"{label}: {describe(error)}") from error
+    return make_checked(stream, label)
+
+
+def take_cache(stream: CheckedStream, path: str) -> None:
+    """Take a cache for this job, and remove from it what a dead one was fetching.
+
+    Raises:
+        ConfigError: another job has it.
+        DataError: it can't be written.
+    """
+    folder = Path(stream.path(""))
+    lock = folder / IN_USE
+    with stream.storing(IN_USE, 0):  # makes the folder, or says why that doesn't go
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise ConfigError(
+                f"`local` of {stream.label}, {folder}, is the cache of another job, process "
+                f"{lock.read_text().strip()}. Give each job another `local` in {path}, or end that one."
+            ) from error
+        logger.warning(f"{folder} knows no locks ({error.strerror}): make sure that no other job uses it.")
+    held.append(file)  # closing it would give it up
+    os.ftruncate(file, 0)
+    os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    for left in folder.rglob(f"{INCOMING}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
+    """What a stream's index says; one in the cache that can't be believed is fetched again.
+
+    Raises:
+        DataError: the index can't be had, or can't be believed.
+    """
+    index = stream.path(get_index_basename())
+
+    def read(path: str) -> list[Part]:
+        return read_index(path, allow_unsafe_types, stream.validate_hash)
+
+    def store(path: str, folder: str) -> None:
+        read(path)
+        os.replace(path, index)
+
+    try:
+        return read(index)
+    except FileNotFoundError:
+        pass
+    except FileError as fault:
+        if not stream.is_cache:
+            raise DataError(f"{index} of {stream.label} can't be used: {describe(fault)}") from fault
+        logger.warning(f"{index} in the cache of {stream.label} is fetched again: {describe(fault)}")
+        os.remove(index)
+    stream.fetch(get_index_basename(), 0, store)
+    return read(index)
+
+
+def verify(stream: CheckedStream, parts: list[Part]) -> None:
+    """Compare the files that are there with the index: sizes and samples, and hashes with `validate_hash`.
+
+    Those of a cache that are damaged are removed, to be fetched again.
+
+    Raises:
+        DataError: a file is damaged or missing, and there is no remote to fetch it from.
+    """
+    start = time.monotonic()
+    with ThreadPoolExecutor(THREADS) as pool:
+        checked = list(pool.map(lambda part: verify_part(stream, part), parts))
+    size = sum(found for found, _ in checked)
+    bad = [fault for _, faults in checked for fault in faults]
+    if stream.validate_hash and size:
+        logger.info(
+            f"Verified {size / 1e9:.3f} GB of {stream.label} by {stream.validate_hash} in "
+            f"{time.monotonic() - start:.1f} s."
+        )
+    if not bad:
+        return
+    told = f"{len(bad)} damaged or missing files in {stream.path('')} of {stream.label}: {' '.join(bad[:3])}"
+    if not stream.is_cache:
+        raise DataError(f"{told} There is no remote to fetch them from.")
+    logger.warning(f"{told} They were removed, and will be fetched again.")
+
+
+def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
+    """Bytes found of a file, and what is wrong; a damaged one in a cache is removed."""
+    size, faults = 0, []
+    samples = {part.raw.basename: part.samples}
+    for info in filter(None, (part.raw, part.packed)):
+        place = stream.path(info.basename)
+        try:
+            check_file(place, info, stream.validate_hash, samples.get(info.basename))
+            size += info.bytes
+        except FileNotFoundError:
+            if not stream.is_cache and info is part.stored:
+                faults.append(f"{info.basename} is missing.")
+        except (OSError, FileError) as fault:
+            faults.append(f"{info.basename}: {describe(fault)}")
+            if stream.is_cache:
+                Path(place).unlink(missing_ok=True)
+    return size, faults
+
+
+@contextlib.contextmanager
+def shared_memory(number: int) -> Iterator[None]:
+    """Within it, a StreamingDataset that is made gets shared memory of this number, in place of the first free one.
+
+    Args:
+        number: the same on all ranks, of this dataset alone.
+
+    Source: streaming 0.13.0, base/shared/prefix.py; that jobs may start at once and be killed at any time, and that
+    the next one may use the same `local`, makes this unnecessary.
+    """
+
+    def get_shm_prefix(
+        streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 0
+    ) -> tuple[int, SharedMemory]:
+        mine = number + world.node
+        data = _pack_locals(streams_local, mine)
+        if world.is_local_leader:
+            hold(mine)
+            memory = SharedMemory(_get_path(mine, LOCALS), True, len(data))
+            memory.buf[: len(data)] = data
+        dist.barrier()
+        if not world.is_local_leader:
+            hold(mine)
+            memory = SharedMemory(_get_path(mine, LOCALS), False)
+        return mine, memory
+
+    with mock.patch.object(streaming_dataset, "get_shm_prefix", get_shm_prefix):
+        yield
+
+
+def keep_locks_together(dataset: StreamingDataset) -> None:
+    """Put a dataset's lock files to its shared memory: in the temporary folder, they would stay for ever."""
+    number = dataset._shm_prefix_int
+    dataset._cache_filelock_path = str(SHM / _get_path(number, CACHE_FILELOCK))
+    dataset._shared_barrier.filelock_path = str(SHM / _get_path(number, BARRIER_FILELOCK))
+
+
+def hold(number: int) -> None:
+    """Hold shared memory of a number until this process and all that it forks have ended; the last removes it."""
+    lock = SHM / _get_path(number, LOCK)
+    while True:
+        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(file, fcntl.LOCK_SH)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file), os.stat(lock)):
+                break
+        os.close(file)  # another job has just removed it, as nobody held it yet
+    atexit.register(let_go, file, number)
+
+
+def let_go(file: int, number: int) -> None:
+    """Hold shared memory no longer."""
+    os.close(file)
+    remove_unused(number)
+
+
+def remove_unused(number: int) -> None:
+    """Remove shared memory of a number, unless a living process holds it."""
+    lock = SHM / _get_path(number, LOCK)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            file = stack.enter_context(open(lock, "rb"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return
+        for left in [*SHM.glob(_get_path(number, "*")), lock]:  # the lock again, and last
+            left.unlink(missing_ok=True)
+
+
+def remove_stale() -> None:
+    """Remove shared memory that dead jobs of this user have left, as far as it is of ours."""
+    numbers = set()
+    with os.scandir(SHM) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                name = re.match(r"([1-9]\d{12})_", entry.name)
+                if name and entry.stat(follow_symlinks=False).st_uid == os.getuid():
+                    numbers.add(int(name[1]))
+    for number in numbers:
+        remove_unused(number)

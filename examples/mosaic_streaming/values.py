@@ -1,0 +1,75 @@
+"""The types and limits of the loader's settings: streaming takes a string for true, and a negative number for none."""
+
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from streaming.base.util import bytes_to_int, number_abbrev_to_int
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "num_workers": (0, max(64, os.cpu_count() or 1)),
+    "prefetch_factor": (1, 1024),
+    "timeout": (0, 10**6),
+    "predownload": (1, 10**9),
+    "cache_limit": (1, 10**18),
+    "num_canonical_nodes": (1, 10**9),
+    "shuffle_seed": (0, 2**32 - 1),
+    "shuffle_block_size": (2, 10**12),  # at 1, streaming's py1e never ends
+    "sampling_granularity": (1, 10**9),
+    "epoch_size": (1, 10**12),
+    "proportion": (0, 1),
+    "repeat": (0, 10**6),
+    "choose": (0, 10**12),
+    "download_retry": (1, 1000),
+    "download_timeout": (0.001, 86_400),
+}
+"""The smallest and the largest value of a number."""
+
+WITH_UNITS = {"cache_limit": bytes_to_int, "epoch_size": number_abbrev_to_int}
+"""Numbers that can be strings, as "10gb" and "10k", and how streaming reads those."""
+
+
+def hints_of(function: Any) -> dict[str, Any]:
+    """The types of a function's arguments."""
+    return typing.get_type_hints(function)
+
+
+def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, Any], path: str) -> list[str]:
+    """Which values of a section are of another type than upstream says, or beyond what makes sense."""
+    wrong = []
+    for key, value in section.items():
+        if key in ("streams", "dataset") or key not in hints:
+            continue
+        low, high = LIMITS.get(key, (-math.inf, math.inf))
+        number = value
+        if isinstance(value, str) and key in WITH_UNITS:
+            try:
+                number = WITH_UNITS[key](value)
+            except (ValueError, TypeError, OverflowError):
+                number = None
+        fits = has_type(value, hints[key]) and (key not in LIMITS or (number is not None and low <= number <= high))
+        if not fits:
+            limits = f", from {low:,} to {high:,}" if key in LIMITS else ""
+            wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {type_name(hints[key])}{limits}.")
+    return wrong
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value of a TOML file is of the type that an argument asks for."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(has_type(value, one) for one in typing.get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    if hint in (int, bool, str, types.NoneType):
+        return type(value) is hint
+    return True
+
+
+def type_name(hint: Any) -> str:
+    """What to call the type of an argument."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    ones = typing.get_args(hint) or (hint,)
+    return " or ".join(names[one] for one in ones if one in names)
