@@ -252,6 +252,7 @@ def unpack_into(folder: str, packed: str, compression: str | None) -> str:
 
 def describe(error: Exception) -> str:
     """An error in a sentence, with the code of a store."""
+    error = getattr(error, "last_exception", error)  # what boto3's RetriesExceededError keeps to itself
     if isinstance(error, FileError | TimeoutError):
         return f"{error}".rstrip(".") + "."
     response = getattr(error, "response", None)  # boto3's

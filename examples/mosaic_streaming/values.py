@@ -50,8 +50,8 @@ def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, An
                 number = WITH_UNITS[key](value)
             except (ValueError, TypeError, OverflowError):
                 number = None
-        fits = has_type(value, hints[key]) and (key not in LIMITS or (number is not None and low <= number <= high))
-        if not fits:
+        within = value is None or key not in LIMITS or (number is not None and low <= number <= high)
+        if not (has_type(value, hints[key]) and within):
             limits = f", from {low:,} to {high:,}" if key in LIMITS else ""
             wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {type_name(hints[key])}{limits}.")
     return wrong
