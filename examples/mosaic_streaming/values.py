@@ -43,18 +43,20 @@ def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, An
     for key, value in section.items():
         if key in ("streams", "dataset") or key not in hints:
             continue
-        low, high = LIMITS.get(key, (-math.inf, math.inf))
-        number = value
-        if isinstance(value, str) and key in WITH_UNITS:
-            try:
-                number = WITH_UNITS[key](value)
-            except (ValueError, TypeError, OverflowError):
-                number = None
-        within = value is None or key not in LIMITS or (number is not None and low <= number <= high)
-        if not (has_type(value, hints[key]) and within):
-            limits = f", from {low:,} to {high:,}" if key in LIMITS else ""
+        if not has_type(value, hints[key]) or (key in LIMITS and value is not None and not in_limits(key, value)):
+            limits = ", from {:,} to {:,}".format(*LIMITS[key]) if key in LIMITS else ""
             wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {type_name(hints[key])}{limits}.")
     return wrong
+
+
+def in_limits(key: str, value: float | str) -> bool:
+    """Whether a number is neither too small nor too large; it may be a string with a unit."""
+    low, high = LIMITS[key]
+    try:
+        number = WITH_UNITS[key](value) if isinstance(value, str) else value
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return low <= number <= high
 
 
 def has_type(value: Any, hint: Any) -> bool:
