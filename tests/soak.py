@@ -34,16 +34,15 @@ from typing import Any
 from unittest import mock
 
 import psutil
-from streaming import MDSWriter
 from torch.distributed.checkpoint import FileSystemWriter
 
 from tests import conftest  # noqa: F401  # first: imports everything once, for all ranks
 from tests.jobs import JOB, command, logged, losses
 from tests.ranks import CLONE_NEWNS, MS_PRIVATE, MS_REC, call_libc, can_make_nodes, run_ranks
-from tests.reading import Read, read_job
+from tests.reading import Read, read_job, write_turns
 from tests.recording import main, recorded, recording
 from tests.store import Store, running_store
-from tests.streams import sample_tokens, write_stream
+from tests.streams import write_stream
 
 SLOTS = 3
 """Cases at a time: much of one is waiting."""
@@ -523,18 +522,9 @@ def plan(seed: int, faults: int, kills: int, only: str | None) -> list[Case]:
     return order.sample(cases, len(cases))
 
 
-def write_turns(folder: Path) -> Path:
-    """Write the samples of the other stream as prompts and responses."""
-    columns = {"input_ids": "ndarray:int32", "labels": "ndarray:int32"}
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1024, hashes=["xxh64"]) as writer:
-        for sample in range(SAMPLES):
-            writer.write({"input_ids": sample_tokens(sample)[:4], "labels": sample_tokens(sample)[4:]})
-    return folder
-
-
 def prepare(folder: Path, stores: list[Store]) -> Undisturbed:
     """Write the streams, put them into the stores, and read them and train on them undisturbed."""
-    streams = {"text": write_stream(folder / "text", SAMPLES), "finetuning": write_turns(folder / "tuning")}
+    streams = {"text": write_stream(folder / "text", SAMPLES), "finetuning": write_turns(folder / "tuning", SAMPLES)}
     for store, (loader, stream) in itertools.product(stores, streams.items()):
         store.upload(stream, loader)
     undisturbed = Undisturbed(streams, {}, {})

@@ -3,6 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
+from multiprocessing import connection
 from typing import Any
 
 from streaming import StreamingDataset
@@ -15,6 +16,9 @@ from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.order import Order, start_at
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, check_same_data, pack, unpack
+
+LAST_BREATH = 1.0
+"""Seconds that a worker may take from its last sign of life to its end."""
 
 
 class MosaicDataLoader(BaseDataLoader):
@@ -152,10 +156,14 @@ class MosaicDataLoader(BaseDataLoader):
 
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how; signals that end a whole job aside."""
-        workers = enumerate(getattr(self._batches, "_workers", []))
+        workers = getattr(self._batches, "_workers", [])
+        ended = connection.wait([worker.sentinel for worker in workers], LAST_BREATH)
+        for worker in workers:
+            if worker.sentinel in ended:
+                worker.join()  # its connections close before it has an exit code
         lost = [
             f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
-            for number, worker in workers
+            for number, worker in enumerate(workers)
             if worker.exitcode not in (None, 0, *(-number for number in SIGNALS))
         ]
         if lost:

@@ -110,9 +110,10 @@ class Line(errors.Line):
         return False
 
     def is_used(self) -> bool:
-        with contextlib.suppress(Exception):
+        try:
             return bool(self._store.check([FAULT]))
-        return False
+        except Exception:
+            return True  # the store ends with the job: another rank has ended first
 
 
 def open_line(number: int) -> None:
