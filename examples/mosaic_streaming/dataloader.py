@@ -1,5 +1,6 @@
 """The loader that TorchTitan reads: batches, epochs, position."""
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Iterator, Mapping
@@ -157,10 +158,11 @@ class MosaicDataLoader(BaseDataLoader):
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how; signals that end a whole job aside."""
         workers = getattr(self._batches, "_workers", [])
-        ended = connection.wait([worker.sentinel for worker in workers], LAST_BREATH)
-        for worker in workers:
-            if worker.sentinel in ended:
-                worker.join()  # its connections close before it has an exit code
+        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD says less
+            ended = connection.wait([worker.sentinel for worker in workers], LAST_BREATH)
+            for worker in workers:
+                if worker.sentinel in ended:
+                    worker.join()  # its connections close before it has an exit code
         lost = [
             f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
             for number, worker in enumerate(workers)
