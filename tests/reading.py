@@ -13,6 +13,7 @@ from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.errors import DataError
 from tests.ranks import Rank, run_ranks
 from tests.streams import FIRST_ID, build_loader, job, sample_tokens
 
@@ -80,12 +81,17 @@ def read_job(
             if state:
                 loader.load_state_dict(state)
             batches = iter(loader)
-            for step in range(steps):
-                if dist.get_rank() == 0:
-                    at_step(step)
-                samples = (next(batches)[0]["input"][:, 0] - FIRST_ID).tolist()
-                dist.all_reduce(torch.zeros(1))  # as training does: no rank is ahead of another
-                file.write(json.dumps([samples, loader.state_dict()]) + "\n")
+            try:
+                for step in range(steps):
+                    if dist.get_rank() == 0:
+                        at_step(step)
+                    samples = (next(batches)[0]["input"][:, 0] - FIRST_ID).tolist()
+                    dist.all_reduce(torch.zeros(1))  # as training does: no rank is ahead of another
+                    file.write(json.dumps([samples, loader.state_dict()]) + "\n")
+            except RuntimeError as error:  # as `train.run`
+                if isinstance(error, DataError) or not (lost := loader.lost_workers()):
+                    raise
+                raise DataError(lost) from error
             loader.close()
             errors.line.close()
 
