@@ -7,17 +7,29 @@ import itertools
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from streaming import MDSWriter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.resume import STATE_VERSION, differences, unpack
 from tests.ranks import run_rank_values, run_ranks
-from tests.streams import TOKENIZER, build_loader, job, loader_config, mixture, read_steps, sample_tokens, write_stream
+from tests.reading import write_turns
+from tests.streams import (
+    TOKENIZER,
+    build_loader,
+    job,
+    loader_config,
+    mixture,
+    read_samples,
+    read_steps,
+    write_stream,
+)
 from tests.test_order import BATCHING, SHUFFLE
 
 WEIGHTS: dict[str, list[dict[str, float]]] = {
@@ -301,12 +313,7 @@ def test_tokenizer_is_compared_by_what_decides_ids(tmp_path: Path, file: str, ol
 @pytest.mark.parametrize("batching_method", ["random", "stratified"])
 def test_instruction_tuning_resumes_at_every_step(tmp_path: Path, batching_method: str) -> None:
     """Through llm-foundry's other loader, on samples of ids."""
-    columns = {"input_ids": "ndarray:int32", "labels": "ndarray:int32"}
-    with MDSWriter(out=str(tmp_path / "stream"), columns=columns, size_limit=1024) as writer:
-        for sample in range(42):
-            tokens = sample_tokens(sample)
-            writer.write({"input_ids": tokens[:4], "labels": tokens[4:]})
-    dataset = {"remote": str(tmp_path / "stream"), "local": str(tmp_path / "cache"), "shuffle": True}
+    dataset = {"remote": str(write_turns(tmp_path / "stream", 42)), "local": str(tmp_path / "cache"), "shuffle": True}
     settings = {"num_canonical_nodes": 4, "decoder_only_format": True, "batching_method": batching_method}
     assert resume_at_every_step({"name": "finetuning", "dataset": dataset | settings}, 8, local=2) == 7
 
@@ -325,6 +332,12 @@ def test_what_does_not_matter_is_not_compared(tmp_path: Path) -> None:
     assert read_steps(other, 4, state=one.states[0]).samples == one.samples[1:]
 
 
+def position(epoch: object, sample_in_epoch: object) -> str:
+    """A state with this position, and no data."""
+    numbers = {"epoch": epoch, "sample_in_epoch": sample_in_epoch, "global_batch_size": 8}
+    return json.dumps({"version": STATE_VERSION, **numbers, "data": {}})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -333,6 +346,8 @@ def test_what_does_not_matter_is_not_compared(tmp_path: Path) -> None:
         ('{"version": 2, "epoch": "one"}', "state is damaged: "),
         ('{"version": 2, "epoch": 0, "sample_in_epoch": 8, "global_batch_size": 8}', "state is damaged: "),
         ("[]", "state is damaged: "),
+        ("[" * 100_000, "state is damaged: "),
+        *[(position(*values), "state is damaged: ") for values in ((-1, 0), (0, -8), (10**30, 0), (0.5, 0), (True, 0))],
         ('{"version": 3, "place": 8}', f"state is of version 3, this code reads version {STATE_VERSION}."),
         ('{"version": 1, "position": {}}', f"state is of version 1, this code reads version {STATE_VERSION}."),
     ],
@@ -348,3 +363,65 @@ def test_stream_that_is_damaged_in_the_state_is_told_as_a_difference(saved: obje
     [row] = differences({"stream 1": saved}, {"stream 1": {"name": "a", "index": "50 samples"}})
     assert row[0].startswith("stream 1")
     assert row[2] == "50 samples"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
+
+
+def test_any_state_is_taken_or_refused_with_words(tmp_path: Path) -> None:
+    """Whatever stands in the string: a place in the data, or one error. Then the loader still reads its own."""
+    config = loader_config(write_stream(tmp_path / "stream", 50))
+    seen: Counter[str] = Counter()
+
+    def load() -> tuple[Counter[str], list[list[int]]]:
+        loader = build_loader(config)
+        mine = loader.state_dict()
+        saved = json.loads(mine["mosaic"])
+        keys = st.sampled_from([*saved, *saved["data"]]) | st.text(max_size=5)
+
+        @settings(max_examples=300, deadline=None, database=None)
+        @given(st.text() | JSON.map(json.dumps) | st.dictionaries(keys, JSON, max_size=3))
+        def load_any(state: str | dict[str, object]) -> None:
+            if isinstance(state, dict):
+                inner = {key: value for key, value in state.items() if key in saved["data"]}
+                outer = {key: value for key, value in state.items() if key not in inner}
+                state = json.dumps({**saved, "data": saved["data"] | inner, **outer})
+            try:
+                loader.load_state_dict({"mosaic": state})
+            except (DataError, ConfigError) as error:
+                seen[type(error).__name__] += 1
+                assert "checkpoint" in str(error) and "exclude_from_loading=dataloader" in str(error)
+            else:
+                seen["taken"] += 1
+                assert 0 <= json.loads(loader.state_dict()["mosaic"])["sample_in_epoch"] <= 50
+
+        load_any()
+        loader.load_state_dict(mine)
+        return seen, read_samples(loader, 3)
+
+    [(seen, samples)] = run_rank_values(load)
+    assert seen["DataError"] and seen["ConfigError"] and seen["taken"], seen
+    assert samples == [[0, 1], [2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(("epoch", "sample", "right"), [(0, 48, True), (0, 56, False), (1 << 39, 8, True)])
+def test_position_has_to_be_within_an_epoch(tmp_path: Path, epoch: int, sample: int, right: bool) -> None:
+    config = loader_config(write_stream(tmp_path / "stream", 50), shuffle=True)
+
+    def load() -> object:
+        loader = build_loader(config)
+        saved = json.loads(loader.state_dict()["mosaic"]) | {"epoch": epoch, "sample_in_epoch": sample}
+        try:
+            loader.load_state_dict({"mosaic": json.dumps(saved)})
+        except DataError as error:
+            return str(error)
+        return read_samples(loader, 4)
+
+    [found] = run_rank_values(load)
+    if right:
+        assert len({number for batch in found for number in batch}) == 8
+    else:
+        assert "state is damaged: '56 samples read of an epoch of 50'." in found

@@ -109,7 +109,9 @@ def test_all_wrong_values_are_told_at_once(config: dict[str, Any]) -> None:
     config["dataset"] |= {"predownload": 0, "shuffle": "no"}
     with pytest.raises(ConfigError) as error:
         resolved(config)
-    assert [word in str(error.value) for word in ("num_workers", "dataset.predownload", "dataset.shuffle")] == [True] * 3
+    assert [word in str(error.value) for word in ("num_workers", "dataset.predownload", "dataset.shuffle")] == [
+        True
+    ] * 3
 
 
 @pytest.mark.parametrize("streams", [{}, {"web": {}}])
@@ -151,7 +153,12 @@ def test_streams_with_one_folder_are_refused_however_it_is_spelled(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder.parent)
-    same = [{"local": "web"}, {"local": str(folder)}, {"local": str(folder.parent), "split": "web"}, {"local": "./web/"}]
+    same = [
+        {"local": "web"},
+        {"local": str(folder)},
+        {"local": str(folder.parent), "split": "web"},
+        {"local": "./web/"},
+    ]
     for one in same:
         for other in same:
             streams = {"a": dict(one), "b": dict(other)}

@@ -16,7 +16,7 @@ from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_ba
 from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.order import Order, start_at
 from examples.mosaic_streaming.peers import check_peers
-from examples.mosaic_streaming.resume import Data, check_same_data, pack, unpack
+from examples.mosaic_streaming.resume import Data, check_same_data, damaged, pack, unpack
 
 LAST_BREATH = 1.0
 """Seconds that a worker may take from its last sign of life to its end."""
@@ -147,6 +147,8 @@ class MosaicDataLoader(BaseDataLoader):
         """
         self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
         check_same_data(data, self._data, self._path)
+        if self._sample_in_epoch > self._dataset.epoch_size:
+            raise damaged(f"{self._sample_in_epoch:,} samples read of an epoch of {self._dataset.epoch_size:,}")
         self._epoch, self._sample_in_epoch = self._next_position()
         if is_rank_0() and global_batch_size != self._order.global_batch_size:
             logger.warning(

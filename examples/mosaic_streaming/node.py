@@ -111,7 +111,8 @@ def take_cache(stream: CheckedStream, path: str) -> None:
         logger.warning(f"{folder} knows no locks ({error.strerror}): make sure that no other job uses it.")
     held.append(file)  # closing it would give it up
     os.ftruncate(file, 0)
-    os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # a full disk: it may be that everything is there already
+        os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     for left in folder.rglob(f"{INCOMING}*"):
         shutil.rmtree(left, ignore_errors=True)
 

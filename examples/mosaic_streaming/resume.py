@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import operator
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +17,8 @@ from examples.mosaic_streaming.tokenizer import what_decides_ids
 
 STATE_KEY = "mosaic"
 STATE_VERSION = 2
+MAX_POSITION = 1 << 40
+"""More epochs, or samples in one, than there ever are."""
 
 Data = dict[str, Any]
 """What decides which samples come next, by the setting's name."""
@@ -120,18 +121,24 @@ def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
         saved = json.loads(text)
         version = saved["version"]
         if version == STATE_VERSION:
-            epoch, sample_in_epoch, global_batch_size = (
-                operator.index(saved[key]) for key in ("epoch", "sample_in_epoch", "global_batch_size")
-            )
+            position = [saved[key] for key in ("epoch", "sample_in_epoch", "global_batch_size")]
+            if any(type(number) is not int or not 0 <= number < MAX_POSITION for number in position):
+                raise ValueError(position)
+            epoch, sample_in_epoch, global_batch_size = position
             return epoch, sample_in_epoch, global_batch_size, dict(saved["data"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            f"The checkpoint's dataloader state is damaged: {text[:200]!r}. Load an earlier checkpoint with "
-            f"--checkpoint.load_step, or {START_ANEW}."
-        ) from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise damaged(text) from error
     raise DataError(
         f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
         f"Go on with the code that wrote it, or {START_ANEW}."
+    )
+
+
+def damaged(state: str) -> DataError:
+    """What to say of a state that can't be right."""
+    return DataError(
+        f"The checkpoint's dataloader state is damaged: {state[:200]!r}. Load an earlier checkpoint with "
+        f"--checkpoint.load_step, or {START_ANEW}."
     )
 
 
