@@ -155,29 +155,29 @@ def config(folder: Path, cache: Path, **settings: Any) -> dict[str, Any]:
 
 
 def more_samples(index: dict[str, Any]) -> None:
-    index["shards"][1]["samples"] += 1
+    index["shards"][0]["samples"] += 1
 
 
 def fewer_samples(index: dict[str, Any]) -> None:
-    index["shards"][1]["samples"] -= 1
+    index["shards"][0]["samples"] -= 1
 
 
 def outside(index: dict[str, Any]) -> None:
-    index["shards"][1]["raw_data"]["basename"] = "../../x"
+    index["shards"][0]["raw_data"]["basename"] = "../../x"
 
 
 def negative(index: dict[str, Any]) -> None:
-    index["shards"][1]["raw_data"]["bytes"] = -972
+    index["shards"][0]["raw_data"]["bytes"] = -972
 
 
 @pytest.mark.parametrize("is_local", [True, False])
 @pytest.mark.parametrize(
     ("lie", "told"),
     [
-        (more_samples, r"it has 8 samples, the index says 9\."),
-        (fewer_samples, r"it has 8 samples, the index says 7\."),
-        (outside, r"shards\[1\]\.raw_data\.basename = '\.\./\.\./x', expected a file in the stream's folder\."),
-        (negative, r"shards\[1\]\.raw_data\.bytes = '-972', expected a number of bytes\."),
+        (more_samples, r"it has 10 samples, the index says 11\."),
+        (fewer_samples, r"it has 10 samples, the index says 9\."),
+        (outside, r"shards\[0\]\.raw_data\.basename = '\.\./\.\./x', expected a file in the stream's folder\."),
+        (negative, r"shards\[0\]\.raw_data\.bytes = '-972', expected a number of bytes\."),
     ],
 )
 def test_job_on_an_index_that_lies_stops_and_writes_nothing_outside(

@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any
 
 from streaming.base.compression import get_compressions
@@ -77,7 +76,7 @@ def read_shard(name: str, shard: Any) -> list[Part]:
     """The files of one entry."""
     expect(isinstance(shard, dict), name, shard, "a section")
     kind, samples = shard.get("format"), shard.get("samples")
-    expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
+    expect(str(kind) in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
     expect(type(samples) is int and samples > 0, f"{name}.samples", samples, "a whole number from 1 on")
     compression = shard.get("compression")
     known = compression is None or (isinstance(compression, str) and compression in get_compressions())
@@ -113,12 +112,8 @@ def is_inside(basename: Any) -> bool:
     """Whether a path stays below its folder, and is neither the index nor a hidden file, which are ours."""
     if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
         return False
-    parts = PurePosixPath(basename).parts
-    return (
-        os.path.normpath(basename) == basename
-        and not any(part[0] in "./" for part in parts)
-        and (basename != get_index_basename())
-    )
+    hidden_or_rooted = any(part[0] in "./" for part in basename.split("/") if part) or basename[0] == "/"
+    return os.path.normpath(basename) == basename and not hidden_or_rooted and basename != get_index_basename()
 
 
 def check_columns(name: str, shard: dict[str, Any]) -> None:
