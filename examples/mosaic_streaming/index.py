@@ -1,7 +1,6 @@
 """A stream's index.json, checked before anything believes it: it may come from anywhere."""
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -75,8 +74,8 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
 def read_shard(name: str, shard: Any) -> list[Part]:
     """The files of one entry."""
     expect(isinstance(shard, dict), name, shard, "a section")
-    kind, samples = shard.get("format"), shard.get("samples")
-    expect(str(kind) in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
+    kind, samples = str(shard.get("format")), shard.get("samples")
+    expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
     expect(type(samples) is int and samples > 0, f"{name}.samples", samples, "a whole number from 1 on")
     compression = shard.get("compression")
     known = compression is None or (isinstance(compression, str) and compression in get_compressions())
@@ -112,8 +111,7 @@ def is_inside(basename: Any) -> bool:
     """Whether a path stays below its folder, and is neither the index nor a hidden file, which are ours."""
     if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
         return False
-    hidden_or_rooted = any(part[0] in "./" for part in basename.split("/") if part) or basename[0] == "/"
-    return os.path.normpath(basename) == basename and not hidden_or_rooted and basename != get_index_basename()
+    return all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()
 
 
 def check_columns(name: str, shard: dict[str, Any]) -> None:
