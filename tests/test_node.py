@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.job import new_number
 from examples.mosaic_streaming.node import FIRST_NUMBER, SHM, hold
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, train, write_files
@@ -53,28 +55,22 @@ def another_job(config: dict[str, Any]) -> Iterator[int]:
         print("ready", flush=True)
         time.sleep(60)
 
-    class Over(Exception):  # noqa: N818
-        pass
+    started, over = os.pipe(), os.pipe()
 
-    pipe = os.pipe()
-    over = os.pipe()
+    def tell(pids: list[int], outputs: list[Path]) -> None:
+        wait_until(lambda: outputs[0].exists() and "ready" in outputs[0].read_text())
+        os.write(started[1], str(pids[0]).encode())
+        os.read(over[0], 1)
+        os.killpg(pids[0], signal.SIGTERM)
+
     if (parent := os.fork()) == 0:
         with contextlib.suppress(BaseException):
-
-            def tell(pids: list[int], outputs: list[Path]) -> None:
-                wait_until(lambda: "ready" in outputs[0].read_text())
-                os.write(pipe[1], str(pids[0]).encode())
-                os.close(over[1])
-                os.read(over[0], 1)
-                raise Over
-
             run_ranks(stay, while_running=tell)
         os._exit(0)
     try:
-        os.close(pipe[1])
-        yield int(os.read(pipe[0], 20))
+        yield int(os.read(started[0], 20))
     finally:
-        os.close(over[1])
+        os.write(over[1], b"1")
         os.waitpid(parent, 0)
 
 
@@ -134,7 +130,7 @@ def test_nothing_is_left_in_shared_memory_nor_beside_the_shards(tmp_path: Path, 
     stream = write_stream(tmp_path / "stream", 40)
     before = shared()
     for number in range(2):
-        read_job(cached(stream, tmp_path / "cache", num_workers), tmp_path / str(number), 2, steps=5)
+        read_job(cached(stream, tmp_path / "cache", num_workers=num_workers), tmp_path / str(number), 2, steps=5)
         assert shared() == before
     expected = {".in_use", *(file.name for file in stream.iterdir())}
     assert {file.name for file in (tmp_path / "cache").iterdir()} == expected
@@ -159,23 +155,21 @@ def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
     for files in (one, other):
         loader = files / "loader.toml"
         loader.write_text(loader.read_text().replace("num_workers = 0", "num_workers = 1"))
-        loader.write_text(loader.read_text() + f'remote = "{files}/stream"\n'.replace("local", "remote"))
-        loader.write_text(loader.read_text().replace(f'local = "{files}/stream"', f'local = "{files}/cache"'))
+        loader.write_text(loader.read_text().replace("/stream", "/cache") + f'remote = "{files}/stream"\n')
     flags = [f"--training.steps={ROUNDS + 2}", "--training.global_batch_size=4"]
     undisturbed = logged(train(one, *flags, world_size=2))
     before = shared()
-    read_batches, batches_per_step = MosaicDataLoader.__iter__, 1
+    read_batches = MosaicDataLoader.__iter__
 
     def read_in_rounds(self: MosaicDataLoader) -> Iterator[TitanBatch]:
         for number, batch in enumerate(read_batches(self)):
-            wait_until((tmp_path / f"round {min(number // batches_per_step, ROUNDS)}").exists)
+            wait_until((tmp_path / f"round {min(number, ROUNDS)}").exists)
             yield batch
 
     def disturb(pids: list[int], outputs: list[Path]) -> None:
         (tmp_path / "round 0").touch()
         draw = random.Random(0)
         for number in range(1, ROUNDS + 1):
-            wait_until(lambda: f"step: {max(1, number - 1):2}" in outputs[0].read_text())
             run_ranks(lambda: main(command(other, *flags)), while_running=lambda pids, _: kill(pids, draw))
             assert shared() > before, "the job's own is still there"
             (tmp_path / f"round {number}").touch()
@@ -193,7 +187,6 @@ def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
     ranks = run_ranks(trains, 2, while_running=disturb, timeout=240)
     assert [rank.code for rank in ranks] == [0, 0], ranks[0].output
     assert logged(ranks) == undisturbed
-    assert shared() <= before | {name for name in shared() if not any(rank.shared_memory for rank in ranks)} or True
     train(other, *flags)
     assert shared() == before, "and the next start has removed what the killed ones left"
 
@@ -229,11 +222,8 @@ def test_missing_credentials_are_told(tmp_path: Path) -> None:
 
 def test_numbers_of_jobs_differ() -> None:
     """So many that start at once don't meet."""
-    from examples.mosaic_streaming.job import new_number
 
     def numbers() -> list[int]:
-        import torch.distributed as dist
-
         dist.init_process_group("gloo")
         return [new_number() for _ in range(20)]
 
