@@ -58,6 +58,8 @@ TRAINING = [f"--training.steps={STEPS}", "--training.global_batch_size=8", "--tr
 TRAINING += ["--checkpoint.enable", "--checkpoint.interval=2"]
 DAMAGE = ("flip", "truncate")
 """Faults of the store that nobody notices who doesn't look at what arrives."""
+MOMENTS = ("start", "step", "checkpoint")
+"""At which a training run is killed."""
 MS_RDONLY, MS_REMOUNT = 1, 32
 """Source: Linux, mount.h."""
 
@@ -438,7 +440,7 @@ def write_slowly(*arguments: Any) -> Any:
 
 def kill_training(case: Case, number: signal.Signals, whole_tree: bool) -> None:
     """Training is killed at its start, in a step or while it writes a checkpoint; the same command again goes on."""
-    moment = ("start", "step", "checkpoint")[case.number % 3]
+    moment = MOMENTS[case.number % len(MOMENTS)]
     flags = ["--checkpoint.async_mode=async"] if case.draw("async", [True, False]) else []
     at, late = case.draw("step", range(2, STEPS, 2)), case.random.uniform(0, 0.3)
     place = case.draw("place", [f'local = "{case.stream}"', f'remote = "s3://bucket/text"\nlocal = "{case.cache}"'])

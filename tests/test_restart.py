@@ -14,9 +14,10 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, losses, train, write_files
-from tests.ranks import can_make_nodes, run_rank_values, run_ranks, shared_memory_of
+from tests.ranks import can_make_nodes, run_rank_values, run_ranks
 from tests.recording import PAUSE, recorded, recording
 from tests.streams import write_stream
+from tests.test_node import shared
 
 SAVE = ("--checkpoint.enable", "--training.steps=12", "--checkpoint.interval=1", "--training.global_batch_size=8")
 """64 of the stream's 100 samples are an epoch, of 8 steps."""
@@ -109,31 +110,28 @@ def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
     name = f"killed-{world_size}"
     flags = [*SAVE, "--checkpoint.interval=6", f"--checkpoint.folder={name}"]
     first, second = folder / "recorded" / name, folder / "recorded" / f"{name}-2"
-    left: set[str] = set()
+    before = shared()
     with monkeypatch.context() as patch, recording(first):
         patch.setenv(PAUSE, "8")
-        killed = run_ranks(lambda: main(command(folder, *flags)), 2, while_running=kill_when(first, 8, left))
+        killed = run_ranks(lambda: main(command(folder, *flags)), 2, while_running=kill_when(first, 8))
     assert [rank.code for rank in killed] == [-signal.SIGKILL] * 2
     assert os.listdir(folder / "outputs" / name) == ["step-6"]
     with recording(second):
         ranks = train(folder, *flags, world_size=world_size)
-    for segment in left:
-        Path(segment).unlink(missing_ok=True)
+    assert shared() == before, "also what the killed ranks have left"
     assert recorded(first)[:6] + recorded(second) == samples
     expected = {step: loss for step, loss in losses.items() if step > 6}
     assert logged(ranks) == pytest.approx(expected, abs=1e-5 if world_size == 2 else 1e-3)
 
 
-def kill_when(folder: Path, steps: int, left: set[str]) -> Callable[[list[int], list[Path]], None]:
-    """Kill the ranks once they have read so many steps; what they leave in shared memory is added to `left`."""
+def kill_when(folder: Path, steps: int) -> Callable[[list[int], list[Path]], None]:
+    """Kill the ranks once they have read so many steps."""
 
     def kill(pids: list[int], outputs: list[Path]) -> None:
         deadline = time.monotonic() + 60
         while not all(read_steps(folder / f"{rank}.jsonl") == steps for rank in range(len(pids))):
             assert time.monotonic() < deadline, outputs[0].read_text()
             time.sleep(0.05)
-        for pid in pids:
-            left.update(shared_memory_of(pid))
         for pid in pids:
             os.killpg(pid, signal.SIGKILL)
 

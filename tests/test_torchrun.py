@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.jobs import command, losses, write_files
-from tests.ranks import can_make_nodes, free_port, shared_memory_of
+from tests.jobs import command, losses, write_files, write_loader
+from tests.ranks import can_make_nodes, free_port
 from tests.recording import PAUSE, recorded
+from tests.test_node import shared
 from tests.test_restart import SAVE, read_steps
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
@@ -21,10 +22,11 @@ TORCHRUN = [str(Path(sys.executable).with_name("torchrun")), "--local-ranks-filt
 
 
 def start(
-    folder: Path, name: str, torchrun: list[str], *flags: str, prefix: tuple[str, ...] = ()
+    folder: Path, name: str, torchrun: list[str], *flags: str, prefix: tuple[str, ...] = (), workers: int = 0
 ) -> subprocess.Popen[str]:
     """Start an agent with its ranks; what it prints goes to a file, the samples to a folder of this name."""
     (folder / "recorded" / name).mkdir(parents=True, exist_ok=True)
+    write_loader(folder, folder / "stream", workers)
     run = [
         "-m",
         "tests.recording",
@@ -53,20 +55,15 @@ def ends_well(folder: Path, name: str, agents: list[subprocess.Popen[str]]) -> t
     return losses(log), recorded(folder / "recorded" / name)
 
 
-def kill_tree(pid: int) -> set[str]:
-    """SIGKILL a process and all that it has started, resource trackers too; return their shared memory."""
+def kill_tree(pid: int) -> None:
+    """SIGKILL a process and all that it has started, resource trackers too."""
     tree, found = [pid], [pid]
     while found:
         found = [child for parent in found for child in children(parent)]
         tree += found
-    left: set[str] = set()
-    for member in tree:
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            left |= shared_memory_of(member)
     for member in tree:
         with contextlib.suppress(ProcessLookupError):
             os.kill(member, signal.SIGKILL)
-    return left
 
 
 def children(pid: int) -> list[int]:
@@ -97,21 +94,53 @@ def test_killed_job_goes_on_on_as_many_ranks_or_twice_as_many(
 ) -> None:
     name, flag = f"killed-{ranks}", f"--checkpoint.folder=killed-{ranks}"
     monkeypatch.setenv(PAUSE, "8")
+    before = shared()
     agent = start(folder, name, ["--nproc_per_node=2"], flag)
-    deadline = time.monotonic() + 300
-    while not all(read_steps(folder / "recorded" / name / f"{rank}.jsonl") == 8 for rank in range(2)):
-        assert time.monotonic() < deadline and agent.poll() is None, (folder / f"{name}.log").read_text()
-        time.sleep(0.1)
-    left = kill_tree(agent.pid)
+    wait_for_steps(folder, name, 8, agent)
+    kill_tree(agent.pid)
     agent.wait()
+    assert shared() > before
     monkeypatch.delenv(PAUSE)
     again = start(folder, f"{name}-again", [f"--nproc_per_node={ranks}"], flag)
     found, samples = ends_well(folder, f"{name}-again", [again])
-    for segment in left:
-        Path(segment).unlink(missing_ok=True)
+    assert shared() == before, "also what the killed one has left"
     assert recorded(folder / "recorded" / name)[:6] + samples == whole[1]
     expected = {step: loss for step, loss in whole[0].items() if step > 6}
     assert found == pytest.approx(expected, abs=1e-5 if ranks == 2 else 1e-3)
+
+
+def wait_for_steps(folder: Path, name: str, steps: int, agent: subprocess.Popen[str]) -> None:
+    """Wait until both ranks have read so many steps."""
+    deadline = time.monotonic() + 300
+    while not all(read_steps(folder / "recorded" / name / f"{rank}.jsonl") == steps for rank in range(2)):
+        assert time.monotonic() < deadline and agent.poll() is None, (folder / f"{name}.log").read_text()
+        time.sleep(0.1)
+
+
+def test_rank_that_is_killed_is_restarted_by_torchrun(
+    folder: Path, whole: tuple[dict[int, float], list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With --max-restarts nobody has to do anything, and nothing stays behind in the temporary folder."""
+    monkeypatch.setenv(PAUSE, "8")  # the ranks that are started anew read 6 more
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = shared()
+    agent = start(
+        folder, "restarted", ["--nproc_per_node=2", "--max-restarts=2"], "--checkpoint.folder=restarted", workers=2
+    )
+    wait_for_steps(folder, "restarted", 8, agent)
+    first = recorded(folder / "recorded/restarted")
+    [one, _] = [child for child in children(agent.pid) if "tests.recording" in cmdline(child)]
+    os.kill(one, signal.SIGKILL)
+    found, samples = ends_well(folder, "restarted", [agent])
+    assert first[:6] + samples == whole[1]
+    assert found == pytest.approx(whole[0], abs=1e-5)
+    assert shared() == before
+    assert not os.listdir(tmp_path)
+
+
+def cmdline(pid: int) -> str:
+    """The command of a process."""
+    return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
 
 
 @pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which machines are made")

@@ -1,0 +1,44 @@
+"""What `make soak` does many times: here, once each, what no other test does."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import can_make_nodes
+from tests.soak import KILLS, MOMENTS, Case, Undisturbed, prepare, run
+from tests.store import Store, running_store
+
+Place = tuple[Store, Undisturbed]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A store with streams, and what is read and trained from them undisturbed."""
+    with running_store() as store:
+        yield store, prepare(tmp_path_factory.mktemp("undisturbed"), [store])
+
+
+def goes_well(case: Case, place: Place, folder: Path) -> None:
+    store, undisturbed = place
+    [done] = run([case], [store], undisturbed, folder, math.inf)
+    assert not done.outcome.problem
+
+
+@pytest.mark.parametrize("moment", range(len(MOMENTS)), ids=MOMENTS)
+@pytest.mark.parametrize("kind", KILLS)
+def test_killed_training_goes_on_exactly(place: Place, tmp_path: Path, kind: str, moment: int) -> None:
+    """On streams with a remote in one of two, by the case's seed."""
+    goes_well(Case(kind, moment, seed=1), place, tmp_path)
+
+
+@pytest.mark.skipif(not can_make_nodes(), reason="no rights to mount a disk")
+@pytest.mark.parametrize("kind", ["disk full", "cache not writable"])
+@pytest.mark.parametrize("number", [1, 5])
+def test_cache_that_cannot_be_written_stops_the_job(place: Place, tmp_path: Path, kind: str, number: int) -> None:
+    goes_well(Case(kind, number, seed=1), place, tmp_path)
+
+
+def test_cache_below_a_file_stops_the_job(place: Place, tmp_path: Path) -> None:
+    goes_well(Case("cache not writable", 0, seed=1), place, tmp_path)
