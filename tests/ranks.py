@@ -7,6 +7,7 @@ opened shared memory: a child of such a process can hang.
 import atexit
 import contextlib
 import ctypes
+import math
 import os
 import pickle
 import re
@@ -26,6 +27,8 @@ import torch
 
 CLONE_NEWNS, CLONE_NEWIPC, MS_REC, MS_PRIVATE = 0x20000, 0x8000000, 0x4000, 0x40000
 """Source: Linux, sched.h and mount.h."""
+TIME_TO_CLOSE = 30.0
+"""Seconds that torchrun leaves ranks after SIGTERM."""
 
 
 @dataclass
@@ -192,8 +195,9 @@ def shared_memory_of(pid: int) -> set[str]:
 
 
 def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:
-    """Exit codes by pid. When a rank fails, the others get SIGTERM, as from torchrun."""
+    """Exit codes by pid. When a rank fails, the others get SIGTERM, and at last SIGKILL, as from torchrun."""
     codes: dict[int, int] = {}
+    killed_at = math.inf
     while len(codes) < len(pids):
         assert time.monotonic() < deadline, f"{len(pids) - len(codes)} of {len(pids)} ranks hang"
         for pid in set(pids) - set(codes):
@@ -201,16 +205,19 @@ def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:
             if ended:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid]:
-                    end_ranks(set(pids) - set(codes))
+                    signal_ranks(set(pids) - set(codes), signal.SIGTERM)
+                    killed_at = min(killed_at, time.monotonic() + TIME_TO_CLOSE)
+        if time.monotonic() > killed_at:
+            signal_ranks(set(pids) - set(codes), signal.SIGKILL)
         time.sleep(0.02)
     return codes
 
 
-def end_ranks(pids: set[int]) -> None:
-    """Send SIGTERM to the process groups of ranks."""
+def signal_ranks(pids: set[int], number: signal.Signals) -> None:
+    """Send a signal to the process groups of ranks."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGTERM)
+            os.killpg(pid, number)
 
 
 def group_members(group: int, patience: float = 5.0) -> list[str]:

@@ -7,6 +7,7 @@ gone, it goes on where it was.
 import contextlib
 import multiprocessing
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -291,3 +292,18 @@ def test_worker_that_is_killed_stops_the_job_with_its_exit_code(
     stopped = place.read(config, tmp_path / "1", world_size, at_step=kill)
     assert re.match(r"DataError: Dataloader worker \d \(pid \d+\) ended with exit code -9\.", stopped.message)
     goes_on(place, config, tmp_path, stopped, whole, world_size)
+
+
+def test_worker_that_cannot_hand_on_a_batch_stops_the_job(place: Place, whole: list[list[int]], tmp_path: Path) -> None:
+    """Here, for a temporary folder whose path is too long for a socket."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+
+    def set_folder(step: int) -> None:
+        tempfile.tempdir = str(long)
+
+    config = place.config(tmp_path / "cache", 2)
+    stopped = place.read(config, tmp_path / "1", 1, at_step=set_folder)
+    assert re.match(r"DataError: Dataloader worker \d \(pid \d+\) ended with exit code 1\.", stopped.message)
+    assert "can't hand on a batch: OSError: AF_UNIX path too long." in stopped.ranks[0].output
+    goes_on(place, config, tmp_path, stopped, whole)

@@ -71,7 +71,7 @@ NAMES = [
     "a\0b",
     "a\\..\\b",
 ]
-LIES: list[tuple[str, object, str]] = [
+LIES: list[tuple[str, Any, str]] = [
     *[("samples", value, "samples = ") for value in (-1, 0, 10**9, 1.5, "7", None, True, [])],
     *[("raw_data.bytes", value, "raw_data.bytes = ") for value in (-1, 1.5, "972", None, 1 << 70, True)],
     *[("raw_data.basename", value, "raw_data.basename = ") for value in [*NAMES, None, 3, ["x"]]],

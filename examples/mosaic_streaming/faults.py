@@ -6,15 +6,18 @@ waiting for ever.
 
 import os
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from multiprocessing import queues
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 from streaming import StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.mds import MDSReader
+from torch.utils.data import get_worker_info
 
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
@@ -84,6 +87,11 @@ class CheckedDataset(StreamingDataset):
         part.rename(self._fault_file())
         self._shard_states[shard_id] = _ShardState.LOCAL
 
+    def __iter__(self) -> Iterator[Any]:
+        if get_worker_info():
+            queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+        yield from super().__iter__()
+
     def __getitem__(self, at: Any) -> Any:
         try:
             return super().__getitem__(at)
@@ -117,6 +125,15 @@ class CheckedDataset(StreamingDataset):
             if sample_id != -1:
                 yield sample_id
         it.on_exit()
+
+
+def end_worker(error: Exception, batch: object) -> NoReturn:
+    """End a worker that can't hand on a batch: Python drops it (3.12, multiprocessing/queues.py), and all would wait.
+
+    It happens where shared memory is full, or the path of the temporary folder too long for a socket.
+    """
+    print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {describe(error)}", file=sys.stderr)
+    os._exit(1)
 
 
 def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:

@@ -6,11 +6,11 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 import signal
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.protocols.train_spec import TrainSpec
     from torchtitan.train import Trainer
+
+    from examples.mosaic_streaming.dataloader import MosaicDataLoader
 
 MODEL = "llama3_mosaic"
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
@@ -101,12 +103,14 @@ def mosaic_spec(spec: "TrainSpec", loader_config: dict[str, Any], path: str) -> 
     from examples.mosaic_streaming.build import build_mosaic_dataloader
     from examples.mosaic_streaming.tokenizer import build_tokenizer
 
+    def build_dataloader(**arguments: Any) -> "MosaicDataLoader":
+        handle_signals(exit_on_signal)  # from here on there is something to close
+        return build_mosaic_dataloader(loader_config=loader_config, loader_config_path=path, **arguments)
+
     return dataclasses.replace(
         spec,
         build_tokenizer_fn=build_tokenizer,
-        build_dataloader_fn=functools.partial(
-            build_mosaic_dataloader, loader_config=loader_config, loader_config_path=path
-        ),
+        build_dataloader_fn=build_dataloader,
         parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
     )
 
@@ -135,8 +139,7 @@ def run(job_config: "JobConfig") -> None:
             logger.warning(
                 "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again."
             )
-    for number in SIGNALS:
-        signal.signal(number, exit_on_signal)
+    handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
     trainer = None
     try:
         trainer = Trainer(job_config)
@@ -183,8 +186,13 @@ def ignore_signals() -> None:
     Source: torch's SIGCHLD handler raises when a worker ends early (torch 2.13, utils/data/_utils/signal_handling.py).
     """
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    handle_signals(signal.SIG_IGN)
+
+
+def handle_signals(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
+    """Have one handler for all signals that end a run."""
     for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+        signal.signal(number, handler)
 
 
 if __name__ == "__main__":
