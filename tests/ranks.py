@@ -86,9 +86,11 @@ def run_ranks(
         return [read_rank(Path(folder), rank, codes[pid], left[rank]) for rank, pid in enumerate(pids)]
 
 
-def run_rank_values(function: Callable[[], Any], world_size: int = 1, nodes: int = 1) -> list[Any]:
+def run_rank_values(
+    function: Callable[[], Any], world_size: int = 1, nodes: int = 1, timeout: float = 120.0
+) -> list[Any]:
     """What `function` returns in each rank; the test fails if a rank does."""
-    ranks = run_ranks(function, world_size, nodes=nodes)
+    ranks = run_ranks(function, world_size, nodes=nodes, timeout=timeout)
     failed = [f"rank {i} ended with {rank.code}:\n{rank.output}" for i, rank in enumerate(ranks) if rank.code]
     assert not failed, "\n".join(failed)
     return [rank.value for rank in ranks]

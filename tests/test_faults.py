@@ -307,3 +307,13 @@ def test_worker_that_cannot_hand_on_a_batch_stops_the_job(place: Place, whole: l
     assert re.match(r"DataError: Dataloader worker \d \(pid \d+\) ended with exit code 1\.", stopped.message)
     assert "can't hand on a batch: OSError: AF_UNIX path too long." in stopped.ranks[0].output
     goes_on(place, config, tmp_path, stopped, whole)
+
+
+def test_store_that_may_stall_longer_than_ranks_wait_is_warned_of(place: Place, tmp_path: Path) -> None:
+    warning = (
+        "gives a store that stalls 2 (download_retry) x 60 s (download_timeout), but ranks wait for each other only"
+    )
+    told = place.read(place.config(tmp_path / "cache"), tmp_path / "1", 2, steps=1)
+    assert [warning in rank.output for rank in told.ranks] == [True, False]
+    quiet = place.read(place.config(tmp_path / "cache", download_timeout=30), tmp_path / "2", 2, steps=1)
+    assert "ranks wait for each other" not in quiet.ranks[0].output

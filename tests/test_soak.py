@@ -1,5 +1,6 @@
 """What `make soak` does many times: here, once each, what no other test does."""
 
+import itertools
 import math
 import tempfile
 from collections.abc import Iterator
@@ -28,8 +29,15 @@ def goes_well(case: Case, place: Place) -> None:
     assert not done.outcome.problem
 
 
-@pytest.mark.parametrize("moment", range(len(MOMENTS)), ids=MOMENTS)
-@pytest.mark.parametrize("kind", KILLS)
+QUICK = {(2, 0), (0, 1), (3, 1), (1, 2)}
+CASES = [
+    pytest.param(kind, moment, id=f"{kind}-{MOMENTS[moment]}", marks=[] if case in QUICK else pytest.mark.long)
+    for case in itertools.product(range(len(KILLS)), range(len(MOMENTS)))
+    for kind, moment in [(list(KILLS)[case[0]], case[1])]
+]
+
+
+@pytest.mark.parametrize(("kind", "moment"), CASES)
 def test_killed_training_goes_on_exactly(place: Place, kind: str, moment: int) -> None:
     """On streams with a remote in one of two, by the case's seed."""
     goes_well(Case(kind, moment, seed=1), place)

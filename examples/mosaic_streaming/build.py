@@ -19,7 +19,14 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.faults import check_dataset
 from examples.mosaic_streaming.job import new_number, on_each_node, open_line
-from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders, streams_of
+from examples.mosaic_streaming.loader_config import (
+    STREAM_DEFAULTS,
+    Config,
+    has_cache,
+    resolve,
+    stream_folders,
+    streams_of,
+)
 from examples.mosaic_streaming.node import keep_locks_together, prepare_streams, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
@@ -66,6 +73,7 @@ def build_mosaic_dataloader(
     )
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
+        warn_of_patience(config["dataset"], job_config.comm.train_timeout_seconds, loader_config_path)
     number = new_number()
     open_line(number)
     on_each_node(number, lambda: prepare_streams(config, loader_config_path))
@@ -136,6 +144,24 @@ def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
             f"data-parallel degree = {dp_world_size}. Change one of them."
         )
     return max(1, total // (local * dp_world_size))
+
+
+def warn_of_patience(dataset: Config, timeout: float, path: str) -> None:
+    """Warn if one rank may wait for a shard for longer than the others wait for that rank.
+
+    Args:
+        dataset: of the resolved loader configuration.
+        timeout: `comm.train_timeout_seconds`.
+        path: the file that configures the loader, for the message.
+    """
+    for name, stream in streams_of(dataset).items():
+        retry, patience = ((STREAM_DEFAULTS | dataset | stream)[f"download_{key}"] for key in ("retry", "timeout"))
+        if has_cache(stream) and retry * patience >= timeout:
+            logger.warning(
+                f"{name} in {path} gives a store that stalls {retry} (download_retry) x {patience} s "
+                f"(download_timeout), but ranks wait for each other only {timeout} s (comm.train_timeout_seconds in the "
+                "job config): they would stop before that one can say why. Lower the first two, or raise the last."
+            )
 
 
 def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path: str) -> None:
