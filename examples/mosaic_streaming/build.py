@@ -158,9 +158,9 @@ def warn_of_patience(dataset: Config, timeout: float, path: str) -> None:
         retry, patience = ((STREAM_DEFAULTS | dataset | stream)[f"download_{key}"] for key in ("retry", "timeout"))
         if has_cache(stream) and retry * patience >= timeout:
             logger.warning(
-                f"{name} in {path} gives a store that stalls {retry} (download_retry) x {patience} s "
-                f"(download_timeout), but ranks wait for each other only {timeout} s (comm.train_timeout_seconds in the "
-                "job config): they would stop before that one can say why. Lower the first two, or raise the last."
+                f"{name} in {path} gives a store that stalls {retry} (download_retry) x {patience:g} s "
+                f"(download_timeout), but ranks wait for each other only {timeout:g} s (comm.train_timeout_seconds in "
+                "the job config): they would stop before that one can say why. Lower the first two, or raise the last."
             )
 
 

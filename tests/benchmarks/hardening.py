@@ -17,11 +17,11 @@ from unittest import mock
 import numpy as np
 from streaming import MDSWriter
 
-from examples.mosaic_streaming import build
-from examples.mosaic_streaming.node import prepare_streams
 from tests import conftest  # noqa: F401  # first: imports everything once
 
 # isort: split
+from examples.mosaic_streaming import build
+from examples.mosaic_streaming.node import prepare_streams
 from tests.ranks import run_rank_values
 from tests.streams import COLUMNS, build_loader, job, loader_config, write_stream
 
