@@ -69,10 +69,10 @@ class CheckedDataset(StreamingDataset):
     def fault(self) -> str | None:
         """Why a shard was given up on this node."""
         path = self._fault_file()
-        return path.read_text() if path.exists() else None
+        return Path(path).read_text() if os.path.exists(path) else None
 
-    def _fault_file(self) -> Path:
-        return Path("/dev/shm", f"{self._shm_prefix_int:06}_fault")
+    def _fault_file(self) -> str:
+        return f"/dev/shm/{self._shm_prefix_int:06}_fault"
 
     def give_up(self, shard_id: int, error: Exception) -> None:
         """Tell all processes of this node, and let none wait for the shard.
@@ -82,7 +82,7 @@ class CheckedDataset(StreamingDataset):
         """
         if self._cache_filelock.is_locked:
             self._cache_filelock.release(force=True)
-        part = self._fault_file().with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+        part = Path(f"{self._fault_file()}.{os.getpid()}-{threading.get_ident()}")
         part.write_text(str(error) if isinstance(error, DataError) else describe(error))
         part.rename(self._fault_file())
         self._shard_states[shard_id] = _ShardState.LOCAL

@@ -26,7 +26,7 @@ from tests.ranks import run_rank_values
 from tests.streams import COLUMNS, build_loader, job, loader_config, write_stream
 
 SEQ_LEN, ROWS, SAMPLES = 2048, 8, 8192
-TURNS, BATCHES = 15, 100
+TURNS, BATCHES = 60, 50
 """Times that each loader reads so many batches."""
 STARTS = 10
 GIGABYTE = 10**9
@@ -100,7 +100,7 @@ def verify(stream: Path, hash: str | None) -> float:
 
 def write_bytes(folder: Path) -> Path:
     """A stream of a gigabyte, in shards of 64 MB."""
-    with MDSWriter(out=str(folder), columns={"x": "bytes"}, size_limit=1 << 26, hashes=["xxh64", "sha1"]) as writer:
+    with MDSWriter(out=str(folder), columns={"x": "bytes"}, size_limit=1 << 26, hashes=["sha1", "xxh64"]) as writer:
         random = np.random.default_rng(0)
         for _ in range(GIGABYTE // (1 << 20)):
             writer.write({"x": random.bytes(1 << 20)})
