@@ -84,7 +84,7 @@ LASTING = {
     "404": r"\(404\): Object s3://bucket/\w+/shard\.00003\.mds not found!",
     "403": r"\(403\): Object s3://bucket/\w+/shard\.00003\.mds not found! .*permission",
     "500": r"\(InternalError\): ",
-    "reset": r"(Connection|Read|Protocol)\w*Error: ",
+    "reset": r"(Connection|Read|Protocol|ResponseStreaming)\w*Error: ",
     "stall": r"no progress for 1 s \(dataset\.download_timeout\)\.",
 }
 """What is said of a shard that the store never gives right."""
