@@ -122,7 +122,7 @@ def test_rank_that_is_killed_is_restarted_by_torchrun(
 ) -> None:
     """With --max-restarts nobody has to do anything, and nothing of ours stays behind in the temporary folder.
 
-    --standalone, as c10d in general, has ranks meet anew; torch 2.13's static rendezvous keeps the dead ones' addresses.
+    --standalone, as c10d in general, has ranks meet anew; torch 2.13's static rendezvous keeps old addresses.
     """
     monkeypatch.setenv(PAUSE, "8")  # the ranks that are started anew read 6 more
     monkeypatch.setenv("TMPDIR", str(tmp_path))
