@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 
+from examples.mosaic_streaming.documents import SEQUENCE_ID, positions
 from examples.mosaic_streaming.errors import DataError
 
 TitanBatch = tuple[dict[str, Tensor], Tensor]
@@ -28,6 +29,8 @@ class BatchFormat:
             `pad_id` there, real EOS too, so the ids are taken instead. Otherwise the labels are what the loader
             wants to be learned.
         origin: the streams and the rank, for messages.
+        documents: whether the model keeps attention within documents.
+        positions: whether it takes positions.
     """
 
     rows: int
@@ -38,19 +41,22 @@ class BatchFormat:
     eos_id: int | None
     labels_are_ids: bool
     origin: str
+    documents: bool = False
+    positions: bool = False
 
 
 def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
     """Convert a batch of llm-foundry to one of TorchTitan.
 
     Args:
-        batch: `input_ids: int64 [rows, max_seq_len]`, with `labels` and `attention_mask` of the same shape, or
-            without, and other keys, which are not passed on.
+        batch: `input_ids: int64 [rows, max_seq_len]`, with `labels`, `attention_mask` and `sequence_id` of the same
+            shape, or without, and other keys, which are not passed on.
         form: what the batch has to look like.
 
     Returns:
         `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`, where `labels[:, t]` is the token
-        behind `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens.
+        behind `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens. For
+        a model that keeps attention within documents, with `sequence_id` and `positions`, of the same shape.
 
     Raises:
         DataError: the shape differs from `[rows, max_seq_len]`, or an id is not one of the model's.
@@ -66,7 +72,23 @@ def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
     labels = targets[:, 1 : form.seq_len + 1]
     if form.max_seq_len == form.seq_len:
         labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
-    return {"input": ids[:, : form.seq_len].contiguous()}, labels.contiguous()
+    inputs = {"input": ids[:, : form.seq_len].contiguous()}
+    return inputs | document_inputs(batch, form), labels.contiguous()
+
+
+def document_inputs(batch: Mapping[str, Any], form: BatchFormat) -> dict[str, Tensor]:
+    """The documents of the rows, and positions in them, for a model that asks for them.
+
+    A row that says nothing of its documents is one, where it is an example: TorchTitan would take each EOS in a chat
+    for an end. A row of plain text is left to TorchTitan.
+    """
+    sequence_id = batch.get(SEQUENCE_ID)
+    if sequence_id is None and not form.labels_are_ids:
+        sequence_id = batch["attention_mask"] - 1
+    if sequence_id is None or not form.documents:
+        return {}
+    sequence_id = sequence_id[:, : form.seq_len].contiguous()
+    return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if form.positions else {})
 
 
 def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) -> Tensor:

@@ -3,19 +3,24 @@
 import copy
 import json
 import os
+from typing import Any
 
 import torch.distributed as dist
 from composer import DataSpec
 from llmfoundry.data.dataloader import build_dataloader
+from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
+from streaming.base.world import World
 from torch.utils.data import DataLoader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
+from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.documents import check_attention, masks_documents, no_masks, takes_positions
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.faults import check_dataset
 from examples.mosaic_streaming.job import new_number, on_each_node, open_line
@@ -27,8 +32,10 @@ from examples.mosaic_streaming.loader_config import (
     stream_folders,
     streams_of,
 )
+from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import keep_locks_together, prepare_streams, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
+from examples.mosaic_streaming.packing import CountingPacker, choose_ratio
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.resume import describe
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
@@ -61,8 +68,7 @@ def build_mosaic_dataloader(
     """
     training, model = job_config.training, job_config.model
     accumulation = accumulation_steps(job_config, dp_world_size)
-    vocab_size = embedding_rows(model.name, model.flavor)
-    check_vocabulary(tokenizer, vocab_size, f"{model.name} {model.flavor}")
+    check_model(job_config, tokenizer)
     transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
     config = resolve(
         loader_config,
@@ -71,62 +77,134 @@ def build_mosaic_dataloader(
         local_batch_size=training.local_batch_size,
         replication=dist.get_world_size() // dp_world_size,
     )
-    if is_rank_0():
-        logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
-        warn_of_patience(config["dataset"], job_config.comm.train_timeout_seconds, loader_config_path)
     number = new_number()
     open_line(number)
     on_each_node(number, lambda: prepare_streams(config, loader_config_path))
-    try:
-        with shared_memory(number):
-            # A copy: `build_dataloader` writes into what it is given.
-            spec: DataSpec = build_dataloader(copy.deepcopy(config), transformers_tokenizer, training.local_batch_size)
-    except Exception as error:
-        raise ConfigError(f"llm-foundry refuses {loader_config_path}: {type(error).__name__}: {error}") from error
-    loader = spec.dataloader
-    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
-        raise ConfigError(f"{loader_config_path} does not stream: give `dataset` a `remote` or `streams`.")
-    assert loader.batch_size is not None
-    names = list(streams_of(config["dataset"]))
-    check_dataset(loader.dataset, [stream_label(name, loader_config_path) for name in names])
-    keep_locks_together(loader.dataset)
-    order = set_order(loader.dataset, loader.batch_size, loader.batch_size * dp_world_size * accumulation)
+    rows, dataset = training.local_batch_size, config["dataset"]
+    if dataset.get("packing_ratio") == "auto":
+        single = config | {"dataset": dataset | {"packing_ratio": 1}}
+        loader = build_loader(single, loader_config_path, transformers_tokenizer, rows, new_number())
+        dataset["packing_ratio"] = choose_ratio(loader, rows, dataset["max_seq_len"])
+    if is_rank_0():
+        logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
+        warn_of_patience(dataset, job_config.comm.train_timeout_seconds, loader_config_path)
+    loader = build_loader(config, loader_config_path, transformers_tokenizer, rows, number)
+    assert loader.batch_size is not None and isinstance(loader.dataset, StreamingDataset)
+    packed = isinstance(loader.collate_fn, BinPackCollator)
+    if packed:
+        loader.collate_fn = CountingPacker(loader.collate_fn)
+    names = list(streams_of(dataset))
+    steps = accumulation * dp_world_size
+    order = set_order(loader.dataset, loader.batch_size, loader.batch_size * steps, packed)
     check_epoch(order, loader.dataset, names, loader_config_path)
-    loader.dataset._parallel_rank_world = sample_world(
-        dp_rank,
-        dp_world_size,
-        dp_ranks_per_node(
-            dist.get_world_size(),
-            dp_world_size,
-            job_config.parallelism.pipeline_parallel_degree,
-            int(os.environ["LOCAL_WORLD_SIZE"]),
-        ),
+    loader.dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
+    form = batch_format(
+        job_config, config, loader_config_path, transformers_tokenizer, dp_rank, rows=rows, seq_len=training.seq_len
     )
-    form = BatchFormat(
-        rows=training.local_batch_size,
-        seq_len=training.seq_len,
-        max_seq_len=config["dataset"]["max_seq_len"],
-        vocab_size=vocab_size,
-        pad_id=transformers_tokenizer.pad_token_id,
-        eos_id=transformers_tokenizer.eos_token_id,
-        labels_are_ids=config["name"] == "text",
-        origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in "
-        f"{loader_config_path}.",
-    )
+    if is_rank_0():
+        log_mixture(names, loader.dataset, order, training.seq_len if form.labels_are_ids else None)
+        warn_of_documents(config, job_config, form)
     data = describe(config, loader.dataset, order, training.seq_len, tokenizer)
     return MosaicDataLoader(loader, form, order, data, dp_rank, loader_config_path)
 
 
-def embedding_rows(model: str, flavor: str) -> int:
-    """Rows of a model's embedding, before the model is built.
+def build_loader(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, batch_size: int, number: int
+) -> DataLoader[Any]:
+    """llm-foundry's loader over streams that are ready, on all ranks together.
+
+    Args:
+        config: the resolved loader configuration.
+        path: the file it was read from, for messages.
+        tokenizer: the model's.
+        batch_size: rows of a batch, per dp rank.
+        number: for the dataset's shared memory.
 
     Raises:
-        ConfigError: the model has no such flavor.
+        ConfigError: llm-foundry or streaming refuses the configuration.
     """
-    flavors = get_train_spec(model).model_args
-    if flavor not in flavors:
-        raise ConfigError(f"model.flavor = {flavor!r}, but {model} has: {', '.join(flavors)}.")
-    return flavors[flavor].vocab_size
+    try:
+        with shared_memory(number):
+            # A copy: `build_dataloader` writes into what it is given.
+            spec: DataSpec = build_dataloader(copy.deepcopy(config), tokenizer, batch_size)
+    except Exception as error:
+        raise ConfigError(f"llm-foundry refuses {path}: {type(error).__name__}: {error}") from error
+    loader = spec.dataloader
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
+        raise ConfigError(f"{path} does not stream: give `dataset` a `remote` or `streams`.")
+    check_dataset(loader.dataset, [stream_label(name, path) for name in streams_of(config["dataset"])])
+    keep_locks_together(loader.dataset)
+    return loader
+
+
+def place(job_config: JobConfig, dp_rank: int, dp_world_size: int) -> World:
+    """This rank's place among those that share out the samples."""
+    pp = job_config.parallelism.pipeline_parallel_degree
+    per_node = dp_ranks_per_node(dist.get_world_size(), dp_world_size, pp, int(os.environ["LOCAL_WORLD_SIZE"]))
+    return sample_world(dp_rank, dp_world_size, per_node)
+
+
+def batch_format(
+    job_config: JobConfig,
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dp_rank: int,
+    *,
+    rows: int,
+    seq_len: int,
+) -> BatchFormat:
+    """What batches have to look like.
+
+    Args:
+        job_config: the whole job.
+        config: the resolved loader configuration.
+        path: the file it was read from, for messages.
+        tokenizer: the model's.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        rows: of a batch, per dp rank.
+        seq_len: of the model, in tokens.
+    """
+    spec, parallelism = get_train_spec(job_config.model.name), job_config.parallelism
+    model_args = spec.model_args[job_config.model.flavor]
+    degrees = {
+        "pp": parallelism.pipeline_parallel_degree,
+        "cp": parallelism.context_parallel_degree,
+        "tp": parallelism.tensor_parallel_degree,
+    }
+    return BatchFormat(
+        rows=rows,
+        seq_len=seq_len,
+        max_seq_len=config["dataset"]["max_seq_len"],
+        vocab_size=model_args.vocab_size,
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        labels_are_ids=config["name"] == "text",
+        origin=f"Rank {dist.get_rank()} (dp rank {dp_rank}) reads {stream_folders(config['dataset'])}, set in {path}.",
+        documents=masks_documents(model_args),
+        positions=takes_positions(spec.model_cls, degrees),
+    )
+
+
+def check_model(job_config: JobConfig, tokenizer: HuggingFaceTokenizer) -> None:
+    """Raise ConfigError unless there is such a flavor, for this tokenizer and these degrees of parallelism."""
+    model = job_config.model
+    flavors = get_train_spec(model.name).model_args
+    if model.flavor not in flavors:
+        raise ConfigError(f"model.flavor = {model.flavor!r}, but {model.name} has: {', '.join(flavors)}.")
+    model_args = flavors[model.flavor]
+    check_vocabulary(tokenizer, model_args.vocab_size, f"{model.name} {model.flavor}")
+    check_attention(model_args, model.flavor, job_config.parallelism.pipeline_parallel_degree)
+
+
+def warn_of_documents(config: Config, job_config: JobConfig, form: BatchFormat) -> None:
+    """Warn once if rows hold several documents that attention is not kept within."""
+    dataset, model = config["dataset"], job_config.model
+    packed = (dataset.get("packing_ratio") or 1) > 1
+    marked = dataset.get("eos_token_id") is not None or dataset.get("bos_token_id") is not None
+    if (packed or marked) and not form.documents:
+        documents = "packed examples" if packed else "documents (dataset.eos_token_id or bos_token_id)"
+        logger.warning(no_masks(documents, model.name, get_train_spec(model.name).model_args, model.flavor))
 
 
 def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:

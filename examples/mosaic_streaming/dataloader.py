@@ -15,6 +15,7 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
 from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.order import Order, start_at
+from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, check_same_data, damaged, pack, unpack
 
@@ -22,140 +23,36 @@ LAST_BREATH = 1.0
 """Seconds that a worker may take from its last sign of life to its end."""
 
 
-class MosaicDataLoader(BaseDataLoader):
-    """Batches of this rank without end, epoch after epoch, from any position.
-
-    An epoch is as many whole global batches as the streams' epoch holds; the rest of it is left out, so that no
-    optimizer step mixes two epochs. The position counts optimizer steps whose batches have all been handed out: what
-    workers have prefetched doesn't count.
+class Batches:
+    """The batches of a loader, its faults told, and its workers ended.
 
     Args:
-        loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
-        form: what batches have to look like.
-        order: the dataset's.
-        data: what a checkpoint has to agree with.
-        dp_rank: this rank on TorchTitan's batch mesh.
+        loader: llm-foundry's.
+        origin: the streams and the rank, for messages.
         path: the file that configures the loader, for messages.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Mapping[str, Any]],
-        form: BatchFormat,
-        order: Order,
-        data: Data,
-        dp_rank: int,
-        path: str,
-    ) -> None:
-        assert isinstance(loader.dataset, StreamingDataset)
+    def __init__(self, loader: DataLoader[Mapping[str, Any]], origin: str, path: str) -> None:
         self._loader = loader
-        self._dataset = loader.dataset
-        self._form = form
-        self._order = order
-        self._data = data
-        self._dp_rank = dp_rank
+        self._origin = origin
         self._path = path
-        self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
-        self._epoch = 0
-        self._sample_in_epoch = 0
-        """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
         self._batches: Iterator[Mapping[str, Any]] | None = None
 
-    def __iter__(self) -> Iterator[TitanBatch]:
-        """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
+    def begin(self) -> None:
+        """Iterate the loader, from the dataset's position on; persistent workers go on living."""
+        self._batches = iter(self._loader)
+
+    def take(self, count: int) -> list[Mapping[str, Any]]:
+        """The next batches, fewer at the end.
 
         Raises:
-            DataError: a batch is not as it has to be, ranks don't read the same data, or an epoch ends early.
-            RuntimeError: this is not the first iteration: the position is that of one reader.
+            DataError: the loader fails.
         """
-        if self._batches is not None:
-            raise RuntimeError("A MosaicDataLoader can be iterated once.")
-        self._log_start()
-        checked = False
-        while True:
-            self._batches = iter(self._loader)
-            while step := self._next_step(self._batches):
-                for number, batch in enumerate(step, start=1):
-                    titan_batch = to_titan_batch(batch, self._form)
-                    if not checked:
-                        check_peers(titan_batch, self._dp_rank, self._data | self._place(), self._path)
-                        checked = True
-                    if number == len(step):
-                        self._sample_in_epoch += self._order.global_batch_size
-                    yield titan_batch
-            if is_rank_0():
-                logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
-            self._epoch, self._sample_in_epoch = self._epoch + 1, 0
-
-    def _log_start(self) -> None:
-        """Say on rank 0 where in the streams the run starts, and how much of them an epoch leaves out."""
-        if is_rank_0():
-            samples, start = self._dataset.epoch_size, self._sample_in_epoch
-            left = self._order.left(start)
-            logger.log(
-                logging.INFO if start + left > 0.99 * samples else logging.WARNING,
-                f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
-                f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
-                f"{samples:,} samples.",
-            )
-
-    def _place(self) -> Data:
-        """What all ranks have to agree on at a start, beside the data."""
-        world = self._dataset._parallel_rank_world
-        return {
-            "training.global_batch_size": self._order.global_batch_size,
-            "training.local_batch_size": self._order.local_batch_size,
-            "nodes x dp ranks on each": f"{world.num_nodes} x {world.ranks_per_node}",
-            "epoch": self._epoch,
-            "samples read of it": self._sample_in_epoch,
-        }
-
-    def _next_step(self, batches: Iterator[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """This rank's batches of the next optimizer step; none at the end of the epoch."""
-        if self._epoch_is_read():
-            return []
-        accumulation = self._order.global_batch_size // self._samples_per_batch
+        assert self._batches is not None
         try:
-            step = list(itertools.islice(batches, accumulation))
+            return list(itertools.islice(self._batches, count))
         except Exception as error:
-            raise DataError(self.lost_workers() or f"{cause(error)} {self._form.origin}") from error
-        if len(step) < accumulation:
-            raise DataError(
-                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
-                f"{self._form.origin}"
-            )
-        return step
-
-    def _epoch_is_read(self) -> bool:
-        """Whether the rest of the epoch fills no global batch."""
-        return self._order.left(self._sample_in_epoch) == 0
-
-    def state_dict(self) -> dict[str, str]:
-        """The position of the next batch: the same JSON string on each rank, under one key."""
-        return pack(*self._next_position(), self._order.global_batch_size, self._data)
-
-    def _next_position(self) -> tuple[int, int]:
-        """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
-        return (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
-
-    def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Go on from a saved position; call it before iterating.
-
-        Raises:
-            DataError: the state is damaged, or of another version.
-            ConfigError: the data is not what it was when the state was saved.
-        """
-        self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
-        check_same_data(data, self._data, self._path)
-        if self._sample_in_epoch > self._dataset.epoch_size:
-            raise damaged(f"{self._sample_in_epoch:,} samples read of an epoch of {self._dataset.epoch_size:,}")
-        self._epoch, self._sample_in_epoch = self._next_position()
-        if is_rank_0() and global_batch_size != self._order.global_batch_size:
-            logger.warning(
-                f"The global batch changes from {global_batch_size} to {self._order.global_batch_size} sequences: "
-                "the same samples follow, in other batches."
-            )
-        self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
+            raise DataError(self.lost_workers() or f"{cause(error)} {self._origin}") from error
 
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how; signals that end a whole job aside."""
@@ -184,6 +81,163 @@ class MosaicDataLoader(BaseDataLoader):
         shutdown = getattr(batches, "_shutdown_workers", None)  # there are none where num_workers = 0
         if shutdown:
             shutdown()
+
+
+class MosaicDataLoader(BaseDataLoader):
+    """Batches of this rank without end, epoch after epoch, from any position.
+
+    An epoch is as many whole global batches as the streams' epoch holds; the rest of it is left out, so that no
+    optimizer step mixes two epochs. The position counts optimizer steps whose batches have all been handed out: what
+    workers have prefetched doesn't count.
+
+    Args:
+        loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
+        form: what batches have to look like.
+        order: the dataset's.
+        data: what a checkpoint has to agree with.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        path: the file that configures the loader, for messages.
+    """
+
+    def __init__(
+        self,
+        loader: DataLoader[Mapping[str, Any]],
+        form: BatchFormat,
+        order: Order,
+        data: Data,
+        dp_rank: int,
+        path: str,
+    ) -> None:
+        assert isinstance(loader.dataset, StreamingDataset)
+        self._batches = Batches(loader, form.origin, path)
+        self._dataset = loader.dataset
+        self._form = form
+        self._order = order
+        self._data = data
+        self._dp_rank = dp_rank
+        self._path = path
+        self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
+        self._epoch = 0
+        self._sample_in_epoch = 0
+        """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
+        self._left_out = self._packed = 0
+        """Tokens of this rank's samples that packing has left out, and that it has not."""
+        self._is_read = False
+
+    def __iter__(self) -> Iterator[TitanBatch]:
+        """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
+
+        Raises:
+            DataError: a batch is not as it has to be, ranks don't read the same data, or an epoch ends early.
+            RuntimeError: this is not the first iteration: the position is that of one reader.
+        """
+        if self._is_read:
+            raise RuntimeError("A MosaicDataLoader can be iterated once.")
+        self._is_read = True
+        self._log_start()
+        checked = False
+        while True:
+            self._batches.begin()
+            while step := self._next_step():
+                for number, batch in enumerate(step, start=1):
+                    titan_batch = to_titan_batch(batch, self._form)
+                    if not checked:
+                        check_peers(titan_batch, self._dp_rank, self._data | self._place(), self._path)
+                        checked = True
+                    if number == len(step):
+                        self._sample_in_epoch += self._order.global_batch_size
+                    yield titan_batch
+            if is_rank_0():
+                logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
+            self._log_left_out()
+            self._epoch, self._sample_in_epoch = self._epoch + 1, 0
+
+    def _log_start(self) -> None:
+        """Say on rank 0 where in the streams the run starts, and how much of them an epoch leaves out."""
+        if is_rank_0():
+            samples, start = self._dataset.epoch_size, self._sample_in_epoch
+            left = self._order.left(start)
+            logger.log(
+                logging.INFO if start + left > 0.99 * samples else logging.WARNING,
+                f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
+                f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
+                f"{samples:,} samples.",
+            )
+
+    def _place(self) -> Data:
+        """What all ranks have to agree on at a start, beside the data."""
+        world = self._dataset._parallel_rank_world
+        return {
+            "samples of a global batch": self._order.global_batch_size,
+            "samples of a rank's batch": self._order.local_batch_size,
+            "nodes x dp ranks on each": f"{world.num_nodes} x {world.ranks_per_node}",
+            "epoch": self._epoch,
+            "samples read of it": self._sample_in_epoch,
+        }
+
+    def _next_step(self) -> list[Mapping[str, Any]]:
+        """This rank's batches of the next optimizer step; none at the end of the epoch."""
+        if self._epoch_is_read():
+            return []
+        accumulation = self._order.global_batch_size // self._samples_per_batch
+        step = self._batches.take(accumulation)
+        if len(step) < accumulation:
+            raise DataError(
+                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
+                f"{self._form.origin}"
+            )
+        self._left_out += sum(batch.get(LEFT_OUT, 0) for batch in step)
+        self._packed += sum(batch.get(PACKED, 0) for batch in step)
+        return step
+
+    def _log_left_out(self) -> None:
+        """Say on rank 0 how many tokens packing has left out."""
+        if self._packed and is_rank_0():
+            samples = self._left_out + self._packed
+            logger.info(
+                f"Packing has left out {self._left_out:,} of {samples:,} tokens of rank 0's samples "
+                f"({self._left_out / samples:.2%})."
+            )
+
+    def _epoch_is_read(self) -> bool:
+        """Whether the rest of the epoch fills no global batch."""
+        return self._order.left(self._sample_in_epoch) == 0
+
+    def state_dict(self) -> dict[str, str]:
+        """The position of the next batch: the same JSON string on each rank, under one key."""
+        return pack(*self._next_position(), self._order.global_batch_size, self._data)
+
+    def _next_position(self) -> tuple[int, int]:
+        """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
+        return (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
+
+    def load_state_dict(self, state_dict: dict[str, str]) -> None:
+        """Go on from a saved position; call it before iterating.
+
+        Raises:
+            DataError: the state is damaged, or of another version.
+            ConfigError: the data is not what it was when the state was saved.
+        """
+        self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
+        check_same_data(data, self._data, self._path)
+        if self._sample_in_epoch > self._dataset.epoch_size:
+            raise damaged(f"{self._sample_in_epoch:,} samples read of an epoch of {self._dataset.epoch_size:,}")
+        self._epoch, self._sample_in_epoch = self._next_position()
+        if is_rank_0() and global_batch_size != self._order.global_batch_size:
+            logger.warning(
+                f"The global batch changes from {global_batch_size} to {self._order.global_batch_size} samples: "
+                "the same samples follow, in other batches."
+            )
+        self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
+
+    def lost_workers(self) -> str:
+        """Which dataloader workers have ended with an error, and how."""
+        return self._batches.lost_workers()
+
+    def close(self) -> None:
+        """End the dataloader workers."""
+        self._log_left_out()
+        self._batches.close()
 
 
 def cause(error: Exception) -> str:

@@ -2,11 +2,12 @@
 
 import argparse
 import dataclasses
+import sys
 import tomllib
 import typing
-from typing import Any
+from typing import Any, NamedTuple
 
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 
 USAGE = """\
 Train a TorchTitan model on Mosaic streams.
@@ -22,8 +23,18 @@ TorchTitan's own flags go behind a `--`:
     --mosaic-config examples/mosaic_streaming/configs/mosaic_dataloader.toml -- \\
     --training.steps=20 --metrics.enable_tensorboard=true
 
-They are listed by: python -m examples.mosaic_streaming.train -- --help
+Validation reads streams of its own, with --mosaic-validation-config VALIDATION.toml and --validation.enable=true.
+Both loader files can also be llm-foundry training YAMLs: their `train_loader`, and their `eval_loader`.
+
+TorchTitan's flags are listed by: python -m examples.mosaic_streaming.train -- --help
 """
+
+
+class LoaderFile(NamedTuple):
+    """A loader's configuration, and the file it was read from."""
+
+    config: dict[str, Any]
+    path: str
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +48,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Split a command line into ours and TorchTitan's flags, which stand behind the first `--`.
 
     Returns:
-        a namespace with `config` and `mosaic_config` (paths), and TorchTitan's flags.
+        a namespace with `config`, `mosaic_config` and `mosaic_validation_config` (paths), and TorchTitan's flags.
 
     Raises:
         ConfigError: a flag is missing or unknown, or stands on the wrong side of `--`.
@@ -47,7 +58,8 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     asks_titan = "--help" in titan or "-h" in titan
     parser = Parser(
         prog="torchrun -m examples.mosaic_streaming.train",
-        usage="%(prog)s --config JOB.toml --mosaic-config LOADER.toml [-- TORCHTITAN FLAGS]",
+        usage="%(prog)s --config JOB.toml --mosaic-config LOADER.toml [--mosaic-validation-config LOADER.toml] "
+        "[-- TORCHTITAN FLAGS]",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -59,6 +71,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="LOADER.toml",
         help="the Mosaic loader, for llmfoundry.data.dataloader.build_dataloader",
     )
+    parser.add_argument("--mosaic-validation-config", metavar="LOADER.toml", help="the same for validation")
     flags, rest = parser.parse_known_args(ours)
     if rest:
         raise ConfigError(f"{' '.join(rest)}: not a flag of ours. TorchTitan's flags go behind a `--`. See --help.")
@@ -80,6 +93,41 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+
+
+def read_loader(path: str, section: str) -> LoaderFile:
+    """Parse a loader's TOML file, or its section of an llm-foundry training YAML.
+
+    Args:
+        path: the file; one that ends in `.yaml` or `.yml` is a YAML.
+        section: of the YAML.
+
+    Raises:
+        ConfigError: the file is missing, can't be parsed, or has no such section.
+    """
+    if not path.endswith((".yaml", ".yml")):
+        return LoaderFile(read_toml(path), path)
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except OSError as error:
+        raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    sections = dict(content) if isinstance(content, dict) else {}
+    loader = sections.pop(section, None)
+    if isinstance(loader, list) and len(loader) == 1:  # as llm-foundry has several evaluations
+        [loader] = loader
+    if not isinstance(loader, dict):
+        found = f"has {len(loader)} of them" if isinstance(loader, list) else f"has: {', '.join(sections) or 'nothing'}"
+        raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {found}.")
+    loader.pop("label", None)  # the name of an evaluation
+    if is_rank_0() and sections:
+        print(f"{path}: read `{section}`, ignored: {', '.join(sections)}.", file=sys.stderr, flush=True)
+    return LoaderFile(loader, path)
 
 
 def spell_booleans(titan_flags: list[str], job_config: type) -> list[str]:

@@ -53,18 +53,24 @@ STREAM_DEFAULTS = {
 WEIGHT_TOLERANCE = 0.01
 """By how much the proportions of all streams may sum to another number than 1: people round."""
 
+MAX_RATIO = 1000
+"""Samples packed into a row, at most."""
+
 NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
 
 
-def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, replication: int) -> Config:
+def resolve(
+    config: Config, path: str, *, seq_len: int, local_batch_size: int, replication: int, section: str = "training"
+) -> Config:
     """The complete configuration for llm-foundry's `build_dataloader`, as a copy.
 
     Args:
         config: the loader's configuration as it was read.
         path: the file it was read from, for messages.
-        seq_len: `training.seq_len`, in tokens.
-        local_batch_size: `training.local_batch_size`, in sequences per dp rank.
+        seq_len: in tokens.
+        local_batch_size: in sequences per dp rank.
         replication: ranks that receive the same samples: world size / dp_world_size.
+        section: of the job config that `seq_len` and `local_batch_size` come from.
 
     Raises:
         ConfigError: a key is unknown, missing, owned by the job config, or differs from what it is derived from.
@@ -75,11 +81,11 @@ def resolve(config: Config, path: str, *, seq_len: int, local_batch_size: int, r
     if "batch_size" in dataset:
         raise ConfigError(
             f"dataset.batch_size = {dataset['batch_size']!r} in {path}. Remove the key: "
-            f"the batch size is training.local_batch_size = {local_batch_size} in the job config."
+            f"the batch size is {section}.local_batch_size = {local_batch_size} in the job config."
         )
-    derive(config, "device_batch_size", [local_batch_size], "training.local_batch_size is", path)
+    derive(config, "device_batch_size", [local_batch_size], f"{section}.local_batch_size is", path)
     del config["device_batch_size"]  # an argument of `build_dataloader`
-    derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"training.seq_len = {seq_len} allows", path)
+    derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"{section}.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
     dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
     check_streams(dataset, path)
@@ -131,8 +137,7 @@ def check_keys(config: Config, path: str) -> None:
         wrong += wrong_values(settings, f"dataset.streams.{stream}.", hints, path)
     if wrong:
         raise ConfigError(" ".join(wrong))
-    if dataset.get("packing_ratio"):
-        raise ConfigError(f"dataset.packing_ratio in {path}: packing is not there yet. Remove the key.")
+    check_packing(dataset, path)
     if name == "finetuning" and not (dataset.get("remote") or streams or "hf_name" in dataset):
         raise ConfigError(
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
@@ -140,6 +145,27 @@ def check_keys(config: Config, path: str) -> None:
         )
     if (algo := dataset.get("shuffle_algo", "py1e")) not in shuffle.algos:  # streaming looks only after the start
         raise ConfigError(f"dataset.shuffle_algo = {algo!r} in {path}, expected one of: {', '.join(shuffle.algos)}.")
+
+
+def check_packing(dataset: Config, path: str) -> None:
+    """Raise ConfigError for packing that is no packing, or that no resume could repeat; fill in what can be repeated.
+
+    Source: llm-foundry's own default keeps all that didn't fit in the memory of a worker (0.22.0, data/packing.py).
+    """
+    if (ratio := dataset.get("packing_ratio")) is None:
+        return
+    if ratio != "auto" and not (type(ratio) in (int, float) and 1 <= ratio <= MAX_RATIO):
+        raise ConfigError(
+            f'dataset.packing_ratio = {ratio!r} in {path}, expected "auto" or a number from 1 to {MAX_RATIO:,}.'
+        )
+    if ratio == 1:  # as llm-foundry has it, no packing
+        return
+    if dataset.setdefault("max_leftover_bins_to_keep", 0) != 0:
+        raise ConfigError(
+            f"dataset.max_leftover_bins_to_keep = {dataset['max_leftover_bins_to_keep']!r} in {path}: what workers keep "
+            "in memory is lost at a restart, so that a run can't go on as if it had not stopped. Remove the key, or "
+            "set it to 0: then each batch depends on its samples alone, and the log says how many tokens are left out."
+        )
 
 
 def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:

@@ -29,9 +29,10 @@ class Order:
 
     Attributes:
         batching_method: streaming's, one of "random", "per_stream", "stratified", "device_per_stream".
-        global_batch_size: sequences per optimizer step.
+        global_batch_size: samples per optimizer step.
         local_batch_size: samples per dp rank and batch.
         epoch_samples: samples of an epoch that can be read without repeats; the rest is left out.
+        packed: whether the samples of a batch are packed together, so that other rows come of other neighbours.
         first_epoch: the epoch to start in.
         first_sample: samples of it that have been read already.
     """
@@ -40,13 +41,14 @@ class Order:
     global_batch_size: int
     local_batch_size: int
     epoch_samples: int
+    packed: bool = False
     first_epoch: int = 0
     first_sample: int = 0
 
     @property
     def together(self) -> int:
-        """Samples that this batching method keeps in one batch of one rank."""
-        return self.local_batch_size if self.batching_method == "device_per_stream" else 1
+        """Samples that stay in one batch of one rank."""
+        return self.local_batch_size if self.packed or self.batching_method == "device_per_stream" else 1
 
     def left(self, sample_in_epoch: int) -> int:
         """Samples of an epoch that follow a position, in whole global batches."""
@@ -62,7 +64,29 @@ class Order:
         return deal(samples, world, self.local_batch_size, self.together)
 
 
-def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int) -> Order:
+@dataclass(frozen=True)
+class Round:
+    """How the samples of a validation round follow each other, the same in each; a batching method for streaming.
+
+    Attributes:
+        samples: of a round; the last global batch may be short of some.
+        global_batch_size: samples that all ranks together read at once.
+        local_batch_size: samples per dp rank and batch.
+    """
+
+    samples: int
+    global_batch_size: int
+    local_batch_size: int
+
+    def __call__(self, dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+        """The samples of a round; -1 fills the last global batch. The shape is in `deal`."""
+        in_order = batching_methods["random"](dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)[: self.samples]
+        assert in_order.size == self.samples and in_order.min(initial=0) >= 0
+        missing = -self.samples % self.global_batch_size
+        return deal(np.pad(in_order, (0, missing), constant_values=-1), world, self.local_batch_size)
+
+
+def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int, packed: bool = False) -> Order:
     """Make a dataset read its samples in an order that no rank, node, worker or micro-batch changes.
 
     Source: streaming 0.13.0 finds partition algorithms by name in a table (base/partition/__init__.py); `batch_size` is
@@ -78,7 +102,18 @@ def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_siz
     algos[PARTITION_ALGO] = without_repeats
     dataset.partition_algo = PARTITION_ALGO
     dataset.batch_size = local_batch_size if method == "device_per_stream" else global_batch_size
-    return use(dataset, Order(method, global_batch_size, local_batch_size, samples))
+    order = Order(method, global_batch_size, local_batch_size, samples, packed)
+    use(dataset, order)
+    return order
+
+
+def set_round(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int, samples: int) -> None:
+    """Make a dataset read the same first samples of an epoch, each time that it is iterated."""
+    algos[PARTITION_ALGO] = without_repeats
+    dataset.partition_algo = PARTITION_ALGO
+    dataset.num_canonical_nodes = 1  # with more, the last samples of an epoch would be left out
+    dataset.batch_size = global_batch_size
+    use(dataset, Round(samples, global_batch_size, local_batch_size))
 
 
 def start_at(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoch: int) -> Order:
@@ -88,17 +123,18 @@ def start_at(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoc
     shared memory at once: "cannot mmap an empty file" (streaming 0.13.0, base/shared/memory.py).
     """
     dataset.next_epoch = epoch
-    return use(dataset, dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch))
+    order = dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch)
+    use(dataset, order)
+    return order
 
 
-def use(dataset: StreamingDataset, order: Order) -> Order:
+def use(dataset: StreamingDataset, order: Order | Round) -> None:
     """Set an order as the batching method of a dataset.
 
     Source: streaming 0.13.0 finds batching methods by name in a table (base/batching/__init__.py).
     """
     batching_methods[repr(order)] = order
     dataset.batching_method = repr(order)
-    return order
 
 
 def epoch_samples(
@@ -130,6 +166,24 @@ def epoch_samples(
         return steps * global_batch_size
     batch = local_batch_size if batching_method == "device_per_stream" else global_batch_size
     return 0 if min(sizes) < batch else sum(whole(size, batch) for size in sizes)
+
+
+def shares(
+    batching_method: str,
+    choose: Sequence[int],
+    proportions: Sequence[float],
+    num_canonical_nodes: int,
+    global_batch_size: int,
+    local_batch_size: int,
+) -> list[float]:
+    """The share of each stream in the samples that an epoch gives; the arguments are those of `epoch_samples`."""
+    parts: Sequence[float] = choose
+    if batching_method == "stratified":
+        parts = stream_parts(proportions, global_batch_size)
+    elif batching_method != "random":
+        batch = local_batch_size if batching_method == "device_per_stream" else global_batch_size
+        parts = [whole(whole(samples, num_canonical_nodes), batch) for samples in choose]
+    return [part / max(1, sum(parts)) for part in parts]
 
 
 def whole(samples: int, multiple: int) -> int:

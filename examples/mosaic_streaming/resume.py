@@ -62,8 +62,9 @@ def describe(
     data["dataset.batching_method"] = order.batching_method
     if order.batching_method in ("per_stream", "stratified"):
         data["training.global_batch_size"] = order.global_batch_size
-    if order.batching_method == "device_per_stream":
-        data["training.local_batch_size"] = order.local_batch_size
+    if order.together > 1 or order.packed:
+        samples = "samples packed into a batch" if order.packed else "training.local_batch_size"
+        data[samples] = order.local_batch_size
     data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
     if dataset.shuffle:
         data["dataset.shuffle_algo"] = dataset.shuffle_algo

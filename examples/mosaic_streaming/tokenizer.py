@@ -46,6 +46,7 @@ def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreT
         ConfigError: the two read the assets differently; the message has both values.
     """
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    tokenizer.padding_side = "right"  # on the left, tokens would see the padding: TorchTitan doesn't mask it
     pairs = {
         "vocabulary size": (titan.get_vocab_size(), len(tokenizer)),
         "bos id": (titan.bos_id, tokenizer.bos_token_id),

@@ -5,7 +5,7 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 """
 
 import contextlib
-import dataclasses
+import functools
 import io
 import os
 import signal
@@ -13,20 +13,16 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.flags import parse_flags, read_toml, spell_booleans
+from examples.mosaic_streaming.flags import parse_flags, read_loader, read_toml, spell_booleans
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
-    from torchtitan.protocols.train_spec import TrainSpec
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming.dataloader import MosaicDataLoader
-
-MODEL = "llama3_mosaic"
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """Whose versions the log opens with."""
@@ -39,12 +35,18 @@ def main(argv: list[str] | None = None) -> None:
         if not (flags.config and flags.mosaic_config):  # `-- --help`
             load_job_config(titan_flags)
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
-        loader_config = read_toml(flags.mosaic_config)
+        train_file = read_loader(flags.mosaic_config, "train_loader")
+        validation_path = flags.mosaic_validation_config
+        validation_file = read_loader(validation_path, "eval_loader") if validation_path else None
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError("Not started by torchrun. See --help.")
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        check_job(job_config)
-        register(loader_config, flags.mosaic_config)
+        check_job(job_config, validates=validation_file is not None)
+        from examples.mosaic_streaming import spec
+
+        # From the building of the loader on there is something to close.
+        before_build = functools.partial(handle_signals, exit_on_signal)
+        spec.register(job_config.model.name, train_file, validation_file, before_build)
         run(job_config)
 
 
@@ -73,12 +75,18 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
         raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
 
 
-def check_job(job_config: "JobConfig") -> None:
-    """Raise ConfigError for a job that would not do, on Mosaic streams, what it says."""
-    if job_config.model.name != MODEL:
-        raise ConfigError(f"model.name = {job_config.model.name!r} does not read Mosaic streams. Set it to {MODEL!r}.")
-    if job_config.validation.enable:
-        raise ConfigError("validation.enable = true: there is no validation on Mosaic streams yet. Set it to false.")
+def check_job(job_config: "JobConfig", validates: bool) -> None:
+    """Raise ConfigError for a job that would not do, on Mosaic streams, what it says.
+
+    Args:
+        job_config: the whole job.
+        validates: whether there is a configuration of the validation loader.
+    """
+    if job_config.validation.enable and not validates:
+        raise ConfigError(
+            "validation.enable = true, but no validation streams are given. Name their file with "
+            "--mosaic-validation-config PATH, before the `--`, or set validation.enable to false."
+        )
     if job_config.comm.mode != "default":
         raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
     if job_config.checkpoint.create_seed_checkpoint:
@@ -89,37 +97,6 @@ def check_job(job_config: "JobConfig") -> None:
             )
         if not job_config.checkpoint.enable:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
-
-
-def mosaic_spec(spec: "TrainSpec", loader_config: dict[str, Any], path: str) -> "TrainSpec":
-    """A TorchTitan spec that reads the streams of a loader configuration.
-
-    Args:
-        spec: any TrainSpec of a text model.
-        loader_config: the loader TOML.
-        path: the file it was read from, for messages.
-    """
-    from examples.mosaic_streaming import cpu
-    from examples.mosaic_streaming.build import build_mosaic_dataloader
-    from examples.mosaic_streaming.tokenizer import build_tokenizer
-
-    def build_dataloader(**arguments: Any) -> "MosaicDataLoader":
-        handle_signals(exit_on_signal)  # from here on there is something to close
-        return build_mosaic_dataloader(loader_config=loader_config, loader_config_path=path, **arguments)
-
-    return dataclasses.replace(
-        spec,
-        build_tokenizer_fn=build_tokenizer,
-        build_dataloader_fn=build_dataloader,
-        parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
-    )
-
-
-def register(loader_config: dict[str, Any], path: str) -> None:
-    """Make `llama3_mosaic` known to TorchTitan."""
-    from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
-
-    register_train_spec(MODEL, mosaic_spec(get_train_spec("llama3"), loader_config, path))
 
 
 def run(job_config: "JobConfig") -> None:
@@ -170,6 +147,8 @@ def close(trainer: "Trainer | None") -> None:
     if trainer:
         try:
             trainer.dataloader.close()
+            if trainer.job_config.validation.enable:
+                trainer.validator.close()
         finally:
             trainer.close()
 

@@ -1,0 +1,286 @@
+"""TorchTitan's validator over Mosaic streams: the same samples each round, each once in the average."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from streaming import StreamingDataset
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.components.validate import BaseValidator
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from torchtitan.distributed import utils as dist_utils
+from torchtitan.distributed.context_parallel import prepare_context_parallel_input
+from torchtitan.protocols.train_spec import get_train_spec
+from torchtitan.tools.logging import logger
+from torchtitan.tools.utils import device_type
+
+from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
+from examples.mosaic_streaming.build import batch_format, build_loader, place
+from examples.mosaic_streaming.dataloader import Batches
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.job import new_number, on_each_node
+from examples.mosaic_streaming.loader_config import Config, resolve
+from examples.mosaic_streaming.node import prepare_streams
+from examples.mosaic_streaming.order import set_round
+from examples.mosaic_streaming.peers import check_peers
+from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
+
+
+class MosaicValidator(BaseValidator):
+    """The mean loss of a model over the first samples of the validation streams, or over all of them.
+
+    Each target counts once, whatever its batch: TorchTitan's own validator takes the mean of batches' means, and
+    iterates a loader whose ranks may end at different times (torchtitan 0.2.2, components/validate.py).
+
+    Args:
+        job_config: the whole job; `validation` has batch size, sequence length, and batches of a round.
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        dp_rank: this rank on that mesh.
+        tokenizer: TorchTitan's tokenizer.
+        validation_file: configuration of the validation loader.
+        arguments: the rest of what TorchTitan gives a validator.
+
+    Raises:
+        ConfigError: the loader and the job don't fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_config: JobConfig,
+        dp_world_size: int,
+        dp_rank: int,
+        tokenizer: HuggingFaceTokenizer,
+        validation_file: LoaderFile,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(job_config)
+        self._tokenizer = tokenizer
+        self._dims: ParallelDims = arguments["parallel_dims"]
+        self._loss_fn = arguments["loss_fn"]
+        self._context = arguments["validation_context"]
+        self._amp = arguments["maybe_enable_amp"]
+        self._metrics = arguments["metrics_processor"]
+        self._schedule = arguments.get("pp_schedule")
+        self._has_first_stage = arguments.get("pp_has_first_stage")
+        self._has_last_stage = arguments.get("pp_has_last_stage")
+        model = job_config.model
+        attention = getattr(get_train_spec(model.name).model_args[model.flavor], "attn_type", "sdpa")
+        self._masks = attention in ("flex", "varlen")
+        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, validation_file)
+
+    @torch.no_grad()
+    def validate(self, model_parts: list[nn.Module], step: int) -> None:
+        """Log the mean loss; the model's mode is training again afterwards."""
+        for model in model_parts:
+            model.eval()
+        loss_sum = torch.zeros((), dtype=torch.float64)
+        tokens = torch.zeros((), dtype=torch.int64)
+        for inputs, labels in self._rounds:
+            self._metrics.ntokens_since_last_log += labels.numel()
+            tokens += (labels != IGNORE_INDEX).sum()
+            inputs = {key: value.to(device_type) for key, value in inputs.items()}
+            loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
+        loss_sum, tokens = loss_sum.to(torch.float32).to(device_type), tokens.to(device_type)
+        mean = self._total(loss_sum, "loss", "pp") / max(1, self._total(tokens, "batch"))
+        self._metrics.log_validation(loss=mean, step=step)
+        for model in model_parts:
+            model.train()
+
+    def _loss(self, inputs: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]) -> Tensor:
+        """The loss of a batch, summed over this rank's targets; 0 on a pipeline's other stages than the last."""
+        tokens, extra_inputs = inputs.pop("input"), inputs
+        extra_kwargs: dict[str, Any] = {}
+        if self._masks:
+            extra_kwargs["attention_masks"] = model_parts[0].get_attention_masks(  # type: ignore[operator]
+                input_batch=tokens, tokenizer=self._tokenizer, extra_inputs=extra_inputs
+            )
+        if self._dims.cp_enabled:
+            balancer = self.job_config.parallelism.context_parallel_load_balancer
+            tokens, labels, extra_kwargs = prepare_context_parallel_input(
+                tokens, labels, extra_kwargs, self._dims.get_mesh("cp"), tokens.device, balancer
+            )
+        with self._context():
+            if self._schedule is None:
+                with self._amp:
+                    loss: Tensor = self._loss_fn(model_parts[0](tokens, **extra_inputs, **extra_kwargs), labels)
+                    return loss
+            losses: list[Tensor] | None = [] if self._has_last_stage else None
+            first = ((tokens,), extra_inputs) if self._has_first_stage else ((), {})
+            target = labels if self._has_last_stage else None
+            self._schedule.eval(*first[0], **first[1], **extra_kwargs, target=target, losses=losses)
+            return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def _total(self, number: Tensor, *meshes: str) -> float:
+        """The sum over meshes, as far as there are such."""
+        for name in meshes:
+            if (mesh := self._dims.get_optional_mesh(name)) is not None:
+                number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)
+        return float(number)
+
+    def close(self) -> None:
+        """End the dataloader workers."""
+        self._rounds.close()
+
+
+class Rounds:
+    """The batches of a validation round, the same in each, and as many on each rank.
+
+    Args:
+        loader: llm-foundry's, over a StreamingDataset whose order is a `Round`.
+        form: what batches have to look like.
+        batches: of a round.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        path: the file that configures the loader, for messages.
+    """
+
+    def __init__(
+        self, loader: DataLoader[Mapping[str, Any]], form: BatchFormat, batches: int, dp_rank: int, path: str
+    ) -> None:
+        self._batches = Batches(loader, form.origin, path)
+        self._form = form
+        self._count = batches
+        self._dp_rank = dp_rank
+        self._path = path
+        self._checked = False
+
+    def __iter__(self) -> Iterator[TitanBatch]:
+        """Yield a round's batches; what the last ones lack is filled up with rows that have no targets.
+
+        Raises:
+            DataError: a batch is not as it has to be, or ranks don't read the same data.
+        """
+        self._batches.begin()
+        for number in range(self._count):
+            batch = next(iter(self._batches.take(1)), None)
+            if batch is None and number < self._count - 1:
+                raise DataError(
+                    f"A validation round ended after {number} of {self._count} batches. {self._form.origin}"
+                )
+            titan_batch = fill_up(batch, self._form)
+            if not self._checked:
+                check_peers(titan_batch, self._dp_rank, {"batches of a validation round": self._count}, self._path)
+                self._checked = True
+            yield titan_batch
+        if self._batches.take(1):
+            raise DataError(f"A validation round goes on after {self._count} batches. {self._form.origin}")
+
+    def close(self) -> None:
+        """End the dataloader workers."""
+        self._batches.close()
+
+
+def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
+    """A batch as TorchTitan takes it, with rows without targets behind those that there are.
+
+    Args:
+        batch: of llm-foundry; none where this rank has no sample left.
+        form: what the batch has to look like, in the end.
+    """
+    found = 0 if batch is None else len(batch["input_ids"])
+    missing = max(0, form.rows - found)
+    row = torch.zeros(missing, form.max_seq_len, dtype=torch.int64)
+    empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
+    filled = (
+        dict(empty) if batch is None else {key: torch.cat([batch[key], empty[key]]) for key in batch if key in empty}
+    )
+    inputs, labels = to_titan_batch(filled, form)
+    labels[found:] = IGNORE_INDEX
+    return inputs, labels
+
+
+def build_rounds(
+    job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, file: LoaderFile
+) -> Rounds:
+    """The validation batches of one rank; the arguments are those of `MosaicValidator`.
+
+    Raises:
+        ConfigError: the loader and the job don't fit together.
+    """
+    validation = job_config.validation
+    check_validation(job_config)
+    transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
+    config = resolve(
+        file.config,
+        file.path,
+        seq_len=validation.seq_len,
+        local_batch_size=validation.local_batch_size,
+        replication=dist.get_world_size() // dp_world_size,
+        section="validation",
+    )
+    check_loader(config["dataset"], file.path)
+    config |= {"drop_last": False, "persistent_workers": config["num_workers"] > 0}
+    if is_rank_0():
+        logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
+    number = new_number()
+    on_each_node(number, lambda: prepare_streams(config, file.path))
+    loader = build_loader(config, file.path, transformers_tokenizer, validation.local_batch_size, number)
+    dataset = loader.dataset
+    assert isinstance(dataset, StreamingDataset)
+    dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
+    global_batch_size = validation.local_batch_size * dp_world_size
+    whole = -(-dataset.epoch_size // global_batch_size)
+    batches = whole if validation.steps == -1 else min(validation.steps, whole)
+    samples = min(dataset.epoch_size, batches * global_batch_size)
+    set_round(dataset, validation.local_batch_size, global_batch_size, samples)
+    if is_rank_0():
+        least = "" if validation.steps <= whole else f"; validation.steps = {validation.steps} would need more"
+        logger.info(
+            f"A validation round reads {samples:,} of {dataset.epoch_size:,} samples, in {batches} batches of "
+            f"{global_batch_size}{least}."
+        )
+    form = batch_format(
+        job_config,
+        config,
+        file.path,
+        transformers_tokenizer,
+        dp_rank,
+        rows=validation.local_batch_size,
+        seq_len=validation.seq_len,
+    )
+    return Rounds(loader, form, batches, dp_rank, file.path)
+
+
+def check_validation(job_config: JobConfig) -> None:
+    """Raise ConfigError for batches that the model, as it is built for training, can't take.
+
+    Source: rotary embeddings have `training.seq_len` rows; a pipeline's stages receive tensors of the first batch's
+    shape (torchtitan 0.2.2, models/*/model/args.py; torch 2.13, distributed/pipelining/stage.py).
+    """
+    training, validation = job_config.training, job_config.validation
+    if validation.local_batch_size < 1:
+        raise ConfigError(f"validation.local_batch_size = {validation.local_batch_size}, expected at least 1.")
+    if not 1 <= validation.seq_len <= training.seq_len:
+        raise ConfigError(
+            f"validation.seq_len = {validation.seq_len}, but the model is made for training.seq_len = "
+            f"{training.seq_len}. Set it to that, or less."
+        )
+    if job_config.parallelism.pipeline_parallel_degree > 1:
+        for key in ("local_batch_size", "seq_len"):
+            now, needed = getattr(validation, key), getattr(training, key)
+            if now != needed:
+                raise ConfigError(
+                    f"validation.{key} = {now}, but the stages of a pipeline take batches of one shape, and "
+                    f"training.{key} = {needed}. Set it to that."
+                )
+
+
+def check_loader(dataset: Config, path: str) -> None:
+    """Raise ConfigError for settings that leave samples out of a round."""
+    if (dataset.get("packing_ratio") or 1) != 1:
+        raise ConfigError(
+            f"dataset.packing_ratio in {path}: packing leaves samples out, and a validation round reads each once. "
+            "Remove the key: examples are padded."
+        )
+    if dataset.get("batching_method", "random") != "random":
+        raise ConfigError(
+            f"dataset.batching_method = {dataset['batching_method']!r} in {path}, but a validation round reads all "
+            "samples, or the first of them, in any batch. Remove the key."
+        )
