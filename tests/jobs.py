@@ -59,7 +59,7 @@ def train(files: Path, *titan_flags: str, world_size: int = 1, nodes: int = 1) -
 
 def losses(log: str) -> dict[int, float]:
     """The losses in a log, by step."""
-    return {int(step): float(loss) for step, loss in re.findall(r"step: +(\d+) .*?loss: +([\d.]+)", log)}
+    return {int(step): float(loss) for step, loss in re.findall(r"(?<!validate )step: +(\d+) .*?loss: +([\d.]+)", log)}
 
 
 def logged(ranks: list[Rank]) -> dict[int, float]:

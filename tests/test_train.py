@@ -42,7 +42,7 @@ def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
         (["--model.name=llama3"], "model.name = 'llama3' does not read Mosaic streams. Set it to 'llama3_mosaic'."),
         (["--model.flavor=9B"], "model.flavor = '9B', but llama3_mosaic has: debugmodel"),
         (["--model.hf_assets_path=/nowhere"], "model.hf_assets_path = '/nowhere' has no tokenizer_config.json"),
-        (["--validation.enable"], "there is no validation on Mosaic streams yet"),
+        (["--validation.enable"], "validation.enable = true, but no validation streams are given"),
         (["--comm.mode=fake_backend"], "comm.mode = 'fake_backend' has no real ranks"),
         (["--training.global_batch_size=3"], "training.global_batch_size = 3 is not a multiple of"),
         (["--training.stepz=3"], "TorchTitan refuses a flag or a value"),

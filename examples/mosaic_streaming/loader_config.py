@@ -87,6 +87,8 @@ def resolve(
     del config["device_batch_size"]  # an argument of `build_dataloader`
     derive(dataset, "dataset.max_seq_len", [seq_len + 1, seq_len], f"{section}.seq_len = {seq_len} allows", path)
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
+    if config["name"] == "finetuning":
+        derive(dataset, "dataset.decoder_only_format", [True], "each model of TorchTitan's asks for", path)
     dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
     check_streams(dataset, path)
     check_weights(dataset, path)
@@ -102,7 +104,7 @@ def resolve(
     return config
 
 
-def derive(section: Config, name: str, values: list[int], source: str, path: str) -> None:
+def derive(section: Config, name: str, values: list[Any], source: str, path: str) -> None:
     """Fill a derived key with the first of the values that it can have; refuse any other with ConfigError."""
     key = name.split(".")[-1]
     if section.setdefault(key, values[0]) not in values:
