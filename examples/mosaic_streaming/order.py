@@ -111,7 +111,7 @@ def set_round(dataset: StreamingDataset, local_batch_size: int, global_batch_siz
     """Make a dataset read the same first samples of an epoch, each time that it is iterated."""
     algos[PARTITION_ALGO] = without_repeats
     dataset.partition_algo = PARTITION_ALGO
-    dataset.num_canonical_nodes = 1  # with more, the last samples of an epoch would be left out
+    assert dataset.num_canonical_nodes == 1
     dataset.batch_size = global_batch_size
     use(dataset, Round(samples, global_batch_size, local_batch_size))
 

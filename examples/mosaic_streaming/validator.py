@@ -217,6 +217,7 @@ def build_rounds(
     )
     check_loader(config["dataset"], file.path)
     config |= {"drop_last": False, "persistent_workers": config["num_workers"] > 0}
+    config["dataset"]["num_canonical_nodes"] = 1  # with more, the last samples of an epoch would be left out
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
     number = new_number()
