@@ -1,0 +1,69 @@
+"""The Mosaic form of each of TorchTitan's text models."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torchtitan.models import _supported_models
+from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
+
+from examples.mosaic_streaming.spec import SUFFIX, text_models, text_spec
+from examples.mosaic_streaming.train import main
+from tests.jobs import command, losses
+from tests.ranks import run_ranks
+
+DEBUG = [
+    (model, flavor)
+    for model in text_models()
+    for flavor in text_spec(model).model_args
+    if flavor.startswith("debugmodel")
+]
+
+
+def test_each_model_that_reads_text_has_a_mosaic_form() -> None:
+    models = {name.removesuffix(SUFFIX) for name in text_models()}
+    assert {"llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss"} <= models
+    assert set(_supported_models) - models == {"flux"}, "which reads images"
+
+
+@pytest.mark.parametrize(("model", "flavor"), DEBUG)
+def test_debug_flavor_trains_where_torchtitan_can(files: Path, model: str, flavor: str) -> None:
+    given = command(files, f"--model.name={model}", f"--model.flavor={flavor}", "--training.steps=3")
+    [rank] = run_ranks(lambda: main(given))
+    if missing := missing_on_cpu(text_spec(model).model_args[flavor]):
+        assert rank.code == 1
+        assert re.search(missing, rank.output), rank.output
+        assert not losses(rank.output)
+    else:
+        assert rank.code == 0, rank.output
+        assert list(losses(rank.output)) == [1, 2, 3]
+
+
+def missing_on_cpu(model_args: Any) -> str | None:
+    """What torch 2.13 and TorchTitan 0.2.2 say of a flavor that can't be trained on a CPU."""
+    if model_args.attn_type == "varlen":  # torch.nn.attention.varlen has CUDA's flash attention alone
+        return "Could not run 'aten::_flash_attention_forward' with arguments from the 'CPU' backend"
+    if model_args.attn_type == "flex":  # TorchTitan makes block masks on CUDA: `create_block_mask` has no `device`
+        return "Tensor device mismatch|Found no NVIDIA driver|Torch not compiled with CUDA"
+    if getattr(model_args, "moe_enabled", True) and hasattr(model_args, "moe_args"):
+        return "\"histogram_cpu\" not implemented for 'Long'"  # which counts tokens for each expert
+    return None
+
+
+def test_model_that_reads_no_text_is_refused_with_those_that_do(files: Path) -> None:
+    [rank] = run_ranks(lambda: main(command(files, "--model.name=flux_mosaic")))
+    assert rank.code == 1
+    assert "TorchTitan has no text model 'flux'. Expected one of: deepseek_v3_mosaic, gpt_oss_mosaic" in rank.output
+
+
+def test_any_spec_that_reads_text_is_taken(files: Path) -> None:
+    """One that a user has registered, as TorchTitan's extensions do."""
+
+    def run() -> None:
+        register_train_spec("my_llama", get_train_spec("llama3"))
+        main(command(files, "--model.name=my_llama_mosaic", "--training.steps=1"))
+
+    [rank] = run_ranks(run)
+    assert rank.code == 0, rank.output
+    assert list(losses(rank.output)) == [1]
