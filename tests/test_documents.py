@@ -1,0 +1,163 @@
+"""Attention that stays within documents: masks against a rule written out, and a packed row against its examples alone.
+
+Flex attention is run without compiling it, which is the same function, and on the CPU.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torchtitan.models.llama3.model.model as llama3
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+from torchtitan.config import JobConfig
+from torchtitan.models.attention import FlexAttentionWrapper
+from torchtitan.protocols.train_spec import get_train_spec
+
+from examples.mosaic_streaming.documents import (
+    check_attention,
+    ends,
+    masks_documents,
+    no_masks,
+    positions,
+    takes_positions,
+    within_documents,
+)
+from examples.mosaic_streaming.errors import ConfigError
+from tests.streams import TOKENIZER
+
+ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
+SEQUENCE_ID = torch.tensor(ROWS)
+IDS = torch.tensor([[5, 0, 6, 0, 0, 7, 0, 0], [0, 0, 8, 0, 9, 0, 0, 4]])
+"""With EOS (0) anywhere: TorchTitan's own masks would follow it."""
+
+
+def test_positions_begin_again_with_each_document() -> None:
+    assert positions(SEQUENCE_ID).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 0, 0]]
+
+
+def test_the_last_tokens_of_documents_are_found() -> None:
+    assert ends(SEQUENCE_ID).int().tolist() == [[0, 0, 1, 0, 1, 1, 0, 1], [1, 0, 0, 0, 0, 1, 1, 1]]
+
+
+def allowed(sequence_id: Tensor) -> Tensor:
+    """Who may see whom, pair by pair: bool [rows, seq_len, seq_len]."""
+    rows, length = sequence_id.shape
+    seen = torch.zeros(rows, length, length, dtype=torch.bool)
+    for row in range(rows):
+        for query in range(length):
+            for key in range(query + 1):
+                seen[row, query, key] = sequence_id[row, query] == sequence_id[row, key]
+    return seen
+
+
+def small_model(name: str, flavor: str) -> Any:
+    """An object with the model's methods and arguments, without its weights."""
+    spec = get_train_spec(name)
+    model = within_documents(spec.model_cls).__new__(within_documents(spec.model_cls))
+    torch.nn.Module.__init__(model)  # type: ignore[arg-type]
+    model.model_args = spec.model_args[flavor]  # type: ignore[attr-defined]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "flavor"),
+    [
+        ("llama3", "debugmodel_flex_attn"),
+        ("llama3", "8B_flex"),
+        ("llama4", "debugmodel_irope"),
+        ("deepseek_v3", "debugmodel_flex_attn"),
+    ],
+)
+def test_flex_masks_follow_the_documents(name: str, flavor: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = __import__(f"torchtitan.models.{name}.model.model", fromlist=["model"])
+    monkeypatch.setattr(module, "create_attention_mask", lambda mask_mod, *sizes: mask_mod)
+    extra = {"sequence_id": SEQUENCE_ID, "positions": positions(SEQUENCE_ID)}
+    masks = small_model(name, flavor).get_attention_masks(IDS, HuggingFaceTokenizer(TOKENIZER), extra)
+    assert list(extra) == ["positions"], "the rest goes to `forward`"
+    row, query, key = torch.meshgrid(torch.arange(2), torch.arange(8), torch.arange(8), indexing="ij")
+    for mask_mod in masks.values() if isinstance(masks, dict) else [masks]:  # llama4's blocks are of 256 tokens
+        assert torch.equal(mask_mod(row, torch.tensor(0), query, key), allowed(SEQUENCE_ID))
+
+
+def test_varlen_lengths_follow_the_documents() -> None:
+    model = small_model("llama3", "debugmodel_varlen_attn")
+    found = model.get_attention_masks(IDS, HuggingFaceTokenizer(TOKENIZER), {"sequence_id": SEQUENCE_ID})
+    assert found.cu_seq_q.tolist() == found.cu_seq_k.tolist() == [0, 3, 5, 6, 8, 9, 14, 15, 16]
+    assert found.max_q == found.max_k == 5
+
+
+def test_without_documents_masks_are_torchtitans() -> None:
+    model = small_model("llama3", "debugmodel_varlen_attn")
+    found = model.get_attention_masks(IDS, HuggingFaceTokenizer(TOKENIZER), {})
+    own = llama3.Transformer.get_attention_masks(model, IDS, HuggingFaceTokenizer(TOKENIZER), {})
+    assert found.cu_seq_q.tolist() == own.cu_seq_q.tolist()
+
+
+@pytest.fixture
+def eager_flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run flex attention and make its masks as they are written, on the CPU."""
+    monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", flex_attention)
+    monkeypatch.setattr(llama3, "create_attention_mask", functools.partial(create_block_mask, device="cpu"))
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_packed_examples_get_what_they_get_alone(eager_flex: None, restart: bool) -> None:
+    torch.manual_seed(0)
+    config = JobConfig()
+    config.training.seq_len = 64
+    spec = get_train_spec("llama3")
+    args = spec.model_args["debugmodel_flex_attn"]
+    args.update_from_config(config)
+    model = within_documents(spec.model_cls)(args)  # type: ignore[call-arg]
+    with torch.no_grad():
+        model.init_weights()  # type: ignore[call-arg]
+    tokenizer = HuggingFaceTokenizer(TOKENIZER)
+    lengths = [20, 1, 30, 13]
+    tokens = torch.tensor(np.random.default_rng(0).integers(0, 2048, (1, 64)))
+    tokens[0, 5:8] = tokenizer.eos_id
+    sequence_id = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
+
+    def logits(tokens: Tensor, sequence_id: Tensor) -> Tensor:
+        extra = {"sequence_id": sequence_id} | ({"positions": positions(sequence_id)} if restart else {})
+        masks = model.get_attention_masks(tokens, tokenizer, extra)
+        with torch.no_grad():
+            found: Tensor = model(tokens, attention_masks=masks, **extra)[0]
+        return found
+
+    together = logits(tokens, sequence_id)
+    alone = [logits(part, torch.zeros_like(part)) for part in tokens.split(lengths, dim=1)]
+    assert (together - torch.cat(alone)).abs().max() < 1e-4
+    mixed = logits(tokens, torch.zeros_like(sequence_id))
+    assert (together[20:] - mixed[20:]).abs().max() > 1e-2, "without documents, examples see each other"
+
+
+def test_flavors_that_mask_are_known() -> None:
+    masking = {
+        (name, flavor)
+        for name in ("llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss")
+        for flavor, args in get_train_spec(name).model_args.items()
+        if masks_documents(args)
+    }
+    assert {("llama3", "8B_flex"), ("llama3", "8B_varlen"), ("deepseek_v3", "671B")} <= masking
+    assert not {("llama3", "8B"), ("qwen3", "0.6B"), ("gpt_oss", "debugmodel")} & masking
+    told = no_masks("packed examples", "llama3_mosaic", get_train_spec("llama3").model_args, "8B")
+    assert "These flavors do: debugmodel_flex_attn, debugmodel_varlen_attn, 8B_flex, 8B_varlen." in told
+    assert "No flavor of this model does." in no_masks("", "qwen3", get_train_spec("qwen3").model_args, "0.6B")
+
+
+def test_positions_are_given_where_all_layers_get_them() -> None:
+    single = {"pp": 1, "cp": 1, "tp": 1}
+    assert takes_positions(get_train_spec("llama3").model_cls, single)
+    assert not takes_positions(get_train_spec("gpt_oss").model_cls, single)
+    assert not any(takes_positions(get_train_spec("llama3").model_cls, single | {name: 2}) for name in single)
+
+
+def test_varlen_under_pipeline_parallelism_is_refused() -> None:
+    args = get_train_spec("llama3").model_args["8B_varlen"]
+    check_attention(args, "8B_varlen", 1)
+    with pytest.raises(ConfigError, match="has varlen attention, whose masks pipeline parallelism"):
+        check_attention(args, "8B_varlen", 2)
