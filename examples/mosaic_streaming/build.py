@@ -8,7 +8,6 @@ from typing import Any
 import torch.distributed as dist
 from composer import DataSpec
 from llmfoundry.data.dataloader import build_dataloader
-from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
 from streaming.base.world import World
 from torch.utils.data import DataLoader
@@ -35,7 +34,7 @@ from examples.mosaic_streaming.loader_config import (
 from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import keep_locks_together, prepare_streams, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
-from examples.mosaic_streaming.packing import CountingPacker, choose_ratio
+from examples.mosaic_streaming.packing import choose_ratio, count_left_out
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.resume import describe
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
@@ -90,9 +89,7 @@ def build_mosaic_dataloader(
         warn_of_patience(dataset, job_config.comm.train_timeout_seconds, loader_config_path)
     loader = build_loader(config, loader_config_path, transformers_tokenizer, rows, number)
     assert loader.batch_size is not None and isinstance(loader.dataset, StreamingDataset)
-    packed = isinstance(loader.collate_fn, BinPackCollator)
-    if packed:
-        loader.collate_fn = CountingPacker(loader.collate_fn)
+    packed = count_left_out(loader)
     names = list(streams_of(dataset))
     steps = accumulation * dp_world_size
     order = set_order(loader.dataset, loader.batch_size, loader.batch_size * steps, packed)
@@ -103,7 +100,7 @@ def build_mosaic_dataloader(
     )
     if is_rank_0():
         log_mixture(names, loader.dataset, order, training.seq_len if form.labels_are_ids else None)
-        warn_of_documents(config, job_config, form)
+        warn_of_rows(config, job_config, form, transformers_tokenizer)
     data = describe(config, loader.dataset, order, training.seq_len, tokenizer)
     return MosaicDataLoader(loader, form, order, data, dp_rank, loader_config_path)
 
@@ -197,14 +194,19 @@ def check_model(job_config: JobConfig, tokenizer: HuggingFaceTokenizer) -> None:
     check_attention(model_args, model.flavor, job_config.parallelism.pipeline_parallel_degree)
 
 
-def warn_of_documents(config: Config, job_config: JobConfig, form: BatchFormat) -> None:
-    """Warn once if rows hold several documents that attention is not kept within."""
+def warn_of_rows(config: Config, job_config: JobConfig, form: BatchFormat, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Warn once if rows hold several documents that attention is not kept within, or change from day to day."""
     dataset, model = config["dataset"], job_config.model
     packed = (dataset.get("packing_ratio") or 1) > 1
     marked = dataset.get("eos_token_id") is not None or dataset.get("bos_token_id") is not None
     if (packed or marked) and not form.documents:
         documents = "packed examples" if packed else "documents (dataset.eos_token_id or bos_token_id)"
         logger.warning(no_masks(documents, model.name, get_train_spec(model.name).model_args, model.flavor))
+    if config["name"] == "finetuning" and "date_string" in str(tokenizer.chat_template):
+        logger.warning(
+            f"The chat template in model.hf_assets_path = {model.hf_assets_path!r} writes a date, and llm-foundry gives "
+            "it today's: a run that goes on tomorrow reads other tokens. Remove `date_string` from the template."
+        )
 
 
 def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:

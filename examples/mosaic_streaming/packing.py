@@ -42,6 +42,16 @@ class CountingPacker:
         return batch | {LEFT_OUT: packer.n_total_tokens - packed, PACKED: packed}
 
 
+def count_left_out(loader: DataLoader[Any]) -> bool:
+    """Have a loader count what its packing leaves out; return whether it packs."""
+    collator = loader.collate_fn  # which counts targets, around the one that packs (llm-foundry 0.22.0, data/utils.py)
+    packer = getattr(collator, "base_collator", None)
+    if not isinstance(packer, BinPackCollator):
+        return False
+    collator.base_collator = CountingPacker(packer)  # type: ignore[attr-defined]
+    return True
+
+
 class Picked(Dataset[Any]):
     """Some samples of a streaming dataset."""
 
@@ -88,6 +98,7 @@ def read_first(loader: DataLoader[Any]) -> Iterator[Any]:
     """
     dataset = loader.dataset
     assert isinstance(dataset, StreamingDataset)
+    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = batching_methods[dataset.batching_method](dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
     picked = Picked(dataset, in_order[in_order >= 0][:PROFILE_SAMPLES].tolist())
     collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn

@@ -1,0 +1,177 @@
+"""Packing: the same rows on any ranks and after any restart; what is left out is counted; what can't be exact is refused."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from streaming import MDSWriter
+from torchtitan.tools.logging import init_logger
+
+from tests.ranks import run_rank_values, run_ranks
+from tests.reading import TURN
+from tests.streams import FIRST_ID, build_loader, job
+
+SEQ_LEN = 255
+ROWS = 8
+"""Of a global batch."""
+SAMPLES = 200
+RATIO = 2.6
+
+
+def length(sample: int) -> int:
+    """Tokens of a sample: 20 to 219."""
+    return 20 + int(np.random.default_rng(sample).integers(200))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stream of samples of different lengths, each of which is made of one token, its own number."""
+    place = tmp_path_factory.mktemp("packing") / "stream"
+    with MDSWriter(out=str(place), columns=dict.fromkeys(TURN, "ndarray:int32"), size_limit=1 << 14) as writer:
+        for sample in range(SAMPLES):
+            tokens = np.full(length(sample), FIRST_ID + sample, np.int32)
+            writer.write({"input_ids": tokens[:5], "labels": tokens[5:]})
+    return place
+
+
+def configuration(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
+    """A loader's configuration with packing, shuffled."""
+    settings = {"remote": str(folder), "local": str(folder), "num_canonical_nodes": 4, "shuffle": True}
+    return {
+        "name": "finetuning",
+        "num_workers": num_workers,
+        "dataset": settings | {"packing_ratio": RATIO} | dataset,
+    }
+
+
+def read(
+    folder: Path, steps: int, world_size: int = 1, num_workers: int = 0, state: dict[str, str] | None = None
+) -> tuple[list[list[list[int]]], list[dict[str, str]]]:
+    """The rows of each global batch, sorted, from a state on, and the states after each."""
+    local = 2
+    accumulation = ROWS // local // world_size
+
+    def read_rank() -> tuple[list[list[list[int]]], list[dict[str, str]]]:
+        loader = build_loader(configuration(folder, num_workers), job(local, ROWS, SEQ_LEN))
+        if state:
+            loader.load_state_dict(state)
+        batches, rows, states = iter(loader), [], []
+        for _ in range(steps):
+            rows.append([row for _ in range(accumulation) for row in next(batches)[0]["input"].tolist()])
+            states.append(loader.state_dict())
+        return rows, states
+
+    ranks = run_rank_values(read_rank, world_size)
+    assert all(states == ranks[0][1] for _, states in ranks)
+    return [sorted(row for rows, _ in ranks for row in rows[step]) for step in range(steps)], ranks[0][1]
+
+
+STEPS = 12
+"""More than an epoch: 200 samples are 10 batches of 20."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder: Path) -> tuple[list[list[list[int]]], list[dict[str, str]]]:
+    """Rows and states of one rank."""
+    return read(folder, STEPS)
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 2), (2, 0), (4, 2)])
+def test_rows_are_the_same_on_any_ranks(
+    folder: Path,
+    uninterrupted: tuple[list[list[list[int]]], list[dict[str, str]]],
+    world_size: int,
+    num_workers: int,
+) -> None:
+    assert read(folder, STEPS, world_size, num_workers) == uninterrupted
+
+
+def test_resume_after_each_step_reads_what_follows(
+    folder: Path, uninterrupted: tuple[list[list[list[int]]], list[dict[str, str]]]
+) -> None:
+    rows, states = uninterrupted
+    for step in range(STEPS - 1):
+        world_size, num_workers = [(1, 0), (2, 2), (4, 0)][step % 3]
+        left = min(3, STEPS - 1 - step)
+        found = read(folder, left, world_size, num_workers, states[step])
+        assert found == (rows[step + 1 : step + 1 + left], states[step + 1 : step + 1 + left])
+
+
+def test_a_step_takes_samples_not_rows_and_counts_what_it_leaves_out(folder: Path) -> None:
+    def run() -> list[list[int]]:
+        init_logger()
+        loader = build_loader(configuration(folder), job(2, ROWS, SEQ_LEN))
+        batches = iter(loader)
+        rows = [row for _ in range(10 * 4) for row in next(batches)[0]["input"].tolist()]
+        state = loader.state_dict()["mosaic"]
+        assert '"epoch": 1, "sample_in_epoch": 0, "global_batch_size": 20' in state, state
+        loader.close()
+        return rows
+
+    [rank] = run_ranks(run)
+    assert rank.code == 0, rank.output
+    read_samples = [sample for row in rank.value for sample in set(row) if sample >= FIRST_ID]
+    assert len(read_samples) == len(set(read_samples)) <= SAMPLES, "no sample is read twice"
+    missing = set(range(SAMPLES)) - {sample - FIRST_ID for sample in read_samples}
+    told = re.search(r"Packing has left out ([\d,]+) of ([\d,]+) tokens", rank.output)
+    assert told
+    # With the EOS that llm-foundry puts behind each response.
+    assert int(told[1].replace(",", "")) == sum(length(sample) + 1 for sample in missing) > 0
+    assert int(told[2].replace(",", "")) == sum(length(sample) + 1 for sample in range(SAMPLES))
+
+
+def test_auto_is_the_same_on_any_ranks_and_leaves_nothing_out(folder: Path) -> None:
+    def run() -> tuple[Any, int]:
+        init_logger()
+        loader = build_loader(configuration(folder, packing_ratio="auto"), job(4, ROWS, SEQ_LEN))
+        batches = iter(loader)
+        first = [next(batches)[0]["input"] for _ in range(2)]
+        return loader._data["dataset.packing_ratio"], len(first)
+
+    one, two = run_ranks(run, 1), run_ranks(run, 2)
+    assert [rank.code for rank in one + two] == [0, 0, 0], one[0].output + two[0].output
+    ratios = {rank.value[0] for rank in one + two}
+    assert len(ratios) == 1 and 1 <= ratios.pop() < RATIO
+    assert one[0].output.count('packing_ratio = "auto"') == 1
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        ({"packing_ratio": 0.5}, "dataset.packing_ratio = 0.5 in loader.toml, expected"),
+        ({"packing_ratio": "max"}, "dataset.packing_ratio = 'max' in loader.toml, expected"),
+        ({"max_leftover_bins_to_keep": 3}, "dataset.max_leftover_bins_to_keep = 3 in loader.toml: what workers keep"),
+    ],
+)
+def test_packing_that_no_resume_could_repeat_is_refused(folder: Path, dataset: dict[str, Any], message: str) -> None:
+    [rank] = run_ranks(lambda: build_loader(configuration(folder, **dataset), job(2, ROWS, SEQ_LEN)))
+    assert rank.code == 1
+    assert message in rank.output
+
+
+def test_another_ratio_or_batch_is_another_run(folder: Path) -> None:
+    def run() -> None:
+        state = build_loader(configuration(folder), job(2, ROWS, SEQ_LEN)).state_dict()
+        build_loader(configuration(folder, packing_ratio=2.0), job(4, ROWS, SEQ_LEN)).load_state_dict(state)
+
+    [rank] = run_ranks(run)
+    assert rank.code == 1
+    assert "samples packed into a batch" in rank.output and "dataset.packing_ratio" in rank.output
+
+
+@pytest.mark.parametrize(("flavor", "warns"), [("debugmodel", True), ("debugmodel_flex_attn", False)])
+def test_flavor_that_doesnt_mask_is_warned_of_once(folder: Path, flavor: str, warns: bool) -> None:
+    config = job(2, ROWS, SEQ_LEN)
+    config.model.flavor = flavor
+
+    def run() -> set[str]:
+        init_logger()
+        return set(next(iter(build_loader(configuration(folder), config)))[0])
+
+    ranks = run_ranks(run, 2)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].output
+    told = sum(rank.output.count("does not keep attention within them") for rank in ranks)
+    assert told == int(warns)
+    assert ranks[0].value == ({"input"} if warns else {"input", "sequence_id", "positions"})
