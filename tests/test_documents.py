@@ -4,6 +4,7 @@ Flex attention is run without compiling it, which is the same function, and on t
 """
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ from examples.mosaic_streaming.documents import (
     within_documents,
 )
 from examples.mosaic_streaming.errors import ConfigError
-from tests.streams import TOKENIZER
+from tests.ranks import run_rank_values
+from tests.streams import TOKENIZER, build_loader, job, loader_config, write_tokens
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
 SEQUENCE_ID = torch.tensor(ROWS)
@@ -57,9 +59,10 @@ def allowed(sequence_id: Tensor) -> Tensor:
 def small_model(name: str, flavor: str) -> Any:
     """An object with the model's methods and arguments, without its weights."""
     spec = get_train_spec(name)
-    model = within_documents(spec.model_cls).__new__(within_documents(spec.model_cls))
-    torch.nn.Module.__init__(model)  # type: ignore[arg-type]
-    model.model_args = spec.model_args[flavor]  # type: ignore[attr-defined]
+    model_cls: Any = within_documents(spec.model_cls)
+    model = model_cls.__new__(model_cls)
+    torch.nn.Module.__init__(model)
+    model.model_args = spec.model_args[flavor]
     return model
 
 
@@ -112,9 +115,9 @@ def test_packed_examples_get_what_they_get_alone(eager_flex: None, restart: bool
     spec = get_train_spec("llama3")
     args = spec.model_args["debugmodel_flex_attn"]
     args.update_from_config(config)
-    model = within_documents(spec.model_cls)(args)  # type: ignore[call-arg]
+    model: Any = within_documents(spec.model_cls)(args)
     with torch.no_grad():
-        model.init_weights()  # type: ignore[call-arg]
+        model.init_weights()
     tokenizer = HuggingFaceTokenizer(TOKENIZER)
     lengths = [20, 1, 30, 13]
     tokens = torch.tensor(np.random.default_rng(0).integers(0, 2048, (1, 64)))
@@ -161,3 +164,27 @@ def test_varlen_under_pipeline_parallelism_is_refused() -> None:
     check_attention(args, "8B_varlen", 1)
     with pytest.raises(ConfigError, match="has varlen attention, whose masks pipeline parallelism"):
         check_attention(args, "8B_varlen", 2)
+
+
+@pytest.mark.parametrize(("key", "token"), [("eos_token_id", 0), ("bos_token_id", 1)])
+def test_documents_of_concatenated_text_are_told_apart(tmp_path: Path, key: str, token: int) -> None:
+    """An EOS ends its document; a BOS begins one. llm-foundry says where; the model gets it."""
+    rows = [[20, 21, token, 22, 23, 24, token, 25, 26], [30, 31, 32, 33, 34, 35, 36, 37, 38]]
+    folder = write_tokens(tmp_path / "stream", rows)
+    config = job(local_batch_size=2, seq_len=8)
+    config.model.flavor = "debugmodel_varlen_attn"
+    settings = {key: token, f"override_{key}_mismatch_error": True}
+
+    def read() -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        inputs, labels = next(iter(build_loader(loader_config(folder, **settings), config)))
+        return inputs["sequence_id"].tolist(), inputs["positions"].tolist(), labels.tolist()
+
+    [(sequence_id, position, labels)] = run_rank_values(read)
+    if key == "eos_token_id":
+        assert sequence_id[0] == [0, 0, 0, 1, 1, 1, 1, 2]
+        assert position[0] == [0, 1, 2, 0, 1, 2, 3, 0]
+    else:
+        assert sequence_id[0] == [0, 0, 1, 1, 1, 1, 2, 2]
+        assert position[0] == [0, 1, 0, 1, 2, 3, 0, 1]
+    assert sequence_id[1] == [0] * 8
+    assert labels == [row[1:] for row in rows], "each token is learned, as TorchTitan does in its own documents"

@@ -1,4 +1,4 @@
-"""Packing: the same rows on any ranks and after any restart; what is left out is counted; what can't be exact is refused."""
+"""Packing: the same rows on any ranks and after any restart; what is left out is counted; the rest is refused."""
 
 import re
 from pathlib import Path

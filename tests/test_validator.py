@@ -1,7 +1,6 @@
 """Validation: its loss against a computation without any of our code, in each layout; the same samples each round."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have each rank print its validation losses with all digits."""
     log = MetricsProcessor.log_validation
 
@@ -56,7 +55,6 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         log(self, loss, step)
 
     monkeypatch.setattr(MetricsProcessor, "log_validation", print_and_log)
-    yield
 
 
 def write_validation(folder: Path, name: str, stream: Path, num_workers: int = 0) -> None:

@@ -204,8 +204,8 @@ def warn_of_rows(config: Config, job_config: JobConfig, form: BatchFormat, token
         logger.warning(no_masks(documents, model.name, get_train_spec(model.name).model_args, model.flavor))
     if config["name"] == "finetuning" and "date_string" in str(tokenizer.chat_template):
         logger.warning(
-            f"The chat template in model.hf_assets_path = {model.hf_assets_path!r} writes a date, and llm-foundry gives "
-            "it today's: a run that goes on tomorrow reads other tokens. Remove `date_string` from the template."
+            f"The chat template in model.hf_assets_path = {model.hf_assets_path!r} writes a date, and llm-foundry "
+            "gives it today's: a run that goes on tomorrow reads other tokens. Remove `date_string` from the template."
         )
 
 

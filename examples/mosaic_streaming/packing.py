@@ -44,11 +44,13 @@ class CountingPacker:
 
 def count_left_out(loader: DataLoader[Any]) -> bool:
     """Have a loader count what its packing leaves out; return whether it packs."""
-    collator = loader.collate_fn  # which counts targets, around the one that packs (llm-foundry 0.22.0, data/utils.py)
+    collator: Any = (
+        loader.collate_fn
+    )  # which counts targets, around the one that packs (llm-foundry 0.22.0, data/utils.py)
     packer = getattr(collator, "base_collator", None)
     if not isinstance(packer, BinPackCollator):
         return False
-    collator.base_collator = CountingPacker(packer)  # type: ignore[attr-defined]
+    collator.base_collator = CountingPacker(packer)
     return True
 
 
