@@ -1,5 +1,6 @@
 """llm-foundry's training YAMLs give the loaders that the same settings in a TOML file give."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,7 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
     runs = []
     for arguments, validation in ((by_toml, f"{files}/validation.toml"), (by_yaml, yaml)):
         given = ["--mosaic-validation-config", validation, *arguments]
-        ranks = run_ranks(lambda given=given: main(given))
+        ranks = run_ranks(functools.partial(main, given))
         assert ranks[0].code == 0, ranks[0].output
         validated = [line.split("loss: ")[1].split()[0] for line in ranks[0].output.splitlines() if "validate" in line
                      and "loss: " in line]  # fmt: skip

@@ -1,0 +1,27 @@
+#!/bin/bash
+# Start a job on one of several machines; run it on each of them, from the repository's root:
+#
+#   NNODES=2 MASTER=<the first machine's name> configs/launch/multinode.sh JOB.toml LOADER.toml [VALIDATION.toml] [FLAGS]
+#
+# Machines meet at MASTER:PORT. When a rank fails, all are started again, at most MAX_RESTARTS times, and go on from the
+# last checkpoint. FLAGS are TorchTitan's, e.g. --training.steps=20.
+
+set -euo pipefail
+
+job=$1 loader=$2
+shift 2
+validation=()
+if [[ ${1:-} == *.toml || ${1:-} == *.yaml || ${1:-} == *.yml ]]; then
+  validation=(--mosaic-validation-config "$1")
+  shift
+fi
+
+exec torchrun \
+  --nnodes="${NNODES:?how many machines}" \
+  --nproc_per_node="${GPUS_PER_NODE:-8}" \
+  --rdzv_backend=c10d \
+  --rdzv_endpoint="${MASTER:?the first machine}:${PORT:-29400}" \
+  --rdzv_id="${RUN_ID:-$(basename "$job" .toml)}" \
+  --max-restarts="${MAX_RESTARTS:-3}" \
+  -m examples.mosaic_streaming.train \
+  --config "$job" --mosaic-config "$loader" "${validation[@]}" -- "$@"

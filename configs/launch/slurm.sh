@@ -1,0 +1,36 @@
+#!/bin/bash
+# Start a job under Slurm, from the repository's root; the arguments are those of multinode.sh:
+#
+#   sbatch --nodes=8 configs/launch/slurm.sh JOB.toml LOADER.toml [VALIDATION.toml] [FLAGS]
+#
+# At the time limit, or when it is preempted, the job is put into the queue again and goes on from its last checkpoint.
+
+#SBATCH --job-name=mosaic
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=96
+#SBATCH --exclusive
+#SBATCH --time=2-00:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:TERM@120
+#SBATCH --output=outputs/slurm-%x-%j.log
+
+set -euo pipefail
+
+source .venv/bin/activate
+
+MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER NNODES=$SLURM_JOB_NUM_NODES RUN_ID=$SLURM_JOB_ID
+
+requeue() {
+  kill -TERM "$step" 2>/dev/null || true    # srun passes it on, torchrun to its ranks, which close their files
+  wait "$step" || true
+  scontrol requeue "$SLURM_JOB_ID"
+  exit 0
+}
+
+srun --kill-on-bad-exit=1 configs/launch/multinode.sh "$@" &
+step=$!
+trap requeue TERM
+wait "$step"
