@@ -166,7 +166,7 @@ def check_packing(dataset: Config, path: str) -> None:
         raise ConfigError(
             f"dataset.max_leftover_bins_to_keep = {dataset['max_leftover_bins_to_keep']!r} in {path}: what workers "
             "keep in memory is lost at a restart, so that a run can't go on as if it had not stopped. Remove the key: "
-            "with 0, its default, each batch depends on its samples alone, and the log says how many tokens that leaves out."
+            "with 0, the default, a batch depends on its samples alone, and the log says how many tokens are left out."
         )
 
 

@@ -1,0 +1,127 @@
+"""The recipes under `configs/`, as TorchTitan and our own checks read them: none can go stale."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+
+from examples.mosaic_streaming.build import accumulation_steps
+from examples.mosaic_streaming.documents import check_attention, masks_documents
+from examples.mosaic_streaming.flags import read_toml
+from examples.mosaic_streaming.loader_config import resolve, streams_of
+from examples.mosaic_streaming.spec import text_spec
+from examples.mosaic_streaming.train import load_job_config
+from examples.mosaic_streaming.validator import check_loader, check_validation
+
+JOBS = sorted(Path("configs").glob("*/job*.toml"))
+SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))
+
+
+def test_there_is_a_recipe_for_each_purpose() -> None:
+    assert {job.parent.name for job in JOBS} == {"llama3_8b", "llama3_70b", "llama3_8b_instruct", "qwen3_continued"}
+    assert {f"configs/llama3_8b/job_{gpus}_gpus.toml" for gpus in (8, 64)} <= set(map(str, JOBS))
+    assert [script.name for script in SCRIPTS] == ["multinode.sh", "slurm.sh"]
+
+
+def world_size(job: Path) -> int:
+    """The GPUs of the command that a recipe opens with."""
+    text = job.read_text()
+    nodes, ranks = re.search(r"NNODES=(\d+)", text), re.search(r"--nproc_per_node=(\d+)", text)
+    assert nodes or ranks
+    return int(nodes[1]) * 8 if nodes else int(ranks[1]) if ranks else 0
+
+
+def dims(config: JobConfig, ranks: int) -> ParallelDims:
+    """TorchTitan's layout of a job; it refuses degrees that don't come to the number of ranks."""
+    parallelism = config.parallelism
+    return ParallelDims(
+        dp_replicate=parallelism.data_parallel_replicate_degree,
+        dp_shard=parallelism.data_parallel_shard_degree,
+        cp=parallelism.context_parallel_degree,
+        tp=parallelism.tensor_parallel_degree,
+        pp=parallelism.pipeline_parallel_degree,
+        ep=parallelism.expert_parallel_degree,
+        etp=parallelism.expert_tensor_parallel_degree,
+        world_size=ranks,
+    )
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_recipe_is_one_that_trains(job: Path) -> None:
+    config, ranks = load_job_config([f"--job.config_file={job}"]), world_size(job)
+    spec = text_spec(config.model.name)
+    model_args = spec.model_args[config.model.flavor]
+    layout = dims(config, ranks)
+    dp_world_size = layout.dp_replicate * layout.dp_shard
+    assert dp_world_size * layout.tp * layout.pp * layout.cp == ranks
+    assert accumulation_steps(config, dp_world_size) >= 1
+    check_attention(model_args, config.model.flavor, layout.pp)
+    loader = job.parent / "train.toml"
+    resolved = resolve(
+        read_toml(str(loader)),
+        str(loader),
+        seq_len=config.training.seq_len,
+        local_batch_size=config.training.local_batch_size,
+        replication=ranks // dp_world_size,
+    )
+    dataset = resolved["dataset"]
+    assert 64 % (ranks // 8) == 0 and dataset["num_canonical_nodes"] == 64, "each machine keeps to its own shards"
+    assert dataset["download_retry"] * dataset["download_timeout"] < config.comm.train_timeout_seconds
+    assert "packing_ratio" not in dataset or masks_documents(model_args)
+    assert all(stream["remote"].startswith("s3://") and stream["local"] for stream in streams_of(dataset).values())
+    if config.validation.enable:
+        check_validation(config)
+        validation = job.parent / "validation.toml"
+        held_out = resolve(
+            read_toml(str(validation)),
+            str(validation),
+            seq_len=config.validation.seq_len,
+            local_batch_size=config.validation.local_batch_size,
+            replication=ranks // dp_world_size,
+        )["dataset"]
+        check_loader(held_out, str(validation))
+        caches = {stream["local"] for stream in streams_of(dataset).values()}
+        assert not caches & {stream["local"] for stream in streams_of(held_out).values()}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=str)
+def test_commands_and_numbers_in_comments_are_true(job: Path) -> None:
+    text = job.read_text()
+    named = re.findall(r"(?<![\w./-])configs/[\w./]+", text)
+    assert str(job) in named
+    assert all(Path(name).is_file() for name in named), named
+    config = load_job_config([f"--job.config_file={job}"])
+    for factor, product in re.findall(r"x ([\d,]+) = ([\d,]+) tokens", text):
+        assert int(factor.replace(",", "")) == config.training.seq_len
+        assert int(product.replace(",", "")) == config.training.seq_len * config.training.global_batch_size
+    for factor, count, unit in re.findall(r"x ([\d,]+) = (\d+) (billion|trillion) tokens", text):
+        tokens = config.training.steps * int(factor.replace(",", ""))
+        assert abs(tokens / (int(count) * (1e9 if unit == "billion" else 1e12)) - 1) < 0.01
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=str)
+def test_launch_script_is_valid(script: Path) -> None:
+    subprocess.run(["bash", "-n", script], check=True, timeout=20)
+
+
+def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
+    """The command that it comes to, with a torchrun that only shows it."""
+    shown = tmp_path / "torchrun"
+    shown.write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    shown.chmod(0o755)
+    ended = subprocess.run(
+        ["configs/launch/multinode.sh", "configs/llama3_8b/job_64_gpus.toml", "configs/llama3_8b/train.toml",
+         "configs/llama3_8b/validation.toml", "--training.steps=20"],
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "NNODES": "8", "MASTER": "node-0"},
+        capture_output=True, text=True, timeout=20, check=True,
+    )  # fmt: skip
+    words = ended.stdout.split("\n")
+    assert {"--nnodes=8", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=node-0:29400"} <= set(words)
+    assert words[words.index("-m") :] == [
+        *("-m", "examples.mosaic_streaming.train", "--config", "configs/llama3_8b/job_64_gpus.toml"),
+        *("--mosaic-config", "configs/llama3_8b/train.toml"),
+        *("--mosaic-validation-config", "configs/llama3_8b/validation.toml", "--", "--training.steps=20", ""),
+    ]
