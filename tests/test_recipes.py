@@ -1,7 +1,10 @@
 """The recipes under `configs/`, as TorchTitan and our own checks read them: none can go stale."""
 
 import re
+import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from examples.mosaic_streaming.validator import check_loader, check_validation
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
 SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))
+UNITS = {"million": 1e6, "billion": 1e9, "trillion": 1e12}
 
 
 def test_there_is_a_recipe_for_each_purpose() -> None:
@@ -59,6 +63,8 @@ def test_recipe_is_one_that_trains(job: Path) -> None:
     assert dp_world_size * layout.tp * layout.pp * layout.cp == ranks
     assert accumulation_steps(config, dp_world_size) >= 1
     check_attention(model_args, config.model.flavor, layout.pp)
+    tokens = config.training.global_batch_size * config.training.seq_len
+    assert config.training.max_norm == (tokens if layout.pp > 1 else 1.0), "see Limits in the README"
     loader = job.parent / "train.toml"
     resolved = resolve(
         read_toml(str(loader)),
@@ -97,9 +103,14 @@ def test_commands_and_numbers_in_comments_are_true(job: Path) -> None:
     for factor, product in re.findall(r"x ([\d,]+) = ([\d,]+) tokens", text):
         assert int(factor.replace(",", "")) == config.training.seq_len
         assert int(product.replace(",", "")) == config.training.seq_len * config.training.global_batch_size
-    for factor, count, unit in re.findall(r"x ([\d,]+) = (\d+) (billion|trillion) tokens", text):
+    for factor, count, unit in re.findall(r"x ([\d,]+) = (\d+) (million|billion|trillion) tokens", text):
         tokens = config.training.steps * int(factor.replace(",", ""))
-        assert abs(tokens / (int(count) * (1e9 if unit == "billion" else 1e12)) - 1) < 0.01
+        assert abs(tokens / (int(count) * UNITS[unit]) - 1) < 0.01
+
+
+def test_no_recipe_goes_on_from_the_checkpoints_of_another() -> None:
+    folders = [load_job_config([f"--job.config_file={job}"]).job.dump_folder for job in JOBS]
+    assert len(set(folders)) == len(folders)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
@@ -124,4 +135,48 @@ def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
         *("-m", "examples.mosaic_streaming.train", "--config", "configs/llama3_8b/job_64_gpus.toml"),
         *("--mosaic-config", "configs/llama3_8b/train.toml"),
         *("--mosaic-validation-config", "configs/llama3_8b/validation.toml", "--", "--training.steps=20", ""),
+    ]
+
+
+def test_slurm_job_passes_sigterm_on_and_is_queued_again(tmp_path: Path) -> None:
+    """With commands of Slurm's that only write down what they are told."""
+    root = tmp_path / "repository"
+    shutil.copytree("configs/launch", root / "configs/launch")
+    commands = {
+        "scontrol": 'if [ "$1" = show ]; then printf "node-0\\nnode-1\\n"; else echo "scontrol $*"; fi',
+        "srun": "trap 'echo srun ends; exit 143' TERM\n"
+        'echo "srun $* on $MASTER of $NNODES"; for i in {1..300}; do sleep 0.1; done',
+    }
+    for name, body in commands.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (root / ".venv/bin").mkdir(parents=True)
+    (root / ".venv/bin/activate").touch()
+    log = tmp_path / "log"
+    job = {
+        "SLURM_JOB_NODELIST": "node-[0-1]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_ID": "7",
+        "SLURM_CPUS_PER_TASK": "96",
+    }
+    with log.open("w") as file:
+        script = subprocess.Popen(
+            ["bash", "configs/launch/slurm.sh", "job.toml", "train.toml"],
+            cwd=root,
+            env={"PATH": f"{tmp_path}:/usr/bin:/bin", **job},
+            stdout=file,
+            stderr=file,
+        )
+    try:
+        until = time.monotonic() + 20
+        while "srun" not in log.read_text() and time.monotonic() < until:
+            time.sleep(0.05)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=20) == 0
+    finally:
+        script.kill()
+    assert log.read_text().splitlines() == [
+        "srun --cpus-per-task=96 --kill-on-bad-exit=1 configs/launch/multinode.sh job.toml train.toml on node-0 of 2",
+        "srun ends",
+        "scontrol requeue 7",
     ]

@@ -8,7 +8,7 @@
 
 set -euo pipefail
 
-job=$1 loader=$2
+job=${1:?the job config} loader=${2:?the loader config}
 shift 2
 validation=()
 if [[ ${1:-} == *.toml || ${1:-} == *.yaml || ${1:-} == *.yml ]]; then

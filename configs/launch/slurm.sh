@@ -14,13 +14,15 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
-#SBATCH --output=outputs/slurm-%x-%j.log
+#SBATCH --output=%x-%j.log
+
+# --cpus-per-task: all of a machine's; a step doesn't have it from the job (Slurm 22.05), so `srun` is told, too.
 
 set -euo pipefail
 
 source .venv/bin/activate
 
-MASTER=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r MASTER < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER NNODES=$SLURM_JOB_NUM_NODES RUN_ID=$SLURM_JOB_ID
 
 requeue() {
@@ -30,7 +32,8 @@ requeue() {
   exit 0
 }
 
-srun --kill-on-bad-exit=1 configs/launch/multinode.sh "$@" &
-step=$!
+step=""
 trap requeue TERM
+srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 configs/launch/multinode.sh "$@" &
+step=$!
 wait "$step"
