@@ -96,9 +96,12 @@ def test_text_is_the_documents_one_after_another(folder: Path, name: str) -> Non
     assert {len(sample["tokens"]) for sample in found} == {LENGTH}
     together = [token for sample in found for token in sample["tokens"].tolist()]
     documents = {tuple(ids(document + EOS)) for document in DOCUMENTS}
-    for end in [number for number, token in enumerate(together) if [token] == ids(EOS)]:
-        last = [number for number, token in enumerate(together[:end]) if [token] == ids(EOS)]
-        assert tuple(together[last[-1] + 1 if last else 0 : end + 1]) in documents
+    [eos] = ids(EOS)
+    begin = 0
+    for end in [number for number, token in enumerate(together) if token == eos]:
+        assert tuple(together[begin : end + 1]) in documents
+        begin = end + 1
+    assert any(tuple(together[begin:]) == document[: len(together) - begin] for document in documents)
     assert sum(map(len, documents)) - LENGTH < len(together) <= sum(map(len, documents)), "but what fills no sample"
 
 

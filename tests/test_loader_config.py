@@ -96,12 +96,6 @@ def test_finetuning_from_a_local_folder_alone_is_refused_with_the_way_out(config
     refuse(config | {"name": "finetuning"}, "dataset in loader.toml has no `remote`.*Give the stream's folder as")
 
 
-def test_packing_is_refused(config: dict[str, Any]) -> None:
-    config["dataset"]["decoder_only_format"] = True
-    config["dataset"]["packing_ratio"] = "auto"
-    refuse(config | {"name": "finetuning"}, "packing is not there yet")
-
-
 def test_unknown_keys_are_refused_all_at_once_with_the_nearest(config: dict[str, Any], folder: Path) -> None:
     config |= {"num_worker": 2}
     config["dataset"] = {"shufle": True, "streams": {"web": {"local": str(folder), "split": "train", "porportion": 1}}}
