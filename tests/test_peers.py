@@ -48,7 +48,7 @@ def test_ranks_with_other_settings_are_named_with_the_settings(streams: dict[str
 def test_ranks_with_another_job_config_are_named_with_the_settings(streams: dict[str, dict[str, Any]]) -> None:
     told = messages([mixture(streams)] * 2, [0, 1], nodes=1, totals=[8, 4])
     [row] = told[0].splitlines()[2:-1]
-    assert row.split() == ["1", *"samples of a global batch".split(), "8", "4"]
+    assert row.split() == ["1", *["samples", "of", "a", "global", "batch"], "8", "4"]
 
 
 def test_names_of_streams_may_differ(streams: dict[str, dict[str, Any]]) -> None:

@@ -242,3 +242,13 @@ def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
     assert 7.9 < logged[1] < 8.3
     assert logged[20] < 7.0
     assert list(tmp_path.glob("tb/*/events.out.tfevents.*"))
+
+
+def test_folder_without_a_finished_checkpoint_doesnt_hide_the_given_weights(files: Path) -> None:
+    flags = ("--checkpoint.enable", f"--checkpoint.initial_load_path={files}/outputs/seed/step-0")
+    train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")
+    (files / "outputs/checkpoint/step-10").mkdir(parents=True)
+    [rank] = run_ranks(lambda: main(command(files, *flags)))
+    assert rank.code == 1
+    assert f"ConfigError: {files}/outputs/checkpoint has no finished checkpoint" in rank.output
+    train(files, *flags, "--checkpoint.folder=fresh")

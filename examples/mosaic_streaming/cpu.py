@@ -67,6 +67,11 @@ def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callabl
     return parallelize
 
 
+def profile_cpu(*, activities: list[Any], **settings: Any) -> Any:
+    """A profile of the CPU; TorchTitan 0.2.2 asks for one of "None", too (tools/profiling.py)."""
+    return torch.profiler.profile(activities=[activity for activity in activities if activity], **settings)
+
+
 def prepare_torchtitan() -> None:
     """Import torchtitan such that it finds the CPU, where there is nothing else; later, it is too late."""
     if not ACTIVE:
@@ -76,3 +81,6 @@ def prepare_torchtitan() -> None:
         mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
     ):
         importlib.import_module("torchtitan.tools.utils")
+    profiling: Any = importlib.import_module("torchtitan.tools.profiling")
+    profiler = types.SimpleNamespace(**vars(torch.profiler) | {"profile": profile_cpu})
+    profiling.torch = types.SimpleNamespace(**vars(torch) | {"profiler": profiler})

@@ -6,6 +6,7 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 
 import contextlib
 import functools
+import glob
 import io
 import os
 import signal
@@ -97,6 +98,24 @@ def check_job(job_config: "JobConfig", validates: bool) -> None:
             )
         if not job_config.checkpoint.enable:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
+    check_weights(job_config)
+
+
+def check_weights(job_config: "JobConfig") -> None:
+    """Raise ConfigError if a run that begins with given weights would begin with random ones.
+
+    Source: TorchTitan doesn't look at `initial_load_path` where the checkpoint's folder exists, also without a finished
+    step in it, as a job leaves it that is killed while it saves its first (torchtitan 0.2.2, components/checkpoint.py).
+    """
+    checkpoint = job_config.checkpoint
+    folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
+    finished = [*glob.glob(f"{folder}/step-*/.metadata"), *glob.glob(f"{folder}/step-*/model.safetensors.index.json")]
+    begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
+    if checkpoint.enable and begins and os.path.isdir(folder) and not finished:
+        raise ConfigError(
+            f"{folder} has no finished checkpoint, but as it exists, TorchTitan would begin with random weights, not "
+            "those of checkpoint.initial_load_path. Remove that folder, or name another with --checkpoint.folder."
+        )
 
 
 def run(job_config: "JobConfig") -> None:
