@@ -36,7 +36,8 @@ def commands() -> list[list[str]]:
     text = Path("README.md").read_text()
     section = text[text.index(SECTION) :].split("\n## ")[0]
     blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
-    found, begun = [], ""
+    found: list[list[str]] = []
+    begun = ""
     for line in "".join(blocks).replace("\\\n", " ").splitlines(keepends=True):
         begun += line
         with contextlib.suppress(ValueError):  # a quotation goes on

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 from tests.jobs import command, losses, write_files, write_loader
 from tests.ranks import can_make_nodes, free_port
 from tests.recording import PAUSE, recorded
+from tests.streams import SEQ_LEN
 from tests.test_node import shared
 from tests.test_restart import SAVE, read_steps
 
@@ -169,3 +171,37 @@ def test_job_of_four_ranks_goes_on_on_two_machines(folder: Path, tmp_path: Path)
     found, samples = ends_well(folder, "two", agents)
     assert samples == samples_of_one[6:]
     assert found == pytest.approx({step: loss for step, loss in losses_of_one.items() if step > 6}, abs=1e-3)
+
+
+@pytest.mark.skipif(not can_make_nodes(), reason="needs namespaces")
+def test_launch_script_starts_two_machines(tmp_path: Path) -> None:
+    """`configs/launch/multinode.sh` as it is, on two machines with an agent and two ranks each, and with validation."""
+    folder = write_files(tmp_path)
+    shutil.copy(folder / "loader.toml", folder / "validation.toml")
+    agents, environment = [], {"NNODES": "2", "GPUS_PER_NODE": "2", "MASTER": "127.0.0.1", "PORT": str(free_port())}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for node in range(2):
+        (folder / f"node-{node}").mkdir()
+        shell = f'mount -t tmpfs tmpfs /dev/shm && TMPDIR={folder}/node-{node} exec "$@"'
+        script = ["configs/launch/multinode.sh", *(f"{folder}/{name}.toml" for name in ("job", "loader", "validation"))]
+        flags = ["--validation.enable", "--validation.freq=2", f"--validation.seq_len={SEQ_LEN}"]
+        flags += ["--training.local_batch_size=1", "--validation.local_batch_size=2"]
+        with open(folder / f"{node}.log", "w") as log:
+            agents.append(
+                subprocess.Popen(
+                    ["unshare", "--mount", "--ipc", "sh", "-c", shell, "sh", *script, *flags],
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **environment, "PATH": path, "OMP_NUM_THREADS": "1"},
+                )
+            )
+    try:
+        codes = [agent.wait(timeout=300) for agent in agents]
+    finally:
+        for agent in agents:
+            kill_tree(agent.pid)
+    logs = [(folder / f"{node}.log").read_text() for node in range(2)]
+    assert codes == [0, 0], "\n".join(logs)
+    assert all(list(losses(log)) == [1, 2, 3, 4] for log in logs)
+    assert len(set(re.findall(r"validate step: +4 +loss: +([\d.]+)", "".join(logs)))) == 1
+    assert sum(log.count("All 4 ranks agree on data and settings") for log in logs) == 2, "training, and validation"

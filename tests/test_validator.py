@@ -207,3 +207,16 @@ def test_settings_that_leave_samples_out_are_refused(seeded: Path, extra: str, m
     file.write_text(before)
     assert rank.code == 1
     assert rank.output.count(message) == 1
+
+
+def test_cache_of_another_stream_is_not_taken(seeded: Path) -> None:
+    """Copied from the training loader, with another `remote`, but the same `local`."""
+    loader, validation = seeded / "loader.toml", seeded / "validation.toml"
+    before = loader.read_text(), validation.read_text()
+    loader.write_text(f'name = "text"\n[dataset]\nremote = "{seeded}/stream"\nlocal = "{seeded}/cache"\n')
+    validation.write_text(f'name = "text"\n[dataset]\nremote = "{seeded}/held_out"\nlocal = "{seeded}/cache"\n')
+    [rank] = run_ranks(lambda: main(arguments(seeded, "--checkpoint.folder=cache")))
+    loader.write_text(before[0])
+    validation.write_text(before[1])
+    assert rank.code == 1
+    assert f"{seeded}/cache, but another `remote`. Give it its own." in rank.output

@@ -237,14 +237,39 @@ def check_weights(dataset: Config, path: str) -> None:
         )
 
 
+def check_caches_apart(train: Config, validation: Config, train_path: str, path: str) -> None:
+    """Raise ConfigError if validation streams would find the shards of training's in their cache, and take them.
+
+    Args:
+        train: `dataset` of the training loader, as it was read.
+        validation: that of the validation loader.
+        train_path: the file of the first, for the message.
+        path: that of the second.
+    """
+    taken = {place: (name, source) for name, place, source in places_of(train)}
+    for name, place, source in places_of(validation):
+        other, others_source = taken.get(place, (name, source))
+        if source != others_source:
+            raise ConfigError(
+                f"{name} in {path} has the `local` of {other} in {train_path}, {place}, but another `remote`. "
+                "Give it its own."
+            )
+
+
+def places_of(dataset: Config) -> list[tuple[str, str, str]]:
+    """Name, `local` and source of each stream that has a `local`."""
+    folders, found = stream_folders(dataset), []
+    for name, stream in streams_of(dataset).items():
+        if local := stream.get("local"):
+            split = stream.get("split") or dataset.get("split") or ""
+            found.append((name, os.path.abspath(os.path.join(local, split)), folders[name]))
+    return found
+
+
 def check_caches(dataset: Config, path: str) -> None:
     """Raise ConfigError if two streams have the same `local`: each would overwrite the other's index."""
-    places: dict[str, str] = {}
-    for name, stream in streams_of(dataset).items():
-        local, split = stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
-        place = os.path.abspath(os.path.join(local, split))
-        if place in places:
-            raise ConfigError(
-                f"{places[place]} and {name} in {path} have the same `local`, {place}. Give each its own."
-            )
-        places[place] = name
+    taken: dict[str, str] = {}
+    for name, place, _ in places_of(dataset):
+        if place in taken:
+            raise ConfigError(f"{taken[place]} and {name} in {path} have the same `local`, {place}. Give each its own.")
+        taken[place] = name

@@ -91,7 +91,7 @@ def mosaic_spec(
 
     def build_validator(**arguments: Any) -> Any:
         assert validation is not None
-        return MosaicValidator(validation_file=validation, **arguments)
+        return MosaicValidator(validation_file=validation, train_file=train, **arguments)
 
     return dataclasses.replace(
         spec,

@@ -26,7 +26,7 @@ from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node
-from examples.mosaic_streaming.loader_config import Config, resolve
+from examples.mosaic_streaming.loader_config import Config, check_caches_apart, resolve
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import set_round
 from examples.mosaic_streaming.peers import check_peers
@@ -45,6 +45,7 @@ class MosaicValidator(BaseValidator):
         dp_rank: this rank on that mesh.
         tokenizer: TorchTitan's tokenizer.
         validation_file: configuration of the validation loader.
+        train_file: that of the training loader.
         arguments: the rest of what TorchTitan gives a validator.
 
     Raises:
@@ -59,9 +60,16 @@ class MosaicValidator(BaseValidator):
         dp_rank: int,
         tokenizer: HuggingFaceTokenizer,
         validation_file: LoaderFile,
+        train_file: LoaderFile,
         **arguments: Any,
     ) -> None:
         super().__init__(job_config)
+        check_caches_apart(
+            train_file.config["dataset"],
+            validation_file.config.get("dataset", {}),
+            train_file.path,
+            validation_file.path,
+        )
         self._tokenizer = tokenizer
         self._dims: ParallelDims = arguments["parallel_dims"]
         self._loss_fn = arguments["loss_fn"]
