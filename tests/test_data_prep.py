@@ -55,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "my_text").mkdir()
     for number, document in enumerate(DOCUMENTS):
         (place / f"my_text/{number}.txt").write_text(document)
-    for name, rows in {"docs": [{"text": document} for document in DOCUMENTS], "pairs": PAIRS, "chats": CHATS}.items():
+    texts = [{"text": document} for document in DOCUMENTS]
+    inputs: dict[str, list[Any]] = {"docs": texts, "pairs": PAIRS, "chats": CHATS}
+    for name, rows in inputs.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(place / "my_dataset"))
     outputs = [run_rank_values(functools.partial(run, command, place), timeout=120) for command in commands()]
