@@ -130,6 +130,7 @@ def test_the_loader_reads_them(folder: Path) -> None:
         assert all(0 < count < 30 for count in targets)
 
 
+@pytest.mark.long
 def test_the_command_itself_runs(folder: Path) -> None:
     """One of them through the shell, as a user would."""
     [command] = [shlex.join(words) for words in commands() if "from_json" in " ".join(words)]

@@ -13,10 +13,22 @@ from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses
 from tests.ranks import run_ranks
 
+
+def missing_on_cpu(model_args: Any) -> str | None:
+    """What torch 2.13 and TorchTitan 0.2.2 say of a flavor that can't be trained on a CPU."""
+    if model_args.attn_type == "varlen":  # torch.nn.attention.varlen has CUDA's flash attention alone
+        return "Could not run 'aten::_flash_attention_forward' with arguments from the 'CPU' backend"
+    if model_args.attn_type == "flex":  # TorchTitan makes block masks on CUDA: `create_block_mask` has no `device`
+        return "Tensor device mismatch|Found no NVIDIA driver|Torch not compiled with CUDA"
+    if getattr(model_args, "moe_enabled", True) and hasattr(model_args, "moe_args"):
+        return "\"histogram_cpu\" not implemented for 'Long'"  # which counts tokens for each expert
+    return None
+
+
 DEBUG = [
-    (model, flavor)
+    pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) else [])
     for model in text_models()
-    for flavor in text_spec(model).model_args
+    for flavor, model_args in text_spec(model).model_args.items()
     if flavor.startswith("debugmodel")
 ]
 
@@ -38,17 +50,6 @@ def test_debug_flavor_trains_where_torchtitan_can(files: Path, model: str, flavo
     else:
         assert rank.code == 0, rank.output
         assert list(losses(rank.output)) == [1, 2, 3]
-
-
-def missing_on_cpu(model_args: Any) -> str | None:
-    """What torch 2.13 and TorchTitan 0.2.2 say of a flavor that can't be trained on a CPU."""
-    if model_args.attn_type == "varlen":  # torch.nn.attention.varlen has CUDA's flash attention alone
-        return "Could not run 'aten::_flash_attention_forward' with arguments from the 'CPU' backend"
-    if model_args.attn_type == "flex":  # TorchTitan makes block masks on CUDA: `create_block_mask` has no `device`
-        return "Tensor device mismatch|Found no NVIDIA driver|Torch not compiled with CUDA"
-    if getattr(model_args, "moe_enabled", True) and hasattr(model_args, "moe_args"):
-        return "\"histogram_cpu\" not implemented for 'Long'"  # which counts tokens for each expert
-    return None
 
 
 def test_model_that_reads_no_text_is_refused_with_those_that_do(files: Path) -> None:
