@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,14 +49,22 @@ def start(
 
 def ends_well(folder: Path, name: str, agents: list[subprocess.Popen[str]]) -> tuple[dict[int, float], list[list[int]]]:
     """Wait for all agents; losses and samples of the run."""
-    try:
-        codes = [agent.wait(timeout=300) for agent in agents]
-    finally:
-        for agent in agents:
-            kill_tree(agent.pid)
+    codes = end_of(agents)
     log = (folder / f"{name}.log").read_text()
     assert codes == [0] * len(agents), log
     return losses(log), recorded(folder / "recorded" / name)
+
+
+def end_of(agents: Sequence[subprocess.Popen[Any]]) -> list[int | None]:
+    """Exit codes; none of an agent that doesn't end, and nothing of it is left."""
+    until = time.monotonic() + 300
+    try:
+        while time.monotonic() < until and any(agent.poll() is None for agent in agents):
+            time.sleep(0.1)
+        return [agent.poll() for agent in agents]
+    finally:
+        for agent in agents:
+            kill_tree(agent.pid)
 
 
 def kill_tree(pid: int) -> None:
@@ -119,28 +129,26 @@ def wait_for_steps(folder: Path, name: str, steps: int, agent: subprocess.Popen[
         time.sleep(0.1)
 
 
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
 def test_rank_that_is_killed_is_restarted_by_torchrun(
-    folder: Path, whole: tuple[dict[int, float], list[list[int]]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    folder: Path,
+    whole: tuple[dict[int, float], list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    rendezvous: str,
 ) -> None:
-    """With --max-restarts nobody has to do anything, and nothing of ours stays behind in the temporary folder.
-
-    --standalone, as c10d in general, has ranks meet anew; torch 2.13's static rendezvous keeps old addresses.
-    """
+    """With --max-restarts nobody has to do anything, and nothing of ours stays behind in the temporary folder."""
     monkeypatch.setenv(PAUSE, "8")  # the ranks that are started anew read 6 more
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = shared()
-    agent = start(
-        folder,
-        "restarted",
-        ["--standalone", "--nproc_per_node=2", "--max-restarts=2"],
-        "--checkpoint.folder=restarted",
-        workers=2,
-    )
-    wait_for_steps(folder, "restarted", 8, agent)
-    first = recorded(folder / "recorded/restarted")
+    name, flags = f"restarted-{rendezvous}", ["--standalone"] if rendezvous == "c10d" else []
+    torchrun = [*flags, "--nproc_per_node=2", "--max-restarts=1"]
+    agent = start(folder, name, torchrun, f"--checkpoint.folder={name}", workers=2)
+    wait_for_steps(folder, name, 8, agent)
+    first = recorded(folder / "recorded" / name)
     [one, _] = [child for child in children(agent.pid) if "tests.recording" in cmdline(child)]
     os.kill(one, signal.SIGKILL)
-    found, samples = ends_well(folder, "restarted", [agent])
+    found, samples = ends_well(folder, name, [agent])
     assert first[:6] + samples == whole[1]
     assert found == pytest.approx(whole[0], abs=1e-5)
     assert shared() == before
@@ -195,11 +203,7 @@ def test_launch_script_starts_two_machines(tmp_path: Path) -> None:
                     env={**os.environ, **environment, "PATH": path, "OMP_NUM_THREADS": "1"},
                 )
             )
-    try:
-        codes = [agent.wait(timeout=300) for agent in agents]
-    finally:
-        for agent in agents:
-            kill_tree(agent.pid)
+    codes = end_of(agents)
     logs = [(folder / f"{node}.log").read_text() for node in range(2)]
     assert codes == [0, 0], "\n".join(logs)
     assert all(list(losses(log)) == [1, 2, 3, 4] for log in logs)

@@ -1,12 +1,17 @@
 """What the ranks of a job tell each other aside from training: whether they are ready, and why one stops."""
 
 import contextlib
+import importlib
+import json
 import os
 import random
 import threading
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
@@ -23,8 +28,54 @@ PATIENCE = timedelta(seconds=5)
 INTERVAL = 1.0
 """Seconds between two looks for a fault."""
 
+MOMENT = 0.01
+"""Seconds between two looks for ranks that have arrived."""
+
 GRACE = 20.0
 """Seconds from the fault of one rank to the end of another that a collective won't let go."""
+
+
+@contextlib.contextmanager
+def meeting_anew() -> Iterator[None]:
+    """Within it, the ranks that torchrun starts meet where those that it has ended have left nothing.
+
+    Source: torchrun has one store for all its restarts, in which each rank leaves its address under the same key. One
+    that reads it too early connects to a dead rank until its time is up (torch 2.13, distributed/rendezvous.py). A
+    torchrun with another store for each start makes this unnecessary.
+    """
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # which `torch.distributed` hides
+    create = rendezvous._create_c10d_store
+
+    def create_unused(host: str, port: int, rank: int, world_size: int, timeout: timedelta, *more: Any) -> dist.Store:
+        store = create(host, port, rank, world_size, timeout, *more)
+        return unused(store, rank, world_size, timeout) if rendezvous._torchelastic_use_agent_store() else store
+
+    with mock.patch.object(rendezvous, "_create_c10d_store", create_unused):
+        yield
+
+
+def unused(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """A part of a store in which no earlier ranks of this job have written; all ranks call it together.
+
+    Each of the others takes a number that none has had before, and rank 0 answers all numbers with its own new name.
+
+    Raises:
+        TimeoutError: ranks are missing.
+    """
+    if rank:
+        name = store.get(f"to {store.add('arrived', 1)}").decode()  # waits for it
+        store.add(name, 1)
+        return dist.PrefixStore(name, store)
+    name, answered, end = uuid.uuid4().hex, 0, time.monotonic() + timeout.total_seconds()
+    while (known := 1 + store.add(name, 0)) < world_size:
+        if time.monotonic() > end:
+            raise TimeoutError(f"{known} of {world_size} ranks have come in {timeout.total_seconds():g} s.")
+        arrived = store.add("arrived", 0)
+        for number in range(answered + 1, arrived + 1):
+            store.set(f"to {number}", name)
+        answered = arrived
+        time.sleep(MOMENT)
+    return dist.PrefixStore(name, store)
 
 
 def new_number() -> int:
@@ -58,16 +109,39 @@ def on_each_node(number: int, prepare: Callable[[], None]) -> None:
     """
     store, node_size = open_store(number), int(os.environ["LOCAL_WORLD_SIZE"])
     if dist.get_rank() % node_size == 0:
-        problem = ""
-        try:
-            prepare()
-        except (ConfigError, DataError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        store.set(f"node {dist.get_rank() // node_size}", problem)
+        share(store, f"node {dist.get_rank() // node_size}", prepare)
     for node in range(dist.get_world_size() // node_size):
-        if problem := wait_for(store, f"node {node}") or "":
-            kind, _, message = problem.partition(": ")
-            raise (ConfigError if kind == "ConfigError" else DataError)(message)
+        shared(store, f"node {node}")
+
+
+def on_rank_0(number: int, compute: Callable[[], Any]) -> Any:
+    """What a function returns that rank 0 alone calls; all ranks wait for it, however long it takes.
+
+    Raises:
+        ConfigError, DataError: on all ranks.
+    """
+    store = open_store(number)
+    if dist.get_rank() == 0:
+        share(store, "rank 0", compute)
+    return shared(store, "rank 0")
+
+
+def share(store: dist.Store, key: str, compute: Callable[[], Any]) -> None:
+    """Tell all ranks what a function returns, or a user's error that it raises."""
+    kind, found = "", None
+    try:
+        found = compute()
+    except (ConfigError, DataError) as error:
+        kind, found = type(error).__name__, str(error)
+    store.set(key, json.dumps([kind, found]))
+
+
+def shared(store: dist.Store, key: str) -> Any:
+    """Wait for what another rank shares; raise its error."""
+    kind, found = json.loads(wait_for(store, key) or "")
+    if kind:
+        raise (ConfigError if kind == "ConfigError" else DataError)(found)
+    return found
 
 
 class Line(errors.Line):

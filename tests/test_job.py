@@ -1,0 +1,63 @@
+"""Where ranks meet that torchrun starts again: all in one part of its store, and none in one of earlier ranks."""
+
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+
+from examples.mosaic_streaming.job import unused
+from tests.ranks import free_port, run_rank_values
+
+RANKS = 4
+
+
+class Job:
+    """A store as torchrun keeps it over all restarts, and ranks that meet there, each with a connection of its own."""
+
+    def __init__(self) -> None:
+        self._port = free_port()
+        self._server = dist.TCPStore("127.0.0.1", self._port, is_master=True, wait_for_workers=False)
+
+    def start(self, ranks: list[int], seconds: float) -> list[str]:
+        """Start ranks in any order; what each then reads of what rank 0 writes, or why it gives up."""
+
+        def run(rank: int) -> str:
+            time.sleep(random.random() * 0.05)
+            timeout = timedelta(seconds=seconds)
+            store = dist.TCPStore("127.0.0.1", self._port, timeout=timeout, wait_for_workers=False)
+            try:
+                part = unused(store, rank, RANKS, timeout)
+                if rank == 0:
+                    time.sleep(0.05)  # others ask before it is there
+                    part.set("address", str(time.monotonic()))
+                return part.get("address").decode()
+            except (TimeoutError, dist.DistError) as error:
+                return type(error).__name__
+
+        with ThreadPoolExecutor(len(ranks)) as pool:
+            return list(pool.map(run, ranks))
+
+
+def test_ranks_never_read_what_earlier_ones_have_written() -> None:
+    def restart() -> list[list[str]]:
+        job = Job()
+        return [job.start([*range(RANKS)], 20) for _ in range(20)]
+
+    [starts] = run_rank_values(restart)
+    read = [set(start) for start in starts]
+    assert all(len(values) == 1 for values in read), "the same on all ranks"
+    assert len(set.union(*read)) == 20, "another at each start"
+
+
+@pytest.mark.parametrize("came", [[1, 2, 3], [0, 1, 2], [0], [2]])
+def test_ranks_that_ended_while_they_met_disturb_nobody(came: list[int]) -> None:
+    def restart() -> tuple[list[str], list[str], list[str]]:
+        job = Job()
+        return job.start([*range(RANKS)], 20), job.start(came, 1), job.start([*range(RANKS)], 20)
+
+    [(first, some, again)] = run_rank_values(restart)
+    assert set(some) <= {"TimeoutError", "DistStoreError"}
+    assert len(set(again)) == 1 and set(again) != set(first)
