@@ -4,6 +4,10 @@ Flex attention is run without compiling it, which is the same function, and on t
 """
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torchtitan.models.llama3.model.model as llama3
+from streaming import MDSWriter
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask, flex_attention
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.models.attention import FlexAttentionWrapper
@@ -28,13 +33,19 @@ from examples.mosaic_streaming.documents import (
     within_documents,
 )
 from examples.mosaic_streaming.errors import ConfigError
-from tests.ranks import run_rank_values
-from tests.streams import TOKENIZER, build_loader, job, loader_config, write_tokens
+from examples.mosaic_streaming.train import main
+from tests.jobs import command, losses
+from tests.ranks import run_rank_values, run_ranks
+from tests.reading import TURN
+from tests.streams import SEQ_LEN, TOKENIZER, build_loader, job, loader_config, sample_tokens, write_tokens
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
 SEQUENCE_ID = torch.tensor(ROWS)
 IDS = torch.tensor([[5, 0, 6, 0, 0, 7, 0, 0], [0, 0, 8, 0, 9, 0, 0, 4]])
 """With EOS (0) anywhere: TorchTitan's own masks would follow it."""
+
+EOS = 1
+"""Of the debug tokenizer."""
 
 
 def test_positions_begin_again_with_each_document() -> None:
@@ -188,3 +199,101 @@ def test_documents_of_concatenated_text_are_told_apart(tmp_path: Path, key: str,
         assert position[0] == [0, 1, 0, 1, 2, 3, 0, 1]
     assert sequence_id[1] == [0] * 8
     assert labels == [row[1:] for row in rows], "each token is learned, as TorchTitan does in its own documents"
+
+
+PACKED = {
+    # rows of 77 tokens hold 4 examples of 18
+    "debugmodel": ("1", ["--training.local_batch_size=8", "--training.global_batch_size=8"]),
+    "debugmodel_flex_attn": ("4", ["--training.local_batch_size=2", "--training.global_batch_size=2"]),
+    "debugmodel_varlen_attn": ("4", ["--training.local_batch_size=2", "--training.global_batch_size=2"]),
+}
+"""Packing ratio and flags of runs that learn from the same 8 examples in each step, each alone or packed."""
+
+
+def write_examples(folder: Path) -> None:
+    """Write a stream of 8 examples, which have EOS in their middle, too."""
+    with MDSWriter(out=str(folder), columns=dict.fromkeys(TURN, "ndarray:int32")) as writer:
+        for sample in range(8):
+            tokens = sample_tokens(sample)
+            tokens[8] = EOS
+            writer.write({"input_ids": tokens[:4], "labels": tokens[4:]})
+
+
+def packed_run(folder: Path, flavor: str) -> list[str]:
+    """The arguments of a run of 3 steps."""
+    ratio, flags = PACKED[flavor]
+    loader = folder / f"{flavor}.toml"
+    loader.write_text(
+        f'name = "finetuning"\n[dataset]\nlocal = "{folder}/turns"\nremote = "{folder}/turns"\n'
+        f"num_canonical_nodes = 1\npacking_ratio = {ratio}\n"
+    )
+    given = command(folder, f"--model.flavor={flavor}", "--training.seq_len=76", "--debug.seed=1", *flags)
+    return [str(loader) if argument == f"{folder}/loader.toml" else argument for argument in given]
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, block_mask: BlockMask, scale: float | None, enable_gqa: bool, return_lse: bool
+) -> Tensor:
+    """What flex attention comes to, with gradients: on a CPU it has none."""
+    assert not return_lse
+    seen = create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device="cpu")
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)
+
+
+def test_packed_examples_are_learned_as_each_alone(
+    files: Path, eager_flex: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole trainer: losses are the same, also after steps whose gradients came from packed rows."""
+    monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", dense_attention)
+    write_examples(files / "turns")
+    runs = {}
+    for flavor in ("debugmodel", "debugmodel_flex_attn"):
+        ranks = run_ranks(functools.partial(main, packed_run(files, flavor)))
+        assert ranks[0].code == 0, ranks[0].output
+        runs[flavor] = losses(ranks[0].output)
+    alone, packed = runs.values()
+    assert list(alone) == [1, 2, 3, 4]
+    assert packed == pytest.approx(alone, abs=2e-5)
+
+
+def test_validation_keeps_to_documents_as_training_does(
+    files: Path, eager_flex: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that don't change have the same loss in both, on the same samples."""
+    monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", dense_attention)
+    rows = [[*sample_tokens(sample, 6).tolist(), EOS, *sample_tokens(sample + 8, 10).tolist()] for sample in range(8)]
+    write_tokens(files / "documents", rows)
+    loader = f"{files}/documents.toml"
+    Path(loader).write_text(
+        f'name = "text"\n[dataset]\nlocal = "{files}/documents"\neos_token_id = {EOS}\nnum_canonical_nodes = 1\n'
+    )
+    flags = ["--training.steps=1", "--debug.seed=1", "--training.local_batch_size=8", "--training.global_batch_size=8"]
+    flags += ["--validation.enable", f"--validation.seq_len={SEQ_LEN}", "--optimizer.lr=0"]
+    found = {}
+    for flavor in ("debugmodel_flex_attn", "debugmodel"):
+        given = ["--config", f"{files}/job.toml", "--mosaic-config", loader, "--mosaic-validation-config", loader]
+        [rank] = run_ranks(functools.partial(main, [*given, "--", f"--model.flavor={flavor}", *flags]))
+        assert rank.code == 0, rank.output
+        [validated] = re.findall(r"validate step: +1 +loss: +([\d.]+)", rank.output)
+        assert float(validated) == pytest.approx(losses(rank.output)[1], abs=6e-5)  # four digits are logged
+        found[flavor] = float(validated)
+    assert abs(found["debugmodel"] - found["debugmodel_flex_attn"]) > 5e-4
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(not Path("/dev/nvidia0").exists(), reason="no GPU")
+def test_packed_examples_are_learned_as_each_alone_on_a_gpu(files: Path) -> None:
+    """Through torchrun, with the attention kernels that GPUs have; varlen's know no float32."""
+    write_examples(files / "turns")
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "-m", "examples.mosaic_streaming.train"]
+    runs = {}
+    for flavor in PACKED:
+        given = [*torchrun, *packed_run(files, flavor), "--training.mixed_precision_param=bfloat16"]
+        ended = subprocess.run(given, env=environment, capture_output=True, text=True, timeout=300)
+        assert ended.returncode == 0, ended.stderr
+        runs[flavor] = losses(ended.stdout + ended.stderr)
+    alone = runs.pop("debugmodel")
+    assert list(alone) == [1, 2, 3, 4]
+    assert all(packed == pytest.approx(alone, abs=2e-2) for packed in runs.values())

@@ -174,3 +174,12 @@ def test_example_whose_response_is_cut_away_stops_the_run(tmp_path: Path, assets
     folder = write(tmp_path / "stream", samples, "str")
     with pytest.raises(AssertionError, match="DataError"):
         read(folder, assets, 1)
+
+
+def test_example_without_a_response_stops_the_run_and_is_named(tmp_path: Path, assets: Path) -> None:
+    samples = [{"prompt": "x", "response": "y"}, {"prompt": "x", "response": ""}]
+    folder = write(tmp_path / "stream", samples, "str")
+    with pytest.raises(
+        AssertionError, match=r"Sample 1 in shard\.00000\.mds of the stream in .* its response is empty"
+    ):
+        read(folder, assets, 2)

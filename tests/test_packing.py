@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from streaming import MDSWriter
-from torchtitan.tools.logging import init_logger
+from torchtitan.tools.logging import init_logger, logger
 
+from examples.mosaic_streaming import errors
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import FIRST_ID, build_loader, job
@@ -122,19 +124,81 @@ def test_a_step_takes_samples_not_rows_and_counts_what_it_leaves_out(folder: Pat
     assert int(told[2].replace(",", "")) == sum(length(sample) + 1 for sample in range(SAMPLES))
 
 
-def test_auto_is_the_same_on_any_ranks_and_leaves_nothing_out(folder: Path) -> None:
+def read_epoch(folder: Path, ratio: Any, world_size: int) -> tuple[float, int, str]:
+    """Packing ratio, tokens that an epoch leaves out on all ranks, and rank 0's log."""
+    local = ROWS // world_size
+
     def run() -> tuple[Any, int]:
         init_logger()
-        loader = build_loader(configuration(folder, packing_ratio="auto"), job(4, ROWS, SEQ_LEN))
+        loader = build_loader(configuration(folder, packing_ratio=ratio), job(local, ROWS, SEQ_LEN))
         batches = iter(loader)
-        first = [next(batches)[0]["input"] for _ in range(2)]
-        return loader._data["dataset.packing_ratio"], len(first)
+        for _ in range(loader._order.epoch_samples // loader._order.global_batch_size):
+            next(batches)
+        return loader._data["dataset.packing_ratio"], loader._left_out
 
-    one, two = run_ranks(run, 1), run_ranks(run, 2)
-    assert [rank.code for rank in one + two] == [0, 0, 0], one[0].output + two[0].output
-    ratios = {rank.value[0] for rank in one + two}
-    assert len(ratios) == 1 and 1 <= ratios.pop() < RATIO
-    assert one[0].output.count('packing_ratio = "auto"') == 1
+    ranks = run_ranks(run, world_size)
+    assert [rank.code for rank in ranks] == [0] * world_size, ranks[0].output
+    [found] = {rank.value[0] for rank in ranks}
+    return float(found), sum(rank.value[1] for rank in ranks), ranks[0].output
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_auto_is_the_largest_ratio_that_leaves_nothing_out(folder: Path, world_size: int) -> None:
+    ratio, left_out, log = read_epoch(folder, "auto", world_size)
+    assert log.count('packing_ratio = "auto"') == 1
+    assert 1 < ratio < RATIO
+    assert left_out == 0
+    assert read_epoch(folder, round(ratio + 0.1, 1), world_size)[1] > 0
+
+
+def test_auto_is_the_same_on_any_ranks_and_after_a_restart(folder: Path) -> None:
+    def run() -> tuple[dict[str, str], list[int]]:
+        loader = build_loader(configuration(folder, packing_ratio="auto"), job(2, ROWS, SEQ_LEN))
+        batches = iter(loader)
+        for _ in range(ROWS // 2 // dist.get_world_size()):
+            next(batches)
+        return loader.state_dict(), []
+
+    def go_on() -> tuple[dict[str, str], list[int]]:
+        loader = build_loader(configuration(folder, packing_ratio="auto"), job(2, ROWS, SEQ_LEN))
+        loader.load_state_dict(state)
+        return loader.state_dict(), next(iter(loader))[0]["input"].flatten().tolist()
+
+    (state, _), *others = run_rank_values(run) + run_rank_values(run, 2)
+    assert all(other == (state, []) for other in others)
+    (again, rows), (same, _) = run_rank_values(go_on)[0], run_rank_values(go_on, 2)[0]
+    assert again == same
+    assert len(rows) == 2 * SEQ_LEN
+
+
+def test_example_that_auto_cant_read_stops_all_ranks_with_its_reason(tmp_path: Path) -> None:
+    """Its prompt fills the row: there is nothing to learn."""
+    with MDSWriter(out=str(tmp_path / "stream"), columns=dict.fromkeys(TURN, "ndarray:int32")) as writer:
+        for prompt in (20, SEQ_LEN + 20):
+            writer.write({"input_ids": np.full(prompt, 30, np.int32), "labels": np.full(8, 31, np.int32)})
+
+    def run() -> None:
+        with errors.told_once():
+            build_loader(configuration(tmp_path / "stream", packing_ratio="auto", num_canonical_nodes=1), job(1, 2))
+
+    ranks = run_ranks(run, 2)
+    assert all(rank.code == 1 for rank in ranks)
+    told = [line for rank in ranks for line in rank.output.splitlines() if "DataError: " in line]
+    assert len(told) == 1 and told[0] in ranks[0].output
+    assert str(tmp_path) in told[0] and "loader.toml" in told[0]
+    assert not any("Traceback" in rank.output for rank in ranks)
+
+
+def test_what_is_left_out_is_told_soon(folder: Path) -> None:
+    def run() -> None:
+        init_logger()
+        batches = iter(build_loader(configuration(folder), job(ROWS, ROWS, SEQ_LEN)))
+        for _ in range(10):
+            next(batches)
+        logger.info("Ten steps are read.")
+
+    [rank] = run_ranks(run)
+    assert rank.output.split("Ten steps are read.")[0].count("Packing has left out") == 1
 
 
 @pytest.mark.parametrize(

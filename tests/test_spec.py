@@ -1,12 +1,12 @@
 """The Mosaic form of each of TorchTitan's text models."""
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torchtitan.models import _supported_models
-from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 
 from examples.mosaic_streaming.spec import SUFFIX, text_models, text_spec
 from examples.mosaic_streaming.train import main
@@ -59,11 +59,16 @@ def test_model_that_reads_no_text_is_refused_with_those_that_do(files: Path) -> 
 
 
 def test_any_spec_that_reads_text_is_taken(files: Path) -> None:
-    """One that a user has registered, as TorchTitan's extensions do."""
+    """One that a user's module registers, as TorchTitan's extensions do."""
+    (files / "my_llama.py").write_text(
+        "from torchtitan.protocols.train_spec import get_train_spec, register_train_spec\n"
+        'register_train_spec("my_llama", get_train_spec("llama3"))\n'
+    )
 
     def run() -> None:
-        register_train_spec("my_llama", get_train_spec("llama3"))
-        main(command(files, "--model.name=my_llama_mosaic", "--training.steps=1"))
+        sys.path.insert(0, str(files))
+        flags = ("--model.name=my_llama_mosaic", "--experimental.custom_import=my_llama", "--training.steps=1")
+        main(command(files, *flags))
 
     [rank] = run_ranks(run)
     assert rank.code == 0, rank.output

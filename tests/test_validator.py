@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torchtitan.models.llama3 import llama3_args
 from torchtitan.models.llama3.model.model import Transformer
 
 from examples.mosaic_streaming.train import main
+from examples.mosaic_streaming.validator import MosaicValidator
 from tests.jobs import command, losses, train, write_files
 from tests.ranks import Rank, run_rank_values, run_ranks
 from tests.reading import write_turns
@@ -190,6 +192,7 @@ def test_rounds_that_the_model_cant_take_are_refused(seeded: Path, flags: list[s
     first, second = run_ranks(lambda: main(arguments(seeded, *flags, "--checkpoint.folder=refused")), 2)
     assert first.code == 1 and second.code != 0
     assert (first.output + second.output).count(f"ConfigError: {message}") == 1
+    assert "Building llama3" not in first.output, "told before the model is built"
 
 
 @pytest.mark.parametrize(
@@ -220,3 +223,46 @@ def test_cache_of_another_stream_is_not_taken(seeded: Path) -> None:
     validation.write_text(before[1])
     assert rank.code == 1
     assert f"{seeded}/cache, but another `remote`. Give it its own." in rank.output
+
+
+def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None:
+    write_stream(seeded / "short", 20, length=SEQ_LEN, first=FIRST)
+    write_validation(seeded, "text", seeded / "short")
+    [rank] = run_ranks(lambda: main(arguments(seeded, "--checkpoint.folder=short")))
+    write_validation(seeded, "text", seeded / "held_out")
+    assert rank.code == 1
+    assert f"DataError: Batch of shape [8, {SEQ_LEN}], expected [8, {SEQ_LEN + 1}]" in rank.output
+
+
+def test_tokens_of_validation_move_no_expert(seeded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSeek V3, with the one function that torch 2.13 lacks on a CPU."""
+
+    def histc(tokens: torch.Tensor, bins: int, **bounds: int) -> torch.Tensor:
+        return torch.bincount(tokens.reshape(-1), minlength=bins)
+
+    monkeypatch.setattr(torch, "histc", histc)
+    deepseek = ("--model.name=deepseek_v3_mosaic", "--debug.seed=1", "--training.steps=5")
+    given = command(seeded, *deepseek, *VALIDATE, "--validation.local_batch_size=4")
+    [rank] = run_ranks(lambda: main(["--mosaic-validation-config", f"{seeded}/validation.toml", *given]))
+    assert rank.code == 0, rank.output
+    assert len(validated(rank)) == 5
+    assert losses(rank.output) == losses(train(seeded, *deepseek)[0].output)
+
+
+def test_worker_of_validation_that_is_killed_stops_the_job_with_its_exit_code(
+    seeded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validate = MosaicValidator.validate
+
+    def validate_and_kill(self: MosaicValidator, *given: Any) -> None:
+        validate(self, *given)
+        self._rounds._batches._batches._workers[0].kill()  # type: ignore[union-attr]
+
+    monkeypatch.setattr(MosaicValidator, "validate", validate_and_kill)
+    write_validation(seeded, "text", seeded / "held_out", num_workers=1)
+    [rank] = run_ranks(lambda: main(arguments(seeded, "--training.steps=50", "--checkpoint.folder=killed")))
+    write_validation(seeded, "text", seeded / "held_out")
+    assert rank.code == 1
+    assert re.search(r"DataError: Dataloader worker 0 \(pid \d+\) ended with exit code -9\.", rank.output), rank.output
+    assert f"in {seeded}/validation.toml." in rank.output
+    assert rank.left == []

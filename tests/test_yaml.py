@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.flags import read_loader
+from examples.mosaic_streaming.flags import read_loader, read_loaders
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged
 from tests.ranks import run_ranks
@@ -47,18 +47,29 @@ def yaml(files: Path) -> str:
 
 
 def test_interpolations_are_resolved_and_other_sections_named(yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
-    loader = read_loader(yaml, "train_loader")
+    loader, none = read_loaders(yaml, None)
+    assert none is None
     assert loader.path == yaml
     assert loader.config["dataset"]["shuffle_seed"] == 17
     assert loader.config["dataset"]["local"].endswith("/stream")
     assert capsys.readouterr().err == (
-        f"{yaml}: read `train_loader`, ignored: variables, max_seq_len, model, eval_loader, optimizer.\n"
+        f"{yaml}: read train_loader, ignored variables, max_seq_len, model, eval_loader, optimizer.\n"
     )
-    assert read_loader(yaml, "eval_loader").config == {
+    again, held_out = read_loaders(yaml, yaml)
+    assert again == loader
+    assert held_out and held_out.config == {
         "name": "text",
         "dataset": {"local": loader.config["dataset"]["local"]},
         "num_workers": 0,
     }
+    assert capsys.readouterr().err == (
+        f"{yaml}: read train_loader, eval_loader, ignored variables, max_seq_len, model, optimizer.\n"
+    )
+
+
+def test_what_other_sections_refer_to_need_not_be_there(tmp_path: Path) -> None:
+    (tmp_path / "train.yaml").write_text("run_name: ${oc.env:NOT_SET_ANYWHERE}\ntrain_loader: {name: text}\n")
+    assert read_loaders(f"{tmp_path}/train.yaml", None)[0].config == {"name": "text"}
 
 
 def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
@@ -85,7 +96,8 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
     ("content", "message"),
     [
         ("a: [", "is not valid YAML"),
-        ("a: ${nothing}", "is not valid YAML: Interpolation key 'nothing' not found"),
+        ("train_loader: {name: '${nothing}'}", "train_loader in"),
+        ("train_loader: {name: '${nothing}'}", "Interpolation key 'nothing' not found"),
         ("model: {}", "expected one `train_loader`, as in an llm-foundry training YAML, but it has: model."),
         ("train_loader: [{}, {}]", "expected one `train_loader`, as in an llm-foundry training YAML, but it has 2 of"),
         ("", "but it has: nothing."),

@@ -1,6 +1,7 @@
 """The `build_dataloader_fn` of a Mosaic TrainSpec."""
 
 import copy
+import functools
 import json
 import os
 from typing import Any
@@ -17,12 +18,13 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
+from examples.mosaic_streaming.auto_ratio import choose_ratio
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import check_attention, masks_documents, no_masks, takes_positions
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.faults import check_dataset
-from examples.mosaic_streaming.job import new_number, on_each_node, open_line
+from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line
 from examples.mosaic_streaming.loader_config import (
     STREAM_DEFAULTS,
     Config,
@@ -34,7 +36,7 @@ from examples.mosaic_streaming.loader_config import (
 from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import keep_locks_together, prepare_streams, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
-from examples.mosaic_streaming.packing import choose_ratio, count_left_out
+from examples.mosaic_streaming.packing import count_left_out
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.resume import describe
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
@@ -83,7 +85,9 @@ def build_mosaic_dataloader(
     if dataset.get("packing_ratio") == "auto":
         single = config | {"dataset": dataset | {"packing_ratio": 1}}
         loader = build_loader(single, loader_config_path, transformers_tokenizer, rows, new_number())
-        dataset["packing_ratio"] = choose_ratio(loader, rows, dataset["max_seq_len"])
+        origin = f"The streams are {stream_folders(dataset)}, set in {loader_config_path}."
+        choose = functools.partial(choose_ratio, loader, rows, dataset["max_seq_len"], origin, loader_config_path)
+        dataset["packing_ratio"] = on_rank_0(number, choose)
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
         warn_of_patience(dataset, job_config.comm.train_timeout_seconds, loader_config_path)
@@ -100,7 +104,8 @@ def build_mosaic_dataloader(
     )
     if is_rank_0():
         log_mixture(names, loader.dataset, order, training.seq_len if form.labels_are_ids else None)
-        warn_of_rows(config, job_config, form, transformers_tokenizer)
+        columns = getattr(loader.dataset.shards[0], "column_names", [])
+        warn_of_rows(config, job_config, form, transformers_tokenizer, columns)
     data = describe(config, loader.dataset, order, training.seq_len, tokenizer)
     return MosaicDataLoader(loader, form, order, data, dp_rank, loader_config_path)
 
@@ -194,7 +199,9 @@ def check_model(job_config: JobConfig, tokenizer: HuggingFaceTokenizer) -> None:
     check_attention(model_args, model.flavor, job_config.parallelism.pipeline_parallel_degree)
 
 
-def warn_of_rows(config: Config, job_config: JobConfig, form: BatchFormat, tokenizer: PreTrainedTokenizerBase) -> None:
+def warn_of_rows(
+    config: Config, job_config: JobConfig, form: BatchFormat, tokenizer: PreTrainedTokenizerBase, columns: list[str]
+) -> None:
     """Warn once if rows hold several documents that attention is not kept within, or change from day to day."""
     dataset, model = config["dataset"], job_config.model
     packed = (dataset.get("packing_ratio") or 1) > 1
@@ -202,7 +209,8 @@ def warn_of_rows(config: Config, job_config: JobConfig, form: BatchFormat, token
     if (packed or marked) and not form.documents:
         documents = "packed examples" if packed else "documents (dataset.eos_token_id or bos_token_id)"
         logger.warning(no_masks(documents, model.name, get_train_spec(model.name).model_args, model.flavor))
-    if config["name"] == "finetuning" and "date_string" in str(tokenizer.chat_template):
+    is_text = config["name"] == "finetuning" and not {"turns", "input_ids"} & set(columns)
+    if is_text and "date_string" in str(tokenizer.chat_template):
         logger.warning(
             f"The chat template in model.hf_assets_path = {model.hf_assets_path!r} writes a date, and llm-foundry "
             "gives it today's: a run that goes on tomorrow reads other tokens. Remove `date_string` from the template."

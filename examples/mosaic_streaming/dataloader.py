@@ -19,6 +19,9 @@ from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, check_same_data, damaged, pack, unpack
 
+TELLING_STEPS = {10**digits for digits in range(1, 10)}
+"""Steps after a start at which the log says what packing has left out, beside the ends of epochs."""
+
 LAST_BREATH = 1.0
 """Seconds that a worker may take from its last sign of life to its end."""
 
@@ -120,8 +123,8 @@ class MosaicDataLoader(BaseDataLoader):
         self._epoch = 0
         self._sample_in_epoch = 0
         """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
-        self._left_out = self._packed = 0
-        """Tokens of this rank's samples that packing has left out, and that it has not."""
+        self._steps = self._left_out = self._packed = 0
+        """Since the start: steps, and tokens of this rank's samples that packing has left out, and that it has not."""
         self._is_read = False
 
     def __iter__(self) -> Iterator[TitanBatch]:
@@ -188,6 +191,9 @@ class MosaicDataLoader(BaseDataLoader):
             )
         self._left_out += sum(batch.get(LEFT_OUT, 0) for batch in step)
         self._packed += sum(batch.get(PACKED, 0) for batch in step)
+        self._steps += 1
+        if self._steps in TELLING_STEPS:
+            self._log_left_out()
         return step
 
     def _log_left_out(self) -> None:

@@ -94,7 +94,10 @@ class CheckedDataset(StreamingDataset):
 
     def __getitem__(self, at: Any) -> Any:
         try:
-            return super().__getitem__(at)
+            sample = super().__getitem__(at)
+            if isinstance(sample, dict) and not all(len(turn["labels"]) for turn in sample.get("turns", ())):
+                raise ValueError("its response is empty")  # llm-foundry would fail later, and not say which
+            return sample
         except DataError:
             raise
         except Exception as error:

@@ -95,39 +95,73 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 
-def read_loader(path: str, section: str) -> LoaderFile:
-    """Parse a loader's TOML file, or its section of an llm-foundry training YAML.
+def read_loaders(train: str, validation: str | None) -> tuple[LoaderFile, LoaderFile | None]:
+    """Parse the files of the training loader and of the validation loader, if there is one.
 
-    Args:
-        path: the file; one that ends in `.yaml` or `.yml` is a YAML.
-        section: of the YAML.
+    A file that ends in `.yaml` or `.yml` is an llm-foundry training YAML, of which its `train_loader` or its
+    `eval_loader` is read; rank 0 prints once which of its sections nothing reads.
+
+    Raises:
+        ConfigError: a file is missing, can't be parsed, or has no such section.
+    """
+    paths = {"train_loader": train} | ({"eval_loader": validation} if validation else {})
+    loaders = {section: read_loader(path, section) for section, path in paths.items()}
+    for path in filter(is_yaml, dict.fromkeys(paths.values())):
+        read = [section for section in paths if paths[section] == path]
+        ignored = [str(section) for section in read_yaml(path) if section not in read]
+        if ignored and is_rank_0():
+            print(f"{path}: read {', '.join(read)}, ignored {', '.join(ignored)}.", file=sys.stderr, flush=True)
+    return loaders["train_loader"], loaders.get("eval_loader")
+
+
+def is_yaml(path: str) -> bool:
+    """Whether a loader's file is an llm-foundry training YAML."""
+    return path.endswith((".yaml", ".yml"))
+
+
+def read_loader(path: str, section: str) -> LoaderFile:
+    """Parse a loader's TOML file, or its section of an llm-foundry training YAML, interpolations resolved.
 
     Raises:
         ConfigError: the file is missing, can't be parsed, or has no such section.
     """
-    if not path.endswith((".yaml", ".yml")):
+    if not is_yaml(path):
         return LoaderFile(read_toml(path), path)
-    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    content = read_yaml(path)
+    found = [str(key) for key in content]
     try:
-        content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except OSError as error:
-        raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
-    sections = dict(content) if isinstance(content, dict) else {}
-    loader = sections.pop(section, None)
+        loader = content.get(section)
+        loader = OmegaConf.to_container(loader, resolve=True) if OmegaConf.is_config(loader) else loader
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{section} in {path}: {' '.join(str(error).split())}.") from error
     if isinstance(loader, list) and len(loader) == 1:  # as llm-foundry has several evaluations
         [loader] = loader
     if not isinstance(loader, dict):
-        found = f"has {len(loader)} of them" if isinstance(loader, list) else f"has: {', '.join(sections) or 'nothing'}"
-        raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {found}.")
+        has = f"has {len(loader)} of them" if isinstance(loader, list) else f"has: {', '.join(found) or 'nothing'}"
+        raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {has}.")
     loader.pop("label", None)  # the name of an evaluation
-    if is_rank_0() and sections:
-        print(f"{path}: read `{section}`, ignored: {', '.join(sections)}.", file=sys.stderr, flush=True)
     return LoaderFile(loader, path)
+
+
+def read_yaml(path: str) -> Any:
+    """Parse a YAML file to OmegaConf's form of its sections.
+
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
+    import yaml
+    from omegaconf import OmegaConf
+
+    try:
+        content: Any = OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    return content if OmegaConf.is_dict(content) else OmegaConf.create()
 
 
 def spell_booleans(titan_flags: list[str], job_config: type) -> list[str]:

@@ -14,7 +14,7 @@ from examples.mosaic_streaming.documents import within_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.tokenizer import build_tokenizer
-from examples.mosaic_streaming.validator import MosaicValidator
+from examples.mosaic_streaming.validator import MosaicValidator, resolve_validation
 
 SUFFIX = "_mosaic"
 
@@ -87,7 +87,10 @@ def mosaic_spec(
 
     def build_dataloader(**arguments: Any) -> Any:
         before_build()
-        return build_mosaic_dataloader(loader_config=train.config, loader_config_path=train.path, **arguments)
+        loader = build_mosaic_dataloader(loader_config=train.config, loader_config_path=train.path, **arguments)
+        if validation and arguments["job_config"].validation.enable:  # say what is wrong before a model is built
+            resolve_validation(arguments["job_config"], arguments["dp_world_size"], validation, train)
+        return loader
 
     def build_validator(**arguments: Any) -> Any:
         assert validation is not None

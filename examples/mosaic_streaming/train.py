@@ -7,6 +7,7 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 import contextlib
 import functools
 import glob
+import importlib
 import io
 import os
 import signal
@@ -14,11 +15,11 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.flags import parse_flags, read_loader, read_toml, spell_booleans
+from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml, spell_booleans
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -36,19 +37,20 @@ def main(argv: list[str] | None = None) -> None:
         if not (flags.config and flags.mosaic_config):  # `-- --help`
             load_job_config(titan_flags)
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
-        train_file = read_loader(flags.mosaic_config, "train_loader")
-        validation_path = flags.mosaic_validation_config
-        validation_file = read_loader(validation_path, "eval_loader") if validation_path else None
+        train_file, validation_file = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError("Not started by torchrun. See --help.")
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        check_job(job_config, validates=validation_file is not None)
+        validates = validation_file is not None
+        check_job(job_config, validates)
         from examples.mosaic_streaming import spec
 
+        if job_config.experimental.custom_import:  # which may register a model; TorchTitan imports it, too
+            importlib.import_module(job_config.experimental.custom_import)
         # From the building of the loader on there is something to close.
         before_build = functools.partial(handle_signals, exit_on_signal)
         spec.register(job_config.model.name, train_file, validation_file, before_build)
-        run(job_config)
+        run(job_config, validates)
 
 
 def load_job_config(titan_flags: list[str]) -> "JobConfig":
@@ -118,19 +120,26 @@ def check_weights(job_config: "JobConfig") -> None:
         )
 
 
-def run(job_config: "JobConfig") -> None:
-    """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised."""
+def run(job_config: "JobConfig", validates: bool) -> None:
+    """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised.
+
+    Args:
+        job_config: the whole job.
+        validates: whether there is a configuration of the validation loader.
+    """
     import torch.distributed as dist
     from torch.distributed.checkpoint.api import CheckpointException
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming import cpu, resume
+    from examples.mosaic_streaming import cpu, job, resume
 
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
         if cpu.ACTIVE:
             logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
+        if validates and not job_config.validation.enable:
+            logger.warning("validation.enable = false: the validation streams are not read.")
         if "dataloader" in job_config.checkpoint.exclude_from_loading:
             logger.warning(
                 "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again."
@@ -138,7 +147,8 @@ def run(job_config: "JobConfig") -> None:
     handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
     trainer = None
     try:
-        trainer = Trainer(job_config)
+        with job.meeting_anew():
+            trainer = Trainer(job_config)
         if job_config.checkpoint.create_seed_checkpoint:
             trainer.checkpointer.save(curr_step=0, last_step=True)
             logger.info("Created seed checkpoint")
@@ -146,7 +156,7 @@ def run(job_config: "JobConfig") -> None:
             trainer.train()
     except BaseException as error:
         ignore_signals()
-        lost = trainer.dataloader.lost_workers() if trainer and isinstance(error, RuntimeError) else ""
+        lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
         if lost and not isinstance(error, DataError):
@@ -161,13 +171,22 @@ def run(job_config: "JobConfig") -> None:
     logger.info("Process group destroyed")
 
 
+def loaders(trainer: "Trainer") -> list[Any]:
+    """What reads streams: the loader and, where there is one, the validator."""
+    return [trainer.dataloader] + ([trainer.validator] if trainer.job_config.validation.enable else [])
+
+
+def lost_workers(trainer: "Trainer") -> str:
+    """Which dataloader workers have ended with an error, and how."""
+    return " ".join(filter(None, (loader.lost_workers() for loader in loaders(trainer))))
+
+
 def close(trainer: "Trainer | None") -> None:
     """End the dataloader workers and close the trainer."""
     if trainer:
         try:
-            trainer.dataloader.close()
-            if trainer.job_config.validation.enable:
-                trainer.validator.close()
+            for loader in loaders(trainer):
+                loader.close()
         finally:
             trainer.close()
 

@@ -64,12 +64,6 @@ class MosaicValidator(BaseValidator):
         **arguments: Any,
     ) -> None:
         super().__init__(job_config)
-        check_caches_apart(
-            train_file.config["dataset"],
-            validation_file.config.get("dataset", {}),
-            train_file.path,
-            validation_file.path,
-        )
         self._tokenizer = tokenizer
         self._dims: ParallelDims = arguments["parallel_dims"]
         self._loss_fn = arguments["loss_fn"]
@@ -82,11 +76,13 @@ class MosaicValidator(BaseValidator):
         model = job_config.model
         attention = getattr(get_train_spec(model.name).model_args[model.flavor], "attn_type", "sdpa")
         self._masks = attention in ("flex", "varlen")
-        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, validation_file)
+        config = resolve_validation(job_config, dp_world_size, validation_file, train_file)
+        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, config, validation_file.path)
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Log the mean loss; the model's mode is training again afterwards."""
+        counted = count_of_experts(model_parts)
         for model in model_parts:
             model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -101,6 +97,8 @@ class MosaicValidator(BaseValidator):
         self._metrics.log_validation(loss=mean, step=step)
         for model in model_parts:
             model.train()
+        for count, before in counted:
+            count.copy_(before)
 
     def _loss(self, inputs: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]) -> Tensor:
         """The loss of a batch, summed over this rank's targets; 0 on a pipeline's other stages than the last."""
@@ -123,7 +121,9 @@ class MosaicValidator(BaseValidator):
             losses: list[Tensor] | None = [] if self._has_last_stage else None
             first = ((tokens,), extra_inputs) if self._has_first_stage else ((), {})
             target = labels if self._has_last_stage else None
-            self._schedule.eval(*first[0], **first[1], **extra_kwargs, target=target, losses=losses)
+            self._schedule.eval(
+                *first[0], **first[1], **extra_kwargs, target=target, losses=losses, return_outputs=False
+            )
             return torch.stack(losses).sum() if losses else torch.zeros(())
 
     def _total(self, number: Tensor, *meshes: str) -> float:
@@ -132,6 +132,10 @@ class MosaicValidator(BaseValidator):
             if (mesh := self._dims.get_optional_mesh(name)) is not None:
                 number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)
         return float(number)
+
+    def lost_workers(self) -> str:
+        """Which dataloader workers have ended with an error, and how."""
+        return self._rounds.lost_workers()
 
     def close(self) -> None:
         """End the dataloader workers."""
@@ -180,9 +184,23 @@ class Rounds:
         if self._batches.take(1):
             raise DataError(f"A validation round goes on after {self._count} batches. {self._form.origin}")
 
+    def lost_workers(self) -> str:
+        """Which dataloader workers have ended with an error, and how."""
+        return self._batches.lost_workers()
+
     def close(self) -> None:
         """End the dataloader workers."""
         self._batches.close()
+
+
+def count_of_experts(model_parts: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
+    """The buffers in which experts count their tokens, each with a copy.
+
+    Source: they count in each forward pass, and the next optimizer step moves experts' biases by that (torchtitan
+    0.2.2, models/moe/moe.py, components/optimizer.py): tokens of validation would change training.
+    """
+    buffers = [buffer for model in model_parts for buffer in model.named_buffers()]
+    return [(buffer, buffer.clone()) for name, buffer in buffers if name.endswith("tokens_per_expert")]
 
 
 def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
@@ -193,7 +211,9 @@ def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
         form: what the batch has to look like, in the end.
     """
     found = 0 if batch is None else len(batch["input_ids"])
-    missing = max(0, form.rows - found)
+    missing = form.rows - found
+    if batch is not None and (missing <= 0 or batch["input_ids"].shape[1] != form.max_seq_len):
+        return to_titan_batch(batch, form)  # which says what is wrong
     row = torch.zeros(missing, form.max_seq_len, dtype=torch.int64)
     empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
     filled = (
@@ -204,17 +224,20 @@ def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
     return inputs, labels
 
 
-def build_rounds(
-    job_config: JobConfig, dp_world_size: int, dp_rank: int, tokenizer: HuggingFaceTokenizer, file: LoaderFile
-) -> Rounds:
-    """The validation batches of one rank; the arguments are those of `MosaicValidator`.
+def resolve_validation(job_config: JobConfig, dp_world_size: int, file: LoaderFile, train_file: LoaderFile) -> Config:
+    """The complete configuration of the validation loader.
+
+    Args:
+        job_config: the whole job.
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        file: the loader's configuration as it was read.
+        train_file: that of the training loader, which has been checked.
 
     Raises:
-        ConfigError: the loader and the job don't fit together.
+        ConfigError: the loader, the job and the training loader don't fit together.
     """
     validation = job_config.validation
     check_validation(job_config)
-    transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
     config = resolve(
         file.config,
         file.path,
@@ -224,13 +247,40 @@ def build_rounds(
         section="validation",
     )
     check_loader(config["dataset"], file.path)
+    check_caches_apart(train_file.config["dataset"], file.config["dataset"], train_file.path, file.path)
     config |= {"drop_last": False, "persistent_workers": config["num_workers"] > 0}
     config["dataset"]["num_canonical_nodes"] = 1  # with more, the last samples of an epoch would be left out
+    return config
+
+
+def build_rounds(
+    job_config: JobConfig,
+    dp_world_size: int,
+    dp_rank: int,
+    tokenizer: HuggingFaceTokenizer,
+    config: Config,
+    path: str,
+) -> Rounds:
+    """The validation batches of one rank.
+
+    Args:
+        job_config: the whole job.
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        dp_rank: this rank on that mesh.
+        tokenizer: TorchTitan's tokenizer.
+        config: the resolved loader configuration.
+        path: the file it was read from, for messages.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses the configuration.
+    """
+    validation = job_config.validation
+    transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
     number = new_number()
-    on_each_node(number, lambda: prepare_streams(config, file.path))
-    loader = build_loader(config, file.path, transformers_tokenizer, validation.local_batch_size, number)
+    on_each_node(number, lambda: prepare_streams(config, path))
+    loader = build_loader(config, path, transformers_tokenizer, validation.local_batch_size, number)
     dataset = loader.dataset
     assert isinstance(dataset, StreamingDataset)
     dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
@@ -248,13 +298,13 @@ def build_rounds(
     form = batch_format(
         job_config,
         config,
-        file.path,
+        path,
         transformers_tokenizer,
         dp_rank,
         rows=validation.local_batch_size,
         seq_len=validation.seq_len,
     )
-    return Rounds(loader, form, batches, dp_rank, file.path)
+    return Rounds(loader, form, batches, dp_rank, path)
 
 
 def check_validation(job_config: JobConfig) -> None:
