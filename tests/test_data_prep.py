@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,18 @@ CHATS = [
 ]
 
 
-def commands() -> list[list[str]]:
-    """The words of each command in the section's blocks."""
+def blocks(language: str) -> list[str]:
+    """The section's blocks in a language."""
     text = Path("README.md").read_text()
     section = text[text.index(SECTION) :].split("\n## ")[0]
-    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """The words of each command in the section's blocks."""
     found: list[list[str]] = []
     begun = ""
-    for line in "".join(blocks).replace("\\\n", " ").splitlines(keepends=True):
+    for line in "".join(blocks("bash")).replace("\\\n", " ").splitlines(keepends=True):
         begun += line
         with contextlib.suppress(ValueError):  # a quotation goes on
             found.append(shlex.split(begun))
@@ -115,18 +120,24 @@ def test_pairs_and_chats_are_what_they_were(folder: Path) -> None:
         assert turn["labels"][: len(ids(pair["response"]))] == ids(pair["response"])
 
 
-def test_the_loader_reads_them(folder: Path) -> None:
-    def read(name: str, dataset: dict[str, Any]) -> list[int]:
-        loader = build_loader({"name": name, "num_workers": 0, "dataset": dataset}, job(2, seq_len=LENGTH - 1))
-        inputs, labels = next(iter(loader))
+def test_the_loader_reads_them_with_the_files_shown(folder: Path) -> None:
+    def read(config: dict[str, Any]) -> list[int]:
+        tokenizer = Path(TOKENIZER).resolve()
+        os.chdir(folder)
+        job_config = job(2, seq_len=LENGTH - 1)
+        job_config.model.hf_assets_path = str(tokenizer)
+        inputs, labels = next(iter(build_loader(config, job_config)))
         assert inputs["input"].shape == labels.shape == (2, LENGTH - 1)
         return [int((row != -100).sum()) for row in labels]
 
-    text = {"local": str(folder / "data/from_text"), "num_canonical_nodes": 1}
-    assert run_rank_values(functools.partial(read, "text", text)) == [[LENGTH - 1] * 2]
+    text, chats = [tomllib.loads(block) for block in blocks("toml")]
+    text["dataset"]["num_canonical_nodes"] = 1
+    assert run_rank_values(functools.partial(read, text)) == [[LENGTH - 1] * 2]
+    [packed] = run_rank_values(functools.partial(read, chats))
+    assert all(count > 30 for count in packed)
     for name in ("pairs", "chats"):
-        tuning = {"remote": str(folder / "data" / name), "local": str(folder / name), "split": "train"}
-        [targets] = run_rank_values(functools.partial(read, "finetuning", tuning))
+        dataset = {"remote": f"data/{name}", "local": f"cache_of_{name}", "split": "train"}
+        [targets] = run_rank_values(functools.partial(read, {"name": "finetuning", "dataset": dataset}))
         assert all(0 < count < 30 for count in targets)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from examples.mosaic_streaming.documents import (
 )
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.train import main
-from tests.jobs import command, losses
+from tests.jobs import command, logged, losses, train, write_files
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import SEQ_LEN, TOKENIZER, build_loader, job, loader_config, sample_tokens, write_tokens
@@ -159,7 +160,7 @@ def test_flavors_that_mask_are_known() -> None:
     assert {("llama3", "8B_flex"), ("llama3", "8B_varlen"), ("deepseek_v3", "671B")} <= masking
     assert not {("llama3", "8B"), ("qwen3", "0.6B"), ("gpt_oss", "debugmodel")} & masking
     told = no_masks("packed examples", "llama3_mosaic", get_train_spec("llama3").model_args, "8B")
-    assert "These flavors do: debugmodel_flex_attn, debugmodel_varlen_attn, 8B_flex, 8B_varlen." in told
+    assert "These flavors do, on a GPU: debugmodel_flex_attn, debugmodel_varlen_attn, 8B_flex, 8B_varlen." in told
     assert "No flavor of this model does." in no_masks("", "qwen3", get_train_spec("qwen3").model_args, "0.6B")
 
 
@@ -240,20 +241,43 @@ def dense_attention(
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)
 
 
+LAYOUTS = {
+    "one rank": (1, []),
+    "FSDP 2": (2, ["--training.local_batch_size=1"]),
+    "TP 2": (2, ["--parallelism.tensor_parallel_degree=2"]),
+    "PP 2": (2, ["--parallelism.pipeline_parallel_degree=2"]),
+}
+"""Ranks and flags."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+    """Files with a seed checkpoint, and the losses of examples that are each in a row of their own."""
+    folder = write_files(tmp_path_factory.mktemp("packed"))
+    write_examples(folder / "turns")
+    train(folder, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")
+    return folder, learn(folder, "debugmodel")
+
+
+def learn(folder: Path, flavor: str, world_size: int = 1, flags: Sequence[str] = ()) -> dict[int, float]:
+    """The losses of a run from the seed checkpoint."""
+    seed = f"--checkpoint.initial_load_path={folder}/outputs/seed/step-0"
+    given = [*packed_run(folder, flavor), "--checkpoint.enable", "--checkpoint.interval=1000", seed, *flags]
+    given += [f"--checkpoint.folder={flavor}-{world_size}{''.join(flags).replace('/', '')}"]
+    ranks = run_ranks(functools.partial(main, given), world_size)
+    assert [rank.code for rank in ranks] == [0] * world_size, ranks[0].output
+    return logged(ranks)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_packed_examples_are_learned_as_each_alone(
-    files: Path, eager_flex: None, monkeypatch: pytest.MonkeyPatch
+    alone: tuple[Path, dict[int, float]], eager_flex: None, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     """The whole trainer: losses are the same, also after steps whose gradients came from packed rows."""
     monkeypatch.setattr(FlexAttentionWrapper, "_compiled_flex_attn", dense_attention)
-    write_examples(files / "turns")
-    runs = {}
-    for flavor in ("debugmodel", "debugmodel_flex_attn"):
-        ranks = run_ranks(functools.partial(main, packed_run(files, flavor)))
-        assert ranks[0].code == 0, ranks[0].output
-        runs[flavor] = losses(ranks[0].output)
-    alone, packed = runs.values()
-    assert list(alone) == [1, 2, 3, 4]
-    assert packed == pytest.approx(alone, abs=2e-5)
+    folder, expected = alone
+    assert list(expected) == [1, 2, 3, 4]
+    assert learn(folder, "debugmodel_flex_attn", *LAYOUTS[layout]) == pytest.approx(expected, abs=2e-5)
 
 
 def test_validation_keeps_to_documents_as_training_does(

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from examples.mosaic_streaming.train import main
-from tests.jobs import command, logged, train
+from tests.jobs import command, logged, losses, train
 from tests.ranks import run_rank_values, run_ranks
 from tests.streams import SEQ_LEN, sample_tokens, write_stream
 
@@ -67,9 +67,15 @@ def transformers_loss(folder: Path) -> float:
 def test_last_checkpoint_in_hf_form_is_loaded_by_transformers_and_by_the_next_run(same: Path) -> None:
     """Both ways agree on the loss of a batch: the trained weights have gone out, and in again."""
     batch = ("--training.global_batch_size=8", "--training.local_batch_size=8")
-    train(same, *batch, "--training.steps=3", "--checkpoint.enable", "--checkpoint.last_save_in_hf",
-          "--checkpoint.last_save_model_only")  # fmt: skip
+    in_hf = ("--checkpoint.enable", "--checkpoint.last_save_in_hf", "--checkpoint.last_save_model_only")
+    train(same, *batch, "--training.steps=3", "--checkpoint.interval=2", *in_hf)
     saved = same / "outputs/checkpoint/step-3"
+    [again] = run_ranks(lambda: main(command(same, *batch, "--training.steps=4", *in_hf)))
+    assert again.code == 1
+    assert f"ConfigError: {saved} is a model in Hugging Face's form" in again.output
+    assert "Go on from --checkpoint.load_step=2, or begin a new run" in again.output
+    [on] = train(same, *batch, "--training.steps=4", *in_hf, "--checkpoint.load_step=2")
+    assert list(losses(on.output)) == [3, 4]
     assert list(saved.glob("*.safetensors"))
     (saved / "config.json").write_text(json.dumps(HF_CONFIG))
     loss = transformers_loss(saved)

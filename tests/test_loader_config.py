@@ -57,6 +57,16 @@ def test_num_canonical_nodes_that_is_no_number_is_refused(config: dict[str, Any]
     refuse(config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a whole number, from 1 to 1,0")
 
 
+def test_proportion_that_some_streams_lack_is_told_with_their_names(config: dict[str, Any], folder: Path) -> None:
+    streams = {"web": {"local": str(folder), "proportion": 0.7}, "code": {"local": str(folder)}}
+    config["dataset"] = {"streams": streams, "split": "train"}
+    refuse(config, r"some streams have a `proportion` \(web 0.7\), and some have none \(code\)")
+
+
+def test_key_of_the_dataset_is_told_its_place(config: dict[str, Any]) -> None:
+    refuse(config | {"name": "finetuning", "packing_ratio": 2}, r"packing_ratio \(it belongs into \[dataset\]\)")
+
+
 def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:
     config |= {"num_workers": 0, "prefetch_factor": 4, "persistent_workers": True}
     complete = resolved(config)

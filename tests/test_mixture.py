@@ -83,9 +83,9 @@ def share_asked(name: str, settings: dict[str, dict[str, Any]]) -> float:
 def table(output: str) -> dict[str, tuple[int, int, float, float, float]]:
     """The rows of the table in a log, by stream."""
     lines = output.splitlines()
-    begin = next(number for number, line in enumerate(lines) if "Streams, in an epoch:" in line)
+    begin = next(number for number, line in enumerate(lines) if "Streams, and their part of an epoch:" in line)
     assert lines[begin + 1].split("  ")[1:] and "share in effect" in lines[begin + 1]
-    assert sum("Streams, in an epoch:" in line for line in lines) == 1
+    assert sum("Streams, and their part of an epoch:" in line for line in lines) == 1
     rows = {}
     for line in lines[begin + 2 : begin + 2 + len(SIZES)]:
         name, samples, tokens, asked, effect, passes = line.split()
@@ -105,4 +105,7 @@ def test_rank_0_alone_shows_the_table(streams: dict[str, str], tmp_path: Path) -
         build_loader(mixture({name: {"local": local} for name, local in streams.items()}), job(2, TOTAL))
 
     first, second = run_ranks(run, 2)
-    assert "Streams, in an epoch:" in first.output and "Streams, in an epoch:" not in second.output
+    assert (
+        "Streams, and their part of an epoch:" in first.output
+        and "Streams, and their part of an epoch:" not in second.output
+    )

@@ -14,10 +14,10 @@ from torchtitan.distributed import ParallelDims
 from examples.mosaic_streaming.build import accumulation_steps
 from examples.mosaic_streaming.documents import check_attention, masks_documents
 from examples.mosaic_streaming.flags import read_toml
+from examples.mosaic_streaming.job_config import load_job_config
 from examples.mosaic_streaming.loader_config import resolve, streams_of
+from examples.mosaic_streaming.rounds import check_loader, check_validation
 from examples.mosaic_streaming.spec import text_spec
-from examples.mosaic_streaming.train import load_job_config
-from examples.mosaic_streaming.validator import check_loader, check_validation
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
 SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))

@@ -48,6 +48,7 @@ def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
         (["--training.stepz=3"], "TorchTitan refuses a flag or a value"),
         (["--training.seq_len=32"], "Batch of shape [2, 17], expected [2, 33]"),
         (["--checkpoint.create_seed_checkpoint", "--checkpoint.enable"], "create_seed_checkpoint on 2 ranks"),
+        (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], "checkpoint.last_save_in_hf = true, but checkpoint."),
     ],
 )
 def test_error_of_the_user_ends_all_ranks_with_one_line_on_rank_0(files: Path, flags: list[str], message: str) -> None:

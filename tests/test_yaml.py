@@ -87,6 +87,7 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
         assert ranks[0].code == 0, ranks[0].output
         validated = [line.split("loss: ")[1].split()[0] for line in ranks[0].output.splitlines() if "validate" in line
                      and "loss: " in line]  # fmt: skip
+        assert ranks[0].output.count("Training reads the same as validation: ") == 1
         runs.append((logged(ranks), validated))
     assert runs[0] == runs[1]
     assert len(runs[0][0]) == 4 and len(runs[0][1]) == 1
@@ -100,6 +101,7 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
         ("train_loader: {name: '${nothing}'}", "Interpolation key 'nothing' not found"),
         ("model: {}", "expected one `train_loader`, as in an llm-foundry training YAML, but it has: model."),
         ("train_loader: [{}, {}]", "expected one `train_loader`, as in an llm-foundry training YAML, but it has 2 of"),
+        ("train_loder: {}\nmodel: {}", "but it has: train_loder."),
         ("", "but it has: nothing."),
     ],
 )

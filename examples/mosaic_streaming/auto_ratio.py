@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
-from streaming.base.batching import batching_methods
 from streaming.base.world import World
 from torch.utils.data import DataLoader, Dataset
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.loader_config import MAX_RATIO
+from examples.mosaic_streaming.order import set_order
 
 SAMPLES = 2_000
 """That are looked at, at most."""
@@ -51,7 +51,7 @@ def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: s
     Raises:
         DataError: a sample can't be read, or makes no example.
     """
-    examples = list(read_first(loader, origin, path))
+    examples = list(read_first(loader, rows, origin, path))
     good, bad = TENTHS, TENTHS * min(MAX_RATIO, 1 + len(examples) // rows)
     while bad - good > 1:  # a larger batch that fits where a smaller one does not is not looked for
         ratio = (good + bad) // 2
@@ -59,11 +59,14 @@ def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: s
         fits = samples <= len(examples) and not left_out(examples, rows, samples, max_seq_len)
         good, bad = (ratio, bad) if fits else (good, ratio)
     found = good / TENTHS
-    logger.info(f'packing_ratio = "auto": {found}, which leaves nothing out of the first {len(examples):,} samples.')
+    logger.info(
+        f'packing_ratio = "auto" is {found}: batches of {int(rows * found)} samples in {rows} rows leave nothing out '
+        f"of the first {len(examples):,} samples."
+    )
     return found
 
 
-def read_first(loader: DataLoader[Any], origin: str, path: str) -> Iterator[Any]:
+def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> Iterator[Any]:
     """The first samples of the first epoch, as single examples without padding; read in other processes.
 
     A process that has fetched shards must not be forked.
@@ -71,8 +74,8 @@ def read_first(loader: DataLoader[Any], origin: str, path: str) -> Iterator[Any]
     dataset = loader.dataset
     assert isinstance(dataset, StreamingDataset)
     dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
-    in_order = batching_methods[dataset.batching_method](dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
-    picked = Picked(dataset, in_order[in_order >= 0][:SAMPLES].tolist())
+    in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
+    picked = Picked(dataset, in_order[:SAMPLES].tolist())
     collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn
     workers = max(1, loader.num_workers)
     # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
@@ -81,8 +84,8 @@ def read_first(loader: DataLoader[Any], origin: str, path: str) -> Iterator[Any]
     batches.begin()
     try:
         while batch := batches.take(1):
-            rows = {key: batch[0][key] for key in ("input_ids", "labels", "attention_mask")}
-            yield from BinPackCollator._trim_batch(rows)[1]
+            padded = {key: batch[0][key] for key in ("input_ids", "labels", "attention_mask")}
+            yield from BinPackCollator._trim_batch(padded)[1]
     finally:
         batches.close()
 

@@ -90,7 +90,8 @@ def build_mosaic_dataloader(
         dataset["packing_ratio"] = on_rank_0(number, choose)
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
-        warn_of_patience(dataset, job_config.comm.train_timeout_seconds, loader_config_path)
+        if dist.get_world_size() > 1:
+            warn_of_patience(dataset, job_config.comm.train_timeout_seconds, loader_config_path)
     loader = build_loader(config, loader_config_path, transformers_tokenizer, rows, number)
     assert loader.batch_size is not None and isinstance(loader.dataset, StreamingDataset)
     packed = count_left_out(loader)
@@ -204,7 +205,7 @@ def warn_of_rows(
 ) -> None:
     """Warn once if rows hold several documents that attention is not kept within, or change from day to day."""
     dataset, model = config["dataset"], job_config.model
-    packed = (dataset.get("packing_ratio") or 1) > 1
+    packed = int(form.rows * (dataset.get("packing_ratio") or 1)) > form.rows
     marked = dataset.get("eos_token_id") is not None or dataset.get("bos_token_id") is not None
     if (packed or marked) and not form.documents:
         documents = "packed examples" if packed else "documents (dataset.eos_token_id or bos_token_id)"
@@ -244,7 +245,7 @@ def warn_of_patience(dataset: Config, timeout: float, path: str) -> None:
     """
     for name, stream in streams_of(dataset).items():
         retry, patience = ((STREAM_DEFAULTS | dataset | stream)[f"download_{key}"] for key in ("retry", "timeout"))
-        if has_cache(stream) and retry * patience >= timeout:
+        if has_cache(stream) and "://" in stream["remote"] and retry * patience >= timeout:
             logger.warning(
                 f"{name} in {path} gives a store that stalls {retry} (download_retry) x {patience:g} s "
                 f"(download_timeout), but ranks wait for each other only {timeout:g} s (comm.train_timeout_seconds in "

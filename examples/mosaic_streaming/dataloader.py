@@ -19,8 +19,11 @@ from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, check_same_data, damaged, pack, unpack
 
-TELLING_STEPS = {10**digits for digits in range(1, 10)}
+TELLING_STEPS = {10**digits for digits in range(10)}
 """Steps after a start at which the log says what packing has left out, beside the ends of epochs."""
+
+MUCH = 0.01
+"""Of the data that is left out: the log warns."""
 
 LAST_BREATH = 1.0
 """Seconds that a worker may take from its last sign of life to its end."""
@@ -161,10 +164,10 @@ class MosaicDataLoader(BaseDataLoader):
             samples, start = self._dataset.epoch_size, self._sample_in_epoch
             left = self._order.left(start)
             logger.log(
-                logging.INFO if start + left > 0.99 * samples else logging.WARNING,
+                logging.INFO if start + left > (1 - MUCH) * samples else logging.WARNING,
                 f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
                 f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
-                f"{samples:,} samples.",
+                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes).",
             )
 
     def _place(self) -> Data:
@@ -200,9 +203,12 @@ class MosaicDataLoader(BaseDataLoader):
         """Say on rank 0 how many tokens packing has left out."""
         if self._packed and is_rank_0():
             samples = self._left_out + self._packed
-            logger.info(
-                f"Packing has left out {self._left_out:,} of {samples:,} tokens of rank 0's samples "
-                f"({self._left_out / samples:.2%})."
+            share = self._left_out / samples
+            hint = " Lower dataset.packing_ratio." if share > MUCH else ""
+            logger.log(
+                logging.WARNING if share > MUCH else logging.INFO,
+                f"Packing has left out {self._left_out:,} of {samples:,} tokens of rank 0's samples ({share:.2%})."
+                f"{hint}",
             )
 
     def _epoch_is_read(self) -> bool:

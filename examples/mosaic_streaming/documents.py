@@ -104,7 +104,7 @@ def no_masks(documents: str, model: str, flavors: Mapping[str, BaseModelArgs], f
         flavor: the one in use.
     """
     masking = [name for name, model_args in flavors.items() if masks_documents(model_args)]
-    hint = f"These flavors do: {', '.join(masking)}." if masking else "No flavor of this model does."
+    hint = f"These flavors do, on a GPU: {', '.join(masking)}." if masking else "No flavor of this model does."
     return (
         f"Rows are made of {documents}, and model.flavor = {flavor!r} of {model} does not keep attention within them: "
         f"each token also sees those before it in its row. {hint}"

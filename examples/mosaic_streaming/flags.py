@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import difflib
 import sys
 import tomllib
 import typing
@@ -140,7 +141,12 @@ def read_loader(path: str, section: str) -> LoaderFile:
     if isinstance(loader, list) and len(loader) == 1:  # as llm-foundry has several evaluations
         [loader] = loader
     if not isinstance(loader, dict):
-        has = f"has {len(loader)} of them" if isinstance(loader, list) else f"has: {', '.join(found) or 'nothing'}"
+        near = difflib.get_close_matches(section, found, n=1)
+        has = (
+            f"has {len(loader)} of them"
+            if isinstance(loader, list)
+            else f"has: {', '.join(near or found) or 'nothing'}"
+        )
         raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {has}.")
     loader.pop("label", None)  # the name of an evaluation
     return LoaderFile(loader, path)

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import os
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from llmfoundry import registry
@@ -110,7 +111,7 @@ def derive(section: Config, name: str, values: list[Any], source: str, path: str
     if section.setdefault(key, values[0]) not in values:
         raise ConfigError(
             f"{name} = {section[key]!r} in {path}, but {source} {' or '.join(map(str, values))}. "
-            "Remove the key: it is derived from the job config."
+            "Remove the key: it is derived from the job config. Or change that."
         )
 
 
@@ -126,7 +127,7 @@ def check_keys(config: Config, path: str) -> None:
     streams = dataset.get("streams", {})
     if not isinstance(streams, dict) or not all(isinstance(stream, dict) for stream in streams.values()):
         raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
-    wrong = unknown(config, "", ["name", *builder])
+    wrong = unknown(config, "", ["name", *builder], DATASET_KEYS.get(name, []))
     wrong += unknown(dataset, "dataset.", DATASET_KEYS.get(name, list(dataset)))
     for stream, settings in streams.items():
         wrong += unknown(settings, f"dataset.streams.{stream}.", list(inspect.signature(Stream).parameters))
@@ -170,13 +171,14 @@ def check_packing(dataset: Config, path: str) -> None:
         )
 
 
-def unknown(section: Config, prefix: str, known: list[str]) -> list[str]:
-    """The keys of a section that are not among the known ones, each with the nearest of these."""
+def unknown(section: Config, prefix: str, known: list[str], of_dataset: Sequence[str] = ()) -> list[str]:
+    """The keys of a section that are not among the known ones, each with the nearest of these, or its place."""
     valid = sorted(set(known) - NOT_FOR_USERS)
     found = []
     for key in sorted(set(section) - set(valid)):
         near = difflib.get_close_matches(key, valid, n=1)
         hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+        hint = "it belongs into [dataset]" if key in of_dataset else hint
         found.append(f"{prefix}{key} ({hint})")
     return found
 
@@ -230,10 +232,17 @@ def default_cache(remote: str) -> str:
 def check_weights(dataset: Config, path: str) -> None:
     """Raise ConfigError unless the proportions of all streams sum to 1; streaming would take them as ratios."""
     shares = {name: stream["proportion"] for name, stream in streams_of(dataset).items() if "proportion" in stream}
-    if shares and len(shares) == len(streams_of(dataset)) and abs(sum(shares.values()) - 1) > WEIGHT_TOLERANCE:
-        listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+    without = [name for name in streams_of(dataset) if name not in shares]
+    listed = ", ".join(f"{name} {share}" for name, share in shares.items())
+    if shares and without:
         raise ConfigError(
-            f"The proportions of the streams in {path} ({listed}) sum to {sum(shares.values()):g}, not 1."
+            f"In {path} some streams have a `proportion` ({listed}), and some have none ({', '.join(without)}). Give "
+            "one to each, or `repeat` or `choose` to any."
+        )
+    if shares and abs(sum(shares.values()) - 1) > WEIGHT_TOLERANCE:
+        raise ConfigError(
+            f"The proportions of the streams in {path} ({listed}) sum to {sum(shares.values()):g}, not 1. Change them: "
+            "they are parts of the whole."
         )
 
 

@@ -13,7 +13,7 @@ HEAD = ["stream", "samples", "tokens", "share asked", "share in effect", "passes
 
 def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
     """Log a table of a dataset's streams; the arguments are those of `mixture_rows`."""
-    logger.info(f"Streams, in an epoch:\n{table(HEAD, mixture_rows(names, dataset, order, seq_len))}")
+    logger.info(f"Streams, and their part of an epoch:\n{table(HEAD, mixture_rows(names, dataset, order, seq_len))}")
 
 
 def mixture_rows(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[list[str]]:

@@ -13,8 +13,9 @@ from examples.mosaic_streaming.build import build_mosaic_dataloader
 from examples.mosaic_streaming.documents import within_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.rounds import resolve_validation
 from examples.mosaic_streaming.tokenizer import build_tokenizer
-from examples.mosaic_streaming.validator import MosaicValidator, resolve_validation
+from examples.mosaic_streaming.validator import MosaicValidator
 
 SUFFIX = "_mosaic"
 

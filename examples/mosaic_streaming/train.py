@@ -6,9 +6,7 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 
 import contextlib
 import functools
-import glob
 import importlib
-import io
 import os
 import signal
 import sys
@@ -19,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml, spell_booleans
+from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
+from examples.mosaic_streaming.job_config import check_job, load_job_config
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
     from torchtitan.train import Trainer
 
-HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """Whose versions the log opens with."""
 
@@ -53,73 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         run(job_config, validates)
 
 
-def load_job_config(titan_flags: list[str]) -> "JobConfig":
-    """TorchTitan's job config from its flags, which name the file.
-
-    Raises:
-        ConfigError: TorchTitan refuses the file or a flag.
-    """
-    from examples.mosaic_streaming import cpu
-
-    cpu.prepare_torchtitan()
-    from torchtitan.config import ConfigManager, JobConfig
-    from torchtitan.tools.logging import init_logger
-
-    init_logger()
-    try:
-        with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
-            return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
-    except ValueError as error:
-        problem = str(error).splitlines()[0]
-        raise ConfigError(f"TorchTitan refuses {titan_flags[0]}: {problem} {HELP}") from error
-    except SystemExit as exit:
-        if not exit.code:
-            raise
-        raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
-
-
-def check_job(job_config: "JobConfig", validates: bool) -> None:
-    """Raise ConfigError for a job that would not do, on Mosaic streams, what it says.
-
-    Args:
-        job_config: the whole job.
-        validates: whether there is a configuration of the validation loader.
-    """
-    if job_config.validation.enable and not validates:
-        raise ConfigError(
-            "validation.enable = true, but no validation streams are given. Name their file with "
-            "--mosaic-validation-config PATH, before the `--`, or set validation.enable to false."
-        )
-    if job_config.comm.mode != "default":
-        raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
-    if job_config.checkpoint.create_seed_checkpoint:
-        if (ranks := int(os.environ["WORLD_SIZE"])) != 1:
-            raise ConfigError(
-                f"checkpoint.create_seed_checkpoint on {ranks} ranks, but one has to save it, unsharded. "
-                "Start with --nproc_per_node=1."
-            )
-        if not job_config.checkpoint.enable:
-            raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
-    check_weights(job_config)
-
-
-def check_weights(job_config: "JobConfig") -> None:
-    """Raise ConfigError if a run that begins with given weights would begin with random ones.
-
-    Source: TorchTitan doesn't look at `initial_load_path` where the checkpoint's folder exists, also without a finished
-    step in it, as a job leaves it that is killed while it saves its first (torchtitan 0.2.2, components/checkpoint.py).
-    """
-    checkpoint = job_config.checkpoint
-    folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
-    finished = [*glob.glob(f"{folder}/step-*/.metadata"), *glob.glob(f"{folder}/step-*/model.safetensors.index.json")]
-    begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
-    if checkpoint.enable and begins and os.path.isdir(folder) and not finished:
-        raise ConfigError(
-            f"{folder} has no finished checkpoint, but as it exists, TorchTitan would begin with random weights, not "
-            "those of checkpoint.initial_load_path. Remove that folder, or name another with --checkpoint.folder."
-        )
-
-
 def run(job_config: "JobConfig", validates: bool) -> None:
     """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised.
 
@@ -137,7 +68,10 @@ def run(job_config: "JobConfig", validates: bool) -> None:
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
         if cpu.ACTIVE:
-            logger.warning("No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests.")
+            logger.warning(
+                "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests. Models with "
+                "experts, and flavors with flex or varlen attention, need a GPU."
+            )
         if validates and not job_config.validation.enable:
             logger.warning("validation.enable = false: the validation streams are not read.")
         if "dataloader" in job_config.checkpoint.exclude_from_loading:
