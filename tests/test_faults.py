@@ -10,8 +10,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -292,6 +293,23 @@ def test_worker_that_is_killed_stops_the_job_with_its_exit_code(
     stopped = place.read(config, tmp_path / "1", world_size, at_step=kill)
     assert re.match(r"DataError: Dataloader worker \d \(pid \d+\) ended with exit code -9\.", stopped.message)
     goes_on(place, config, tmp_path, stopped, whole, world_size)
+
+
+def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(place: Place, tmp_path: Path) -> None:
+    """As torch's handler of SIGCHLD makes it, when another worker ends."""
+
+    connect: Callable[[str], connection.Connection] = connection.SocketClient  # type: ignore[attr-defined]
+
+    def connect_and_stop(address: str) -> NoReturn:
+        connect(address).close()
+        raise RuntimeError("interrupted")
+
+    def interrupt(step: int) -> None:
+        if step == 3:
+            connection.SocketClient = connect_and_stop  # type: ignore[attr-defined]
+
+    stopped = place.read(place.config(tmp_path / "cache", 2), tmp_path / "1", 1, at_step=interrupt)
+    assert stopped.message.startswith("DataError: RuntimeError: interrupted")
 
 
 def test_worker_that_cannot_hand_on_a_batch_stops_the_job(place: Place, whole: list[list[int]], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing import queues
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn, cast
 
 from streaming import StreamingDataset
@@ -90,6 +91,7 @@ class CheckedDataset(StreamingDataset):
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info():
             queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+            sys.excepthook = ignore_lost_reader
         yield from super().__iter__()
 
     def __getitem__(self, at: Any) -> Any:
@@ -137,6 +139,15 @@ def end_worker(error: Exception, batch: object) -> NoReturn:
     """
     print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {describe(error)}", file=sys.stderr)
     os._exit(1)
+
+
+def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a batch that nobody takes any more: whoever reads says why it stops.
+
+    In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:
