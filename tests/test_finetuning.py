@@ -176,6 +176,23 @@ def test_example_whose_response_is_cut_away_stops_the_run(tmp_path: Path, assets
         read(folder, assets, 1)
 
 
+def test_chat_whose_last_response_alone_has_tokens_is_read(tmp_path: Path, assets: Path) -> None:
+    file = assets / "tokenizer_config.json"
+    file.write_text(
+        json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE.replace("<|end_of_text|>", "")})
+    )
+    words = [("user", "x"), ("assistant", ""), ("user", "y"), ("assistant", "return x + 1")]
+    chat = [{"role": role, "content": content} for role, content in words]
+    [row] = read(write(tmp_path / "stream", [{"messages": chat}], "json"), assets, 1)
+    assert row == expected(
+        [
+            (ids("[user] x[assistant] "), False),
+            (ids("[user] y[assistant] "), False),
+            (ids("return x + 1<|end_of_text|>"), True),
+        ]
+    )
+
+
 def test_example_without_a_response_stops_the_run_and_is_named(tmp_path: Path, assets: Path) -> None:
     samples = [{"prompt": "x", "response": "y"}, {"prompt": "x", "response": ""}]
     folder = write(tmp_path / "stream", samples, "str")

@@ -8,7 +8,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from examples.mosaic_streaming.job import unused
+from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.job import NCCL_FAULT, share, shared, unused
 from tests.ranks import free_port, run_rank_values
 
 RANKS = 4
@@ -21,13 +22,17 @@ class Job:
         self._port = free_port()
         self._server = dist.TCPStore("127.0.0.1", self._port, is_master=True, wait_for_workers=False)
 
+    def store(self, timeout: timedelta = timedelta(seconds=20)) -> dist.TCPStore:
+        """Another connection."""
+        return dist.TCPStore("127.0.0.1", self._port, timeout=timeout, wait_for_workers=False)
+
     def start(self, ranks: list[int], seconds: float) -> list[str]:
         """Start ranks in any order; what each then reads of what rank 0 writes, or why it gives up."""
 
         def run(rank: int) -> str:
             time.sleep(random.random() * 0.05)
             timeout = timedelta(seconds=seconds)
-            store = dist.TCPStore("127.0.0.1", self._port, timeout=timeout, wait_for_workers=False)
+            store = self.store(timeout)
             try:
                 part = unused(store, rank, RANKS, timeout)
                 if rank == 0:
@@ -61,3 +66,28 @@ def test_ranks_that_ended_while_they_met_disturb_nobody(came: list[int]) -> None
     [(first, some, again)] = run_rank_values(restart)
     assert set(some) <= {"TimeoutError", "DistStoreError"}
     assert len(set(again)) == 1 and set(again) != set(first)
+
+
+def test_what_nccl_leaves_of_a_fault_is_removed_before_ranks_meet() -> None:
+    def restart() -> tuple[int, bool]:
+        job = Job()
+        first = job.start([*range(RANKS)], 20)
+        job.store().set(NCCL_FAULT, "0")
+        again = job.start([*range(RANKS)], 20)
+        return len(set(first + again)), job.store().check([NCCL_FAULT])
+
+    assert run_rank_values(restart) == [(2, False)]
+
+
+def test_errors_that_are_no_users_reach_all_ranks_too() -> None:
+    def fail() -> None:
+        def compute() -> None:
+            raise ZeroDivisionError("nobody's fault")
+
+        job = Job()
+        with pytest.raises(ZeroDivisionError):
+            share(job.store(), "key", compute)
+        with pytest.raises(DataError, match="ZeroDivisionError: nobody's fault"):
+            shared(job.store(), "key")
+
+    run_rank_values(fail)

@@ -206,6 +206,10 @@ def test_what_is_left_out_is_told_soon(folder: Path) -> None:
         ({"packing_ratio": 0.5}, "dataset.packing_ratio = 0.5 in loader.toml, expected"),
         ({"packing_ratio": "max"}, "dataset.packing_ratio = 'max' in loader.toml, expected"),
         ({"max_leftover_bins_to_keep": 3}, "dataset.max_leftover_bins_to_keep = 3 in loader.toml: what workers keep"),
+        (
+            {"packing_ratio": "auto", "batching_method": "per_stream"},
+            "dataset.packing_ratio = \"auto\" with dataset.batching_method = 'per_stream' in loader.toml",
+        ),
     ],
 )
 def test_packing_that_no_resume_could_repeat_is_refused(folder: Path, dataset: dict[str, Any], message: str) -> None:

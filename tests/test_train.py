@@ -14,6 +14,7 @@ import pytest
 import torch.distributed as dist
 from torchtitan.train import Trainer
 
+from examples.mosaic_streaming.job_config import steps_with
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses, train, write_loader
@@ -253,3 +254,15 @@ def test_folder_without_a_finished_checkpoint_doesnt_hide_the_given_weights(file
     assert rank.code == 1
     assert f"ConfigError: {files}/outputs/checkpoint has no finished checkpoint" in rank.output
     train(files, *flags, "--checkpoint.folder=fresh")
+    [rank] = run_ranks(lambda: main(command(files, *flags[1:])))
+    assert rank.code == 1
+    assert "ConfigError: checkpoint.enable = false, so TorchTitan would begin with random weights" in rank.output
+
+
+@pytest.mark.parametrize("name", ["checkpoint[1]", "checkpoint"])
+def test_finished_steps_are_found_whatever_folders_are_called(tmp_path: Path, name: str) -> None:
+    for step in ("step-10", "step-20.old", "step-30-hf", "best"):
+        (tmp_path / name / step).mkdir(parents=True)
+        (tmp_path / name / step / ".metadata").touch()
+    (tmp_path / name / "step-40").mkdir()
+    assert steps_with(str(tmp_path / name), ".metadata") == {10, 20, 30}

@@ -103,6 +103,8 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
         ("train_loader: [{}, {}]", "expected one `train_loader`, as in an llm-foundry training YAML, but it has 2 of"),
         ("train_loder: {}\nmodel: {}", "but it has: train_loder."),
         ("", "but it has: nothing."),
+        ("train_loader: {}\nother: '${'", "is not valid YAML"),
+        ("5", "Can't read"),
     ],
 )
 def test_yaml_that_is_none_is_told(tmp_path: Path, content: str, message: str) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.dataloader import Batches
+from examples.mosaic_streaming.faults import prepare_worker
 from examples.mosaic_streaming.loader_config import MAX_RATIO
 from examples.mosaic_streaming.order import set_order
 
@@ -79,7 +80,14 @@ def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> It
     collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn
     workers = max(1, loader.num_workers)
     # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
-    reader = DataLoader(picked, AT_ONCE, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    reader = DataLoader(
+        picked,
+        AT_ONCE,
+        num_workers=workers,
+        collate_fn=collate,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),
+    )
     batches = Batches(reader, origin, path)
     batches.begin()
     try:

@@ -90,14 +90,13 @@ class CheckedDataset(StreamingDataset):
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info():
-            queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
-            sys.excepthook = ignore_lost_reader
+            prepare_worker()
         yield from super().__iter__()
 
     def __getitem__(self, at: Any) -> Any:
         try:
             sample = super().__getitem__(at)
-            if isinstance(sample, dict) and not all(len(turn["labels"]) for turn in sample.get("turns", ())):
+            if isinstance(sample, dict) and not all(len(turn["labels"]) for turn in sample.get("turns", ())[-1:]):
                 raise ValueError("its response is empty")  # llm-foundry would fail later, and not say which
             return sample
         except DataError:
@@ -130,6 +129,12 @@ class CheckedDataset(StreamingDataset):
             if sample_id != -1:
                 yield sample_id
         it.on_exit()
+
+
+def prepare_worker(number: int = 0) -> None:
+    """Have a dataloader worker, of any number, end where reading would wait for it, and be quiet where it ends."""
+    queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+    sys.excepthook = ignore_lost_reader
 
 
 def end_worker(error: Exception, batch: object) -> NoReturn:

@@ -160,12 +160,13 @@ def read_yaml(path: str) -> Any:
     """
     import yaml
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         content: Any = OmegaConf.load(path)
     except OSError as error:
-        raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Can't read {path}: {error.strerror or error}.") from error
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from error
     return content if OmegaConf.is_dict(content) else OmegaConf.create()
 

@@ -31,6 +31,9 @@ INTERVAL = 1.0
 MOMENT = 0.01
 """Seconds between two looks for ranks that have arrived."""
 
+NCCL_FAULT = "exception_dump"
+"""The key by which NCCL's watchdogs tell each other to abort; they write it at the root of the store."""
+
 GRACE = 20.0
 """Seconds from the fault of one rank to the end of another that a collective won't let go."""
 
@@ -58,6 +61,8 @@ def unused(store: dist.Store, rank: int, world_size: int, timeout: timedelta) ->
     """A part of a store in which no earlier ranks of this job have written; all ranks call it together.
 
     Each of the others takes a number that none has had before, and rank 0 answers all numbers with its own new name.
+    Before, it removes what NCCL has left of a fault, which would end the new ranks, too, after some minutes (torch
+    2.13, csrc/distributed/c10d/ProcessGroupNCCL.cpp: its `globalStore_` knows no parts).
 
     Raises:
         TimeoutError: ranks are missing.
@@ -66,6 +71,7 @@ def unused(store: dist.Store, rank: int, world_size: int, timeout: timedelta) ->
         name = store.get(f"to {store.add('arrived', 1)}").decode()  # waits for it
         store.add(name, 1)
         return dist.PrefixStore(name, store)
+    store.delete_key(NCCL_FAULT)
     name, answered, end = uuid.uuid4().hex, 0, time.monotonic() + timeout.total_seconds()
     while (known := 1 + store.add(name, 0)) < world_size:
         if time.monotonic() > end:
@@ -127,13 +133,15 @@ def on_rank_0(number: int, compute: Callable[[], Any]) -> Any:
 
 
 def share(store: dist.Store, key: str, compute: Callable[[], Any]) -> None:
-    """Tell all ranks what a function returns, or a user's error that it raises."""
-    kind, found = "", None
+    """Tell all ranks what a function returns, or the error that it raises; raise one that is no user's."""
     try:
-        found = compute()
+        found = ["", compute()]
     except (ConfigError, DataError) as error:
-        kind, found = type(error).__name__, str(error)
-    store.set(key, json.dumps([kind, found]))
+        found = [type(error).__name__, str(error)]
+    except Exception as error:
+        store.set(key, json.dumps(["DataError", f"{type(error).__name__}: {error}"]))
+        raise
+    store.set(key, json.dumps(found))
 
 
 def shared(store: dist.Store, key: str) -> Any:

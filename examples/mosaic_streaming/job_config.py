@@ -1,9 +1,9 @@
 """TorchTitan's job config: read as TorchTitan reads it, and refused where it would not do what it says."""
 
 import contextlib
-import glob
 import io
 import os
+import re
 from typing import TYPE_CHECKING
 
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
@@ -62,8 +62,14 @@ def check_job(job_config: "JobConfig", validates: bool) -> None:
             )
         if not job_config.checkpoint.enable:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
-    if job_config.checkpoint.enable:
+    checkpoint = job_config.checkpoint
+    if checkpoint.enable:
         check_checkpoints(job_config)
+    elif checkpoint.initial_load_path or checkpoint.initial_load_in_hf:
+        raise ConfigError(
+            "checkpoint.enable = false, so TorchTitan would begin with random weights, not those of "
+            "checkpoint.initial_load_path. Set checkpoint.enable to true, or remove that and initial_load_in_hf."
+        )
 
 
 def check_checkpoints(job_config: "JobConfig") -> None:
@@ -81,12 +87,14 @@ def check_checkpoints(job_config: "JobConfig") -> None:
             "first to false."
         )
     folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
-    whole = steps_with(f"{folder}/step-*/.metadata")
-    in_hf = steps_with(f"{folder}/step-*/model.safetensors.index.json") - whole
+    whole = steps_with(folder, ".metadata")
+    in_hf = steps_with(folder, "model.safetensors.index.json") - whole
     begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
     step = checkpoint.load_step if checkpoint.load_step != -1 else max(whole | in_hf, default=-1)
     if step in in_hf:
-        earlier = f"--checkpoint.load_step={max(whole)}" if whole else "an earlier one, but there is none"
+        earlier = (
+            f"--checkpoint.load_step={max(whole)}, for this one start" if whole else "an earlier one, but there is none"
+        )
         raise ConfigError(
             f"{folder}/step-{step} is a model in Hugging Face's form (checkpoint.last_save_in_hf), which has nothing "
             f"that training goes on from. Go on from {earlier}, or begin a new run with its weights: "
@@ -100,6 +108,7 @@ def check_checkpoints(job_config: "JobConfig") -> None:
         )
 
 
-def steps_with(pattern: str) -> set[int]:
-    """The steps of the folders that have a file."""
-    return {int(os.path.basename(os.path.dirname(file)).removeprefix("step-")) for file in glob.glob(pattern)}
+def steps_with(folder: str, file: str) -> set[int]:
+    """The steps in a folder that have a file, as TorchTitan reads their names."""
+    found = {name: re.search(r"step-(\d+)", name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])}
+    return {int(step[1]) for name, step in found.items() if step and os.path.isfile(os.path.join(folder, name, file))}

@@ -163,6 +163,11 @@ def check_packing(dataset: Config, path: str) -> None:
         )
     if ratio == 1:  # as llm-foundry has it, no packing
         return
+    if ratio == "auto" and (method := dataset.get("batching_method", "random")) != "random":
+        raise ConfigError(
+            f'dataset.packing_ratio = "auto" with dataset.batching_method = {method!r} in {path}: it is chosen for '
+            "batches of any samples, and those of one stream may need more room. Give a number."
+        )
     if dataset.setdefault("max_leftover_bins_to_keep", 0) != 0:
         raise ConfigError(
             f"dataset.max_leftover_bins_to_keep = {dataset['max_leftover_bins_to_keep']!r} in {path}: what workers "
