@@ -113,6 +113,24 @@ def test_samples_of_seq_len_tokens_need_max_seq_len_set(tmp_path: Path) -> None:
     assert labels[1].tolist() == [*sample_tokens(1, SEQ_LEN)[1:], -100]
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("columns", [{"tokens": "ndarray:int32"}, {"tokens": "bytes"}])
+def test_samples_that_are_longer_than_rows_are_warned_of_once(
+    tmp_path: Path, num_workers: int, columns: dict[str, str]
+) -> None:
+    with MDSWriter(out=str(tmp_path / "stream"), columns=columns) as writer:
+        for sample in range(16):
+            tokens = sample_tokens(sample, 2 * SEQ_LEN)
+            writer.write({"tokens": tokens.astype(np.int64).tobytes() if "bytes" in columns.values() else tokens})
+
+    def read() -> None:
+        init_logger()
+        read_samples(build_loader(loader_config(tmp_path / "stream", num_workers)), 4)
+
+    told = f"Samples have {2 * SEQ_LEN} tokens, but the model reads the first {SEQ_LEN + 1} of each"
+    assert [rank.output.count(told) for rank in run_ranks(read, 2)] == [1, 0]
+
+
 def test_token_beyond_the_vocabulary_stops_the_run_with_streams_and_rank(tmp_path: Path) -> None:
     folder = write_tokens(tmp_path, [[*range(20, 20 + SEQ_LEN), 4000], [30] * (SEQ_LEN + 1)])
     message = error_of(lambda: next(iter(build_loader(loader_config(folder)))))

@@ -1,6 +1,7 @@
 """Packing: the same rows on any ranks and after any restart; what is left out is counted; the rest is refused."""
 
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,20 @@ def test_packing_that_no_resume_could_repeat_is_refused(folder: Path, dataset: d
     [rank] = run_ranks(lambda: build_loader(configuration(folder, **dataset), job(2, ROWS, SEQ_LEN)))
     assert rank.code == 1
     assert message in rank.output
+
+
+def test_auto_stops_where_its_worker_cannot_hand_on_samples(folder: Path, tmp_path: Path) -> None:
+    """Here, for a temporary folder whose path is too long for a socket."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+
+    def run() -> None:
+        tempfile.tempdir = str(long)
+        build_loader(configuration(folder, packing_ratio="auto"), job(2, ROWS, SEQ_LEN))
+
+    ranks = run_ranks(run, 2)
+    assert [rank.code for rank in ranks] == [1, 1]
+    assert "DataError: Dataloader worker 0 (pid" in ranks[0].output
 
 
 def test_another_ratio_or_batch_is_another_run(folder: Path) -> None:

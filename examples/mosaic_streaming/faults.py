@@ -15,12 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, cast
 
+import numpy as np
+from llmfoundry.data.text_data import StreamingTextDataset
 from streaming import StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import get_worker_info
+from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
 
 
@@ -56,6 +59,8 @@ class CheckedReader(MDSReader):
 
 class CheckedDataset(StreamingDataset):
     """A dataset whose faults reach whoever reads it, in all processes of a node."""
+
+    _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Have a shard ready, as streaming does; what fails is given up, for all processes of this node."""
@@ -103,6 +108,22 @@ class CheckedDataset(StreamingDataset):
             raise
         except Exception as error:
             raise DataError(self.fault() or self._describe(at, error)) from error
+
+    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
+        """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        dataset = cast(StreamingTextDataset, self)
+        tokens = sample["tokens"]
+        found = len(tokens) // (1 if isinstance(tokens, np.ndarray) else np.dtype(dataset.token_encoding_type).itemsize)
+        if found > dataset.max_seq_len and not self._has_warned:
+            self._has_warned = True
+            worker = get_worker_info()
+            if is_rank_0() and (worker is None or worker.id == 0):
+                logger.warning(
+                    f"Samples have {found:,} tokens, but the model reads the first {dataset.max_seq_len:,} of each "
+                    "(dataset.max_seq_len, by default seq_len + 1), and never the others. Raise training.seq_len, or "
+                    "validation.seq_len, or write samples of that length."
+                )
+        return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
 
     def _describe(self, sample_id: int, error: Exception) -> str:
         """What failed in reading a sample."""
