@@ -254,6 +254,9 @@ def test_folder_without_a_finished_checkpoint_doesnt_hide_the_given_weights(file
     assert rank.code == 1
     assert f"ConfigError: {files}/outputs/checkpoint has no finished checkpoint" in rank.output
     train(files, *flags, "--checkpoint.folder=fresh")
+    [rank] = run_ranks(lambda: main(command(files, flags[0], "--checkpoint.load_step=10")))
+    assert rank.code == 1
+    assert f"checkpoint.load_step = 10, but {files}/outputs/checkpoint has finished steps: none." in rank.output
     [rank] = run_ranks(lambda: main(command(files, *flags[1:])))
     assert rank.code == 1
     assert "ConfigError: checkpoint.enable = false, so TorchTitan would begin with random weights" in rank.output

@@ -23,6 +23,7 @@ train_loader:
   dataset:
     local: ${{variables.data_local}}
     remote: null
+    num_canonical_nodes: null
     shuffle: true
     shuffle_seed: ${{variables.global_seed}}
     max_seq_len: 17
@@ -51,6 +52,7 @@ def test_interpolations_are_resolved_and_other_sections_named(yaml: str, capsys:
     assert none is None
     assert loader.path == yaml
     assert loader.config["dataset"]["shuffle_seed"] == 17
+    assert not {"remote", "num_canonical_nodes"} & set(loader.config["dataset"]), "null means the default"
     assert loader.config["dataset"]["local"].endswith("/stream")
     assert capsys.readouterr().err == (
         f"{yaml}: read train_loader, ignored variables, max_seq_len, model, eval_loader, optimizer.\n"

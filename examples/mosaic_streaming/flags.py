@@ -149,7 +149,16 @@ def read_loader(path: str, section: str) -> LoaderFile:
         )
         raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {has}.")
     loader.pop("label", None)  # the name of an evaluation
-    return LoaderFile(loader, path)
+    return LoaderFile(without_nulls(loader), path)
+
+
+def without_nulls(section: dict[str, Any]) -> dict[str, Any]:
+    """A section without what is null in it, which means the default."""
+    return {
+        key: without_nulls(value) if isinstance(value, dict) else value
+        for key, value in section.items()
+        if value is not None
+    }
 
 
 def read_yaml(path: str) -> Any:

@@ -7,6 +7,7 @@ import os
 import random
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -133,14 +134,14 @@ def on_rank_0(number: int, compute: Callable[[], Any]) -> Any:
 
 
 def share(store: dist.Store, key: str, compute: Callable[[], Any]) -> None:
-    """Tell all ranks what a function returns, or the error that it raises; raise one that is no user's."""
+    """Tell all ranks what a function returns, or the error that it raises."""
     try:
         found = ["", compute()]
     except (ConfigError, DataError) as error:
         found = [type(error).__name__, str(error)]
     except Exception as error:
-        store.set(key, json.dumps(["DataError", f"{type(error).__name__}: {error}"]))
-        raise
+        traceback.print_exc()  # it is no user's
+        found = ["DataError", f"{type(error).__name__}: {error}"]
     store.set(key, json.dumps(found))
 
 

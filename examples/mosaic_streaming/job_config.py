@@ -76,8 +76,9 @@ def check_checkpoints(job_config: "JobConfig") -> None:
     """Raise ConfigError for checkpoints that TorchTitan would fail to load or to save, or would not load.
 
     Source: TorchTitan doesn't look at `initial_load_path` where the checkpoint's folder exists, also without a finished
-    step in it, as a job leaves it that is killed while it saves its first. It counts a last step in Hugging Face's form
-    among those to go on from, and can't (torchtitan 0.2.2, components/checkpoint.py).
+    step in it, as a job leaves it that is killed while it saves its first; nor at `load_step` where there is no folder.
+    It counts a last step in Hugging Face's form among those to go on from, and can't (torchtitan 0.2.2,
+    components/checkpoint.py).
     """
     checkpoint = job_config.checkpoint
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
@@ -90,14 +91,15 @@ def check_checkpoints(job_config: "JobConfig") -> None:
     whole = steps_with(folder, ".metadata")
     in_hf = steps_with(folder, "model.safetensors.index.json") - whole
     begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
+    if checkpoint.load_step not in {-1} | whole | in_hf:
+        found = ", ".join(map(str, sorted(whole | in_hf))) or "none"
+        raise ConfigError(f"checkpoint.load_step = {checkpoint.load_step}, but {folder} has finished steps: {found}.")
     step = checkpoint.load_step if checkpoint.load_step != -1 else max(whole | in_hf, default=-1)
     if step in in_hf:
-        earlier = (
-            f"--checkpoint.load_step={max(whole)}, for this one start" if whole else "an earlier one, but there is none"
-        )
+        earlier = f"to go on from step {max(whole)}" if whole else "to begin anew: there is no other"
         raise ConfigError(
             f"{folder}/step-{step} is a model in Hugging Face's form (checkpoint.last_save_in_hf), which has nothing "
-            f"that training goes on from. Go on from {earlier}, or begin a new run with its weights: "
+            f"that training goes on from. Move it out of {folder} {earlier}. Or begin a new run with its weights: "
             f"--checkpoint.initial_load_in_hf --checkpoint.initial_load_path={folder}/step-{step} and another "
             "--checkpoint.folder."
         )
