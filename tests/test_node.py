@@ -147,6 +147,7 @@ def test_what_a_killed_job_was_fetching_is_removed(tmp_path: Path) -> None:
 ROUNDS = 10
 
 
+@pytest.mark.long
 def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -101,7 +101,7 @@ def test_run_goes_on_in_another_layout(
     assert losses == pytest.approx(expected, abs=1e-2 if "pp" in name else 1e-3)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
     whole_on_two_ranks: Whole, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:

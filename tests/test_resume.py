@@ -60,7 +60,10 @@ def resume_at_every_step(config: dict[str, Any], steps: int, **options: Any) -> 
     return steps - 1
 
 
-@pytest.mark.parametrize("batching_method", BATCHING)
+@pytest.mark.parametrize(
+    "batching_method",
+    [method if method == "random" else pytest.param(method, marks=pytest.mark.long) for method in BATCHING],
+)
 def test_resume_at_every_step_of_an_epoch_and_a_half(
     streams: dict[str, dict[str, Any]],
     batching_method: str,
