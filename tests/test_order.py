@@ -99,6 +99,7 @@ def test_epochs_differ_and_each_starts_anew(streams: dict[str, dict[str, Any]], 
     assert epochs[0] != epochs[1]
 
 
+@pytest.mark.long
 def test_sixteen_ranks_of_all_parallelisms_get_their_dp_ranks_tokens(streams: dict[str, dict[str, Any]]) -> None:
     """Pp 2 x dp 2 x cp 2 x tp 2: peers get equal tokens, dp ranks together each global batch."""
     dp_ranks = dp_ranks_of({"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 2, "tp": 2})

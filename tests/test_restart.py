@@ -70,6 +70,7 @@ def test_run_goes_on_as_if_it_had_not_stopped(whole: Whole, step: int) -> None:
     assert losses == {n: loss for n, loss in whole[1].items() if n > step}
 
 
+@pytest.mark.long
 def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) -> None:
     flags = ("--training.local_batch_size=4", "--checkpoint.async_mode=async")
     run = run_whole(whole[0], "async", *flags)

@@ -223,6 +223,7 @@ def signal_at_step_3(number: signal.Signals) -> Callable[[list[int], list[Path]]
     return send
 
 
+@pytest.mark.long
 def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
     """The second command of the README, through torchrun; only its outputs are put elsewhere."""
     run_rank_values(make_demo_data)
