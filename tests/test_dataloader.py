@@ -182,8 +182,38 @@ def test_start_and_end_of_an_epoch_are_logged_on_rank_0_alone(stream: Path) -> N
     first, second = run_ranks(read, 2)
     start = "The streams start at sample 0 of epoch 0, of which 5 steps follow; it leaves out 1 of 21 samples ("
     assert f"WARNING - {start}" in first.output, "more than one per cent is left out"
-    assert "Epoch 0 of the streams ends: 20 samples read." in first.output
+    assert (
+        ". In all, 10,000 steps (training.steps) read 40,000 samples, 640,000 tokens, 2000.00 epochs." in first.output
+    )
+    assert "Epoch 0 of the streams ends: 20 samples read, in 5 steps, 320 tokens." in first.output
     assert "epoch 0" not in second.output.lower()
+
+
+def test_end_of_an_epoch_is_logged_also_where_a_run_ends_with_it(stream: Path) -> None:
+    def read() -> None:
+        init_logger()
+        loader = build_loader(loader_config(stream))
+        read_samples(loader, 10)
+        loader.close()
+
+    [rank] = run_ranks(read)
+    assert "Epoch 0 of the streams ends: 20 samples read, in 10 steps, 320 tokens.\n" in rank.output
+
+
+def test_log_of_a_start_in_the_middle_of_an_epoch_says_what_is_its_own(stream: Path) -> None:
+    _, state = saved_after(loader_config(stream), 3, None)
+
+    def read() -> None:
+        init_logger()
+        loader = build_loader(loader_config(stream))
+        loader.load_state_dict(state)
+        read_samples(loader, 18)
+
+    [rank] = run_ranks(read)
+    assert "read 20,000 samples, 320,000 tokens, 1000.00 epochs. 6 samples were read before this start." in rank.output
+    ends = "Epoch 0 of the streams ends: 14 samples read since this start, at sample 6, in 7 steps, 224 tokens.\n"
+    assert ends in rank.output
+    assert "Epoch 1 of the streams ends: 20 samples read, in 10 steps, 320 tokens.\n" in rank.output
 
 
 @pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])

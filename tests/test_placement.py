@@ -10,7 +10,7 @@ from streaming.base.world import World
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed import ParallelDims
 
-from examples.mosaic_streaming.placement import deal, dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from tests.ranks import run_rank_values
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -33,7 +33,7 @@ def dp_ranks_of(layout: dict[str, int]) -> list[int]:
     """The dp rank of every rank, by the order (pp, batch, cp, tp)."""
     dp = layout["dp_replicate"] * layout["dp_shard"]
     peers = layout["cp"] * layout["tp"]
-    return [rank // peers % dp for rank in range(layout["pp"] * dp * peers)]
+    return [dp_rank_of(rank, dp, peers) for rank in range(layout["pp"] * dp * peers)]
 
 
 def worlds_of(layout: dict[str, int]) -> list[World]:

@@ -21,6 +21,7 @@ from examples.mosaic_streaming.resume import STATE_VERSION, differences, unpack
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import write_turns
 from tests.streams import (
+    SEQ_LEN,
     TOKENIZER,
     build_loader,
     job,
@@ -169,6 +170,7 @@ def test_state_is_small_readable_and_names_the_data(tmp_path: Path) -> None:
     saved = json.loads(state["mosaic"])
     assert saved["version"] == STATE_VERSION
     assert (saved["epoch"], saved["sample_in_epoch"], saved["global_batch_size"]) == (0, 8, 8)
+    assert saved["seen"] == {"samples": 8, "tokens": 8 * SEQ_LEN, "targets": None}
     assert saved["data"]["stream 1"]["index"].startswith("21 samples in ")
     assert len(state["mosaic"]) < 1000
 
@@ -335,10 +337,10 @@ def test_what_does_not_matter_is_not_compared(tmp_path: Path) -> None:
     assert read_steps(other, 4, state=one.states[0]).samples == one.samples[1:]
 
 
-def position(epoch: object, sample_in_epoch: object) -> str:
+def position(epoch: object, sample_in_epoch: object, seen: object = None) -> str:
     """A state with this position, and no data."""
     numbers = {"epoch": epoch, "sample_in_epoch": sample_in_epoch, "global_batch_size": 8}
-    return json.dumps({"version": STATE_VERSION, **numbers, "data": {}})
+    return json.dumps({"version": STATE_VERSION, **numbers, "seen": seen, "data": {}})
 
 
 @pytest.mark.parametrize(
@@ -351,6 +353,12 @@ def position(epoch: object, sample_in_epoch: object) -> str:
         ("[]", "state is damaged: "),
         ("[" * 100_000, "state is damaged: "),
         *[(position(*values), "state is damaged: ") for values in ((-1, 0), (0, -8), (10**30, 0), (0.5, 0), (True, 0))],
+        (position(0, 8).replace('"global_batch_size": 8', '"global_batch_size": 0'), "state is damaged: "),
+        *[
+            (position(0, 8, {"samples": 8, "tokens": 128, "targets": 128} | wrong), "state is damaged: ")
+            for wrong in ({"samples": -8}, {"tokens": None}, {"targets": 0.5})
+        ],
+        (position(0, 8, [8, 128, 128]), "state is damaged: "),
         ('{"version": 3, "place": 8}', f"state is of version 3, this code reads version {STATE_VERSION}."),
         ('{"version": 1, "position": {}}', f"state is of version 1, this code reads version {STATE_VERSION}."),
     ],

@@ -59,10 +59,19 @@ def test_model_that_reads_no_text_is_refused_with_those_that_do(files: Path) -> 
 
 
 def test_any_spec_that_reads_text_is_taken(files: Path) -> None:
-    """One that a user's module registers, as TorchTitan's extensions do."""
+    """One that a user's module registers, as TorchTitan's extensions do, with metrics of its own."""
     (files / "my_llama.py").write_text(
+        "import dataclasses\n"
+        "from torchtitan.components.metrics import MetricsProcessor\n"
         "from torchtitan.protocols.train_spec import get_train_spec, register_train_spec\n"
-        'register_train_spec("my_llama", get_train_spec("llama3"))\n'
+        "class MyMetrics(MetricsProcessor):\n"
+        "    def log(self, step, *losses, extra_metrics):\n"
+        "        print('my', sorted(extra_metrics))\n"
+        "        super().log(step, *losses, extra_metrics)\n"
+        "def build(job_config, parallel_dims, model_args):\n"
+        "    return MyMetrics(job_config, parallel_dims)\n"
+        'spec = dataclasses.replace(get_train_spec("llama3"), build_metrics_processor_fn=build)\n'
+        'register_train_spec("my_llama", spec)\n'
     )
 
     def run() -> None:
@@ -73,3 +82,5 @@ def test_any_spec_that_reads_text_is_taken(files: Path) -> None:
     [rank] = run_ranks(run)
     assert rank.code == 0, rank.output
     assert list(losses(rank.output)) == [1]
+    assert "my ['data/bytes_fetched', 'data/cache_in_use(GiB)', 'data/epoch'," in rank.output
+    assert "epoch: 0 (6.2%)  samples: 4  tokens: 64\n" in rank.output

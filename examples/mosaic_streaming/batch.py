@@ -64,16 +64,24 @@ def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
     Source: llm-foundry's labels are not shifted, TorchTitan's are (llm-foundry 0.22.0 data/text_data.py,
     torchtitan 0.2.2 hf_datasets/text_datasets.py).
     """
+    return convert(batch, form)[0]
+
+
+def convert(batch: Mapping[str, Any], form: BatchFormat) -> tuple[TitanBatch, Tensor | None]:
+    """What `to_titan_batch` returns, and what `is_padding` does of the rows."""
     ids = batch["input_ids"]
     check_shape(ids, form)
     check_ids(ids, form)
+    padding = is_padding(ids, batch.get("attention_mask"), form)
     targets = ids if form.labels_are_ids else batch["labels"]
-    targets = targets.masked_fill(is_padding(ids, batch.get("attention_mask"), form), IGNORE_INDEX)
+    if padding is not None:
+        targets = targets.masked_fill(padding, IGNORE_INDEX)
     labels = targets[:, 1 : form.seq_len + 1]
     if form.max_seq_len == form.seq_len:
         labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
     inputs = {"input": ids[:, : form.seq_len].contiguous()}
-    return inputs | document_inputs(batch, form), labels.contiguous()
+    labels = labels.clone(memory_format=torch.contiguous_format)  # never the ids' own memory
+    return (inputs | document_inputs(batch, form), labels), padding
 
 
 def document_inputs(batch: Mapping[str, Any], form: BatchFormat) -> dict[str, Tensor]:
@@ -91,18 +99,18 @@ def document_inputs(batch: Mapping[str, Any], form: BatchFormat) -> dict[str, Te
     return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if form.positions else {})
 
 
-def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) -> Tensor:
+def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) -> Tensor | None:
     """Where rows are padding: where the attention mask is 0, or without one, the run of pad ids that ends a row.
 
     Where EOS is the padding token too, the first EOS of that run is taken as the end of the text.
 
     Returns:
-        bool, of the shape of `ids`.
+        bool, of the shape of `ids`; none for text without padding, which is most of all text.
     """
     if attention_mask is not None:
         return attention_mask == 0
     if form.pad_id is None or not (ids[:, -1] == form.pad_id).any():
-        return torch.zeros_like(ids, dtype=torch.bool)
+        return None
     run = (ids == form.pad_id).flip(1).cumprod(1).flip(1).bool()
     if form.pad_id == form.eos_id:
         run &= torch.nn.functional.pad(run[:, :-1], (1, 0), value=False)

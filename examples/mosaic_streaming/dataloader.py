@@ -7,17 +7,21 @@ from collections.abc import Iterator, Mapping
 from multiprocessing import connection
 from typing import Any
 
+import torch.distributed as dist
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
+from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
 from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
-from examples.mosaic_streaming.order import Order, start_at
+from examples.mosaic_streaming.faults import CheckedDataset
+from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
+from examples.mosaic_streaming.order import Order, start_at, whole
 from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
-from examples.mosaic_streaming.resume import Data, check_same_data, damaged, pack, unpack
+from examples.mosaic_streaming.resume import Data, State, check_position, check_same_data, pack, unpack
+from examples.mosaic_streaming.seen import Counter, Progress, Seen
 
 TELLING_STEPS = {10**digits for digits in range(10)}
 """Steps after a start at which the log says what packing has left out, beside the ends of epochs."""
@@ -103,6 +107,7 @@ class MosaicDataLoader(BaseDataLoader):
         data: what a checkpoint has to agree with.
         dp_rank: this rank on TorchTitan's batch mesh.
         path: the file that configures the loader, for messages.
+        steps: optimizer steps of the whole run, for the log.
     """
 
     def __init__(
@@ -113,6 +118,7 @@ class MosaicDataLoader(BaseDataLoader):
         data: Data,
         dp_rank: int,
         path: str,
+        steps: int,
     ) -> None:
         assert isinstance(loader.dataset, StreamingDataset)
         self._batches = Batches(loader, form.origin, path)
@@ -122,12 +128,19 @@ class MosaicDataLoader(BaseDataLoader):
         self._data = data
         self._dp_rank = dp_rank
         self._path = path
+        self._steps_of_run = steps
+        self._global_batch_size_before = order.global_batch_size
+        """That of the last steps before this start."""
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
         self._epoch = 0
         self._sample_in_epoch = 0
         """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
         self._steps = self._left_out = self._packed = 0
         """Since the start: steps, and tokens of this rank's samples that packing has left out, and that it has not."""
+        self._counter = Counter(form, order.local_batch_size)
+        self._tally = Tally(fetched_file(self._dataset._shm_prefix_int))
+        self._fetched_before = Fetched()
+        """In earlier epochs, since the start."""
         self._is_read = False
 
     def __iter__(self) -> Iterator[TitanBatch]:
@@ -146,28 +159,56 @@ class MosaicDataLoader(BaseDataLoader):
             self._batches.begin()
             while step := self._next_step():
                 for number, batch in enumerate(step, start=1):
-                    titan_batch = to_titan_batch(batch, self._form)
+                    titan_batch, padding = convert(batch, self._form)
                     if not checked:
                         check_peers(titan_batch, self._dp_rank, self._data | self._place(), self._path)
                         checked = True
+                    self._counter.add(titan_batch[1], padding)
                     if number == len(step):
                         self._sample_in_epoch += self._order.global_batch_size
+                        self._counter.add_step(self._order.global_batch_size)
                     yield titan_batch
-            if is_rank_0():
-                logger.info(f"Epoch {self._epoch} of the streams ends: {self._sample_in_epoch:,} samples read.")
+            self._log_end()
             self._log_left_out()
             self._epoch, self._sample_in_epoch = self._epoch + 1, 0
 
     def _log_start(self) -> None:
-        """Say on rank 0 where in the streams the run starts, and how much of them an epoch leaves out."""
+        """Say on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
         if is_rank_0():
             samples, start = self._dataset.epoch_size, self._sample_in_epoch
             left = self._order.left(start)
+            before = self._counter.seen().samples
             logger.log(
                 logging.INFO if start + left > (1 - MUCH) * samples else logging.WARNING,
                 f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
                 f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
-                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes).",
+                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes). "
+                f"{self._whole_run()}{f' {before:,} samples were read before this start.' if before else ''}",
+            )
+
+    def _whole_run(self) -> str:
+        """What all steps of a run read that has one global batch size; of another, nothing is said."""
+        if self._global_batch_size_before != self._order.global_batch_size:
+            return ""
+        samples = self._steps_of_run * self._order.global_batch_size
+        return (
+            f"In all, {self._steps_of_run:,} steps (training.steps) read {samples:,} samples, "
+            f"{self._counter.tokens(samples):,} tokens, {samples / self._order.left(0):.2f} epochs."
+        )
+
+    def _log_end(self) -> None:
+        """Say on rank 0 what this start has read of the epoch, and what its machine has fetched meanwhile."""
+        if is_rank_0():
+            start = self._order.first_sample if self._epoch == self._order.first_epoch else 0
+            samples = self._sample_in_epoch - start
+            now, before = self._tally.read(), self._fetched_before
+            fetched = Fetched(*(new - old for new, old in zip(now, before, strict=True)))
+            self._fetched_before = now
+            logger.info(
+                f"Epoch {self._epoch} of the streams ends: {samples:,} samples read"
+                f"{f' since this start, at sample {start:,}' if start else ''}, in "
+                f"{samples // self._order.global_batch_size:,} steps, {self._counter.tokens(samples):,} tokens"
+                f"{f'; fetched: {fetched}' if any(fetched) else ''}."
             )
 
     def _place(self) -> Data:
@@ -217,7 +258,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        return pack(*self._next_position(), self._order.global_batch_size, self._data)
+        return pack(State(*self._next_position(), self._order.global_batch_size, self._data, self._counter.seen()))
 
     def _next_position(self) -> tuple[int, int]:
         """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
@@ -230,17 +271,37 @@ class MosaicDataLoader(BaseDataLoader):
             DataError: the state is damaged, or of another version.
             ConfigError: the data is not what it was when the state was saved.
         """
-        self._epoch, self._sample_in_epoch, global_batch_size, data = unpack(state_dict)
-        check_same_data(data, self._data, self._path)
-        if self._sample_in_epoch > self._dataset.epoch_size:
-            raise damaged(f"{self._sample_in_epoch:,} samples read of an epoch of {self._dataset.epoch_size:,}")
+        state = unpack(state_dict)
+        self._epoch, self._sample_in_epoch = state.epoch, state.sample_in_epoch
+        check_same_data(state.data, self._data, self._path)
+        check_position(state, self._dataset.epoch_size)
+        self._counter.go_on(state.seen or self._seen_before(state))
         self._epoch, self._sample_in_epoch = self._next_position()
-        if is_rank_0() and global_batch_size != self._order.global_batch_size:
+        self._global_batch_size_before = state.global_batch_size
+        if is_rank_0() and state.global_batch_size != self._order.global_batch_size:
             logger.warning(
-                f"The global batch changes from {global_batch_size} to {self._order.global_batch_size} samples: "
+                f"The global batch changes from {state.global_batch_size} to {self._order.global_batch_size} samples: "
                 "the same samples follow, in other batches."
             )
         self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
+
+    def _seen_before(self, state: State) -> Seen:
+        """What had been read by a position, if its whole run had one global batch size."""
+        samples = state.epoch * whole(self._order.epoch_samples, state.global_batch_size) + state.sample_in_epoch
+        return Seen(samples, self._counter.tokens(samples))
+
+    def progress(self) -> Progress:
+        """Where the run is; one small collective, so all ranks have to ask at the same step."""
+        assert isinstance(self._dataset, CheckedDataset)
+        self._counter.count_targets(dist.get_world_size() // self._dataset._parallel_rank_world.num_ranks)
+        return Progress(
+            self._epoch,
+            self._sample_in_epoch / (self._sample_in_epoch + self._order.left(self._sample_in_epoch)),
+            self._counter.seen(),
+            self._counter.take_padding(),
+            self._tally.read(),
+            self._dataset.bytes_in_cache(),
+        )
 
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how."""
@@ -248,6 +309,8 @@ class MosaicDataLoader(BaseDataLoader):
 
     def close(self) -> None:
         """End the dataloader workers."""
+        if self._epoch_is_read():  # and nobody has asked for the next one's first batch
+            self._log_end()
         self._log_left_out()
         self._batches.close()
 

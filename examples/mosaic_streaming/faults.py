@@ -4,6 +4,7 @@ What fails in one of streaming 0.13.0's threads ends the epoch early, as if it w
 waiting for ever.
 """
 
+import functools
 import os
 import struct
 import sys
@@ -17,6 +18,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 from llmfoundry.data.text_data import StreamingTextDataset
+from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.mds import MDSReader
@@ -25,6 +27,7 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
+from examples.mosaic_streaming.fetched import fetched_file
 
 
 class CheckedReader(MDSReader):
@@ -92,6 +95,24 @@ class CheckedDataset(StreamingDataset):
         part.write_text(str(error) if isinstance(error, DataError) else describe(error))
         part.rename(self._fault_file())
         self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def bytes_in_cache(self) -> int:
+        """Bytes of the shards that are in caches of this node.
+
+        streaming's own `cache_usage` counts streams that have no cache, too, and twice what is fetched again because
+        its file was lost (streaming 0.13.0, base/dataset.py).
+        """
+        return int(self._sizes_in_cache[self._shard_states.numpy() == _ShardState.LOCAL].sum())
+
+    @functools.cached_property
+    def _sizes_in_cache(self) -> NDArray[np.int64]:
+        """Bytes that each shard takes in a cache; 0 where its stream has none."""
+        streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
+        sizes = [
+            shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
+            for shard, stream in zip(self.shards, streams, strict=True)
+        ]
+        return np.array(sizes, np.int64)
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info():
@@ -185,6 +206,7 @@ def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {})
     for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
         checked = make_checked(stream, label)
+        checked.tally = fetched_file(dataset._shm_prefix_int)
         begin = int(dataset.shard_offset_per_stream[number])
         for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
             if type(shard) is MDSReader:

@@ -22,6 +22,7 @@ from streaming.base.hashing import get_hash
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.fetched import RETRY, count_fetched
 from examples.mosaic_streaming.index import FileError, Part
 
 INCOMING = ".incoming-"
@@ -37,10 +38,12 @@ class CheckedStream(Stream):
     Attributes:
         label: what it is called in messages.
         is_cache: whether `local` is a copy of a remote, that can be fetched again.
+        tally: the file that counts what is fetched; none where nothing is counted.
     """
 
     label: str
     is_cache: bool
+    tally: str | None = None
 
     def path(self, basename: str) -> str:
         """Where a file of the stream lies on this machine."""
@@ -73,6 +76,7 @@ class CheckedStream(Stream):
                 Path(packed).unlink(missing_ok=True)
         needed = part.stored.bytes + (part.raw.bytes if part.packed else 0)
         self.fetch(part.stored.basename, needed, lambda path, folder: self.store(path, folder, part, compression))
+        self.count(part.stored.bytes)
         return part.raw.bytes + (part.packed.bytes if part.packed and self.safe_keep_zip else 0)
 
     def store(self, path: str, folder: str, part: Part, compression: str | None) -> int:
@@ -132,7 +136,13 @@ class CheckedStream(Stream):
                     raise DataError(f"{problem} Attempts: {attempt} (dataset.download_retry).") from error
                 pause = min(2.0 ** (attempt - 1), MAX_BACKOFF) + random.random() / 2
                 logger.warning(f"{problem} Attempt {attempt} of {self.download_retry}; next in {pause:.1f} s.")
+                self.count(RETRY)
                 time.sleep(pause)
+
+    def count(self, record: int) -> None:
+        """Count a file that has been fetched, or a retry."""
+        if self.tally:
+            count_fetched(self.tally, record)
 
     def download(self, remote: str, path: str, folder: str) -> None:
         """Download a file; one that doesn't grow for `download_timeout` seconds is given up.

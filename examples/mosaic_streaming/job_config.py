@@ -40,12 +40,13 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
         raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
 
 
-def check_job(job_config: "JobConfig", validates: bool) -> None:
+def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None:
     """Raise ConfigError for a job that would not do, on Mosaic streams, what it says.
 
     Args:
         job_config: the whole job.
         validates: whether there is a configuration of the validation loader.
+        world_size: processes.
     """
     if job_config.validation.enable and not validates:
         raise ConfigError(
@@ -55,9 +56,9 @@ def check_job(job_config: "JobConfig", validates: bool) -> None:
     if job_config.comm.mode != "default":
         raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
     if job_config.checkpoint.create_seed_checkpoint:
-        if (ranks := int(os.environ["WORLD_SIZE"])) != 1:
+        if world_size != 1:
             raise ConfigError(
-                f"checkpoint.create_seed_checkpoint on {ranks} ranks, but one has to save it, unsharded. "
+                f"checkpoint.create_seed_checkpoint on {world_size} ranks, but one has to save it, unsharded. "
                 "Start with --nproc_per_node=1."
             )
         if not job_config.checkpoint.enable:

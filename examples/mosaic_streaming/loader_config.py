@@ -193,6 +193,11 @@ def streams_of(dataset: Config) -> dict[str, Config]:
     return dataset.get("streams") or {"dataset": dataset}
 
 
+def hashes_of(dataset: Config) -> list[str | None]:
+    """The algorithm by which each stream's files are compared with its hashes; none where they are not."""
+    return [(STREAM_DEFAULTS | dataset | stream)["validate_hash"] for stream in streams_of(dataset).values()]
+
+
 def stream_folders(dataset: Config) -> dict[str, str]:
     """Where each stream's shards come from, by the stream's name: a URL, or a path on this machine."""
     folders = {}

@@ -1,6 +1,7 @@
 """What a mixture of streams comes to: how much of an epoch each is, against what was asked."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from streaming import StreamingDataset
 from torchtitan.tools.logging import logger
@@ -11,16 +12,38 @@ from examples.mosaic_streaming.resume import table
 HEAD = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"]
 
 
+class Part(NamedTuple):
+    """A stream, and its part of an epoch.
+
+    Attributes:
+        name: of the stream.
+        samples: that it has.
+        tokens: that the model gets of these; none where samples differ in length.
+        share_asked: the weight that `proportion`, `repeat` or `choose` comes to among those of all streams.
+        share: that in effect, which also minds what the batching method leaves out.
+        passes: over the stream in an epoch.
+    """
+
+    name: str
+    samples: int
+    tokens: int | None
+    share_asked: float
+    share: float
+    passes: float
+
+
 def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
-    """Log a table of a dataset's streams; the arguments are those of `mixture_rows`."""
-    logger.info(f"Streams, and their part of an epoch:\n{table(HEAD, mixture_rows(names, dataset, order, seq_len))}")
+    """Log a table of a dataset's streams; the arguments are those of `mixture`."""
+    rows = []
+    for part in mixture(names, dataset, order, seq_len):
+        tokens = "-" if part.tokens is None else f"{part.tokens:,}"
+        share = [f"{part.share_asked:.2%}", f"{part.share:.2%}", f"{part.passes:.3f}"]
+        rows.append([part.name, f"{part.samples:,}", tokens, *share])
+    logger.info(f"Streams, and their part of an epoch:\n{table(HEAD, rows)}")
 
 
-def mixture_rows(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[list[str]]:
-    """A row for each stream: its size, and its part of an epoch.
-
-    The share asked is the weight that `proportion`, `repeat` or `choose` comes to among those of all streams. That in
-    effect also minds what the batching method leaves out.
+def mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[Part]:
+    """Each stream's size, and its part of an epoch.
 
     Args:
         names: of the streams.
@@ -33,10 +56,10 @@ def mixture_rows(names: Sequence[str], dataset: StreamingDataset, order: Order, 
     asked = [float(stream.proportion) for stream in dataset.streams]
     batches = (order.global_batch_size, order.local_batch_size)
     effect = shares(order.batching_method, choose, asked, dataset.num_canonical_nodes, *batches)
-    rows = []
+    parts = []
     for number, name in enumerate(names):
         samples = int(dataset.samples_per_stream[number])
-        tokens = f"{samples * seq_len:,}" if seq_len else "-"
+        tokens = samples * seq_len if seq_len else None
         passes = effect[number] * order.left(0) / samples
-        rows.append([name, f"{samples:,}", tokens, f"{asked[number]:.2%}", f"{effect[number]:.2%}", f"{passes:.3f}"])
-    return rows
+        parts.append(Part(name, samples, tokens, asked[number], effect[number], passes))
+    return parts

@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest import mock
 
-import torch.distributed as dist
 from streaming import Stream, StreamingDataset
 from streaming.base import dataset as streaming_dataset
 from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
+from streaming.base.distributed import barrier
 from streaming.base.format import get_index_basename
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path, _pack_locals
@@ -210,7 +210,7 @@ def shared_memory(number: int) -> Iterator[None]:
             hold(mine)
             memory = SharedMemory(_get_path(mine, LOCALS), True, len(data))
             memory.buf[: len(data)] = data
-        dist.barrier()
+        barrier()
         if not world.is_local_leader:
             hold(mine)
             memory = SharedMemory(_get_path(mine, LOCALS), False)

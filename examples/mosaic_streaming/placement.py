@@ -22,6 +22,19 @@ def sample_world(dp_rank: int, dp_world_size: int, dp_ranks_per_node: int) -> Wo
     return World(nodes, dp_world_size // nodes, 1, dp_rank)
 
 
+def dp_rank_of(rank: int, dp_world_size: int, peers: int) -> int:
+    """The place of a rank on TorchTitan's batch mesh.
+
+    Args:
+        rank: of all processes, which are laid out as (pp, batch, cp, tp).
+        dp_world_size: size of the batch mesh.
+        peers: cp x tp degrees, ranks side by side that read the same.
+
+    Source: torchtitan 0.2.2, distributed/parallel_dims.py.
+    """
+    return rank // peers % dp_world_size
+
+
 def dp_ranks_per_node(world_size: int, dp_world_size: int, pp: int, local_world_size: int) -> int:
     """Data-parallel ranks that one machine feeds: the fewer they are, the fewer shards it has to fetch.
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from streaming import Stream, StreamingDataset
 from streaming.base.format import Reader
@@ -13,12 +13,15 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.loader_config import Config, streams_of
 from examples.mosaic_streaming.order import Order
+from examples.mosaic_streaming.seen import Seen
 from examples.mosaic_streaming.tokenizer import what_decides_ids
 
 STATE_KEY = "mosaic"
 STATE_VERSION = 2
 MAX_POSITION = 1 << 40
 """More epochs, or samples in one, than there ever are."""
+MAX_SEEN = 1 << 60
+"""More tokens than a run ever reads."""
 
 Data = dict[str, Any]
 """What decides which samples come next, by the setting's name."""
@@ -32,6 +35,25 @@ OTHER_KEYS = {
     *("bos_token_id", "override_bos_token_id_mismatch_error"),
 }
 """Settings of `dataset` that are described in another way, or that change neither samples nor their order."""
+
+
+class State(NamedTuple):
+    """What is saved.
+
+    Attributes:
+        epoch: that the next sample is of.
+        sample_in_epoch: samples of it that have been read.
+        global_batch_size: samples of an optimizer step.
+        data: what decides which samples come next.
+        seen: since the run's first step; none in a state of before it was saved.
+    """
+
+    epoch: int
+    sample_in_epoch: int
+    global_batch_size: int
+    data: Data
+    seen: Seen | None
+
 
 START_ANEW = (
     "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader, for this one start: "
@@ -105,28 +127,29 @@ def digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def pack(epoch: int, sample_in_epoch: int, global_batch_size: int, data: Data) -> dict[str, str]:
+def pack(state: State) -> dict[str, str]:
     """The state: one key, so that DCP, which asks for just the keys of the fresh state, finds it in any version."""
-    position = {"epoch": epoch, "sample_in_epoch": sample_in_epoch, "global_batch_size": global_batch_size}
-    return {STATE_KEY: json.dumps({"version": STATE_VERSION, **position, "data": data})}
+    seen = state.seen and state.seen._asdict()
+    return {STATE_KEY: json.dumps({"version": STATE_VERSION, **state._asdict(), "seen": seen})}
 
 
-def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
-    """Epoch, samples of it that have been read, global batch size, and data of a saved state.
+def unpack(saved_state: Mapping[str, object]) -> State:
+    """A saved state.
 
     Raises:
-        DataError: the state is damaged, or of a version that this code doesn't know.
+        DataError: it is damaged, or of a version that this code doesn't know.
     """
-    text = str(state.get(STATE_KEY))
+    text = str(saved_state.get(STATE_KEY))
     try:
         saved = json.loads(text)
         version = saved["version"]
         if version == STATE_VERSION:
-            position = [saved[key] for key in ("epoch", "sample_in_epoch", "global_batch_size")]
-            if any(type(number) is not int or not 0 <= number < MAX_POSITION for number in position):
-                raise ValueError(position)
-            epoch, sample_in_epoch, global_batch_size = position
-            return epoch, sample_in_epoch, global_batch_size, dict(saved["data"])
+            epoch, sample_in_epoch = (number(saved[key], MAX_POSITION) for key in ("epoch", "sample_in_epoch"))
+            global_batch_size = number(saved["global_batch_size"], MAX_POSITION, least=1)
+            data = saved["data"]
+            if not isinstance(data, dict):
+                raise TypeError(data)
+            return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(text) from error
     raise DataError(
@@ -135,12 +158,34 @@ def unpack(state: Mapping[str, object]) -> tuple[int, int, int, Data]:
     )
 
 
+def read_seen(saved: Any) -> Seen | None:
+    """What has been read, as it is saved."""
+    if saved is None:
+        return None
+    samples, tokens = (number(saved[key], MAX_SEEN) for key in ("samples", "tokens"))
+    targets = saved["targets"]
+    return Seen(samples, tokens, None if targets is None else number(targets, MAX_SEEN))
+
+
+def number(value: Any, limit: int, least: int = 0) -> int:
+    """A whole number below a limit, or ValueError."""
+    if type(value) is not int or not least <= value < limit:
+        raise ValueError(value)
+    return value
+
+
 def damaged(state: str) -> DataError:
     """What to say of a state that can't be right."""
     return DataError(
         f"The checkpoint's dataloader state is damaged: {state[:200]!r}. Load an earlier checkpoint with "
         f"--checkpoint.load_step, or {START_ANEW}."
     )
+
+
+def check_position(state: State, epoch_size: int) -> None:
+    """Raise DataError for a position beyond the end of an epoch of so many samples."""
+    if state.sample_in_epoch > epoch_size:
+        raise damaged(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")
 
 
 def explain_missing(error: str) -> str | None:

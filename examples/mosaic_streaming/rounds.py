@@ -14,7 +14,7 @@ from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
-from examples.mosaic_streaming.build import batch_format, build_loader, place
+from examples.mosaic_streaming.build import place
 from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
@@ -23,6 +23,7 @@ from examples.mosaic_streaming.loader_config import Config, check_caches_apart, 
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import set_round
 from examples.mosaic_streaming.peers import check_peers
+from examples.mosaic_streaming.streams import batch_format, build_loader
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 
 
@@ -98,12 +99,12 @@ def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
     return inputs, labels
 
 
-def resolve_validation(job_config: JobConfig, dp_world_size: int, file: LoaderFile, train_file: LoaderFile) -> Config:
+def resolve_validation(job_config: JobConfig, replication: int, file: LoaderFile, train_file: LoaderFile) -> Config:
     """The complete configuration of the validation loader.
 
     Args:
         job_config: the whole job.
-        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        replication: ranks that receive the same samples.
         file: the loader's configuration as it was read.
         train_file: that of the training loader, which has been checked.
 
@@ -117,7 +118,7 @@ def resolve_validation(job_config: JobConfig, dp_world_size: int, file: LoaderFi
         file.path,
         seq_len=validation.seq_len,
         local_batch_size=validation.local_batch_size,
-        replication=dist.get_world_size() // dp_world_size,
+        replication=replication,
         section="validation",
     )
     check_loader(config["dataset"], file.path)
@@ -174,7 +175,7 @@ def build_rounds(
         config,
         path,
         transformers_tokenizer,
-        dp_rank,
+        f"Rank {dist.get_rank()} (dp rank {dp_rank})",
         rows=validation.local_batch_size,
         seq_len=validation.seq_len,
     )

@@ -4,15 +4,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.models import _supported_models
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 
 from examples.mosaic_streaming import cpu
 from examples.mosaic_streaming.build import build_mosaic_dataloader
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import within_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.metrics import log_data
 from examples.mosaic_streaming.rounds import resolve_validation
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from examples.mosaic_streaming.validator import MosaicValidator
@@ -86,12 +90,21 @@ def mosaic_spec(
         before_build: called before the loader is built.
     """
 
+    built: list[MosaicDataLoader] = []
+    """TorchTitan builds the metrics after the loader, and doesn't show it to them (torchtitan 0.2.2, train.py)."""
+
     def build_dataloader(**arguments: Any) -> Any:
         before_build()
         loader = build_mosaic_dataloader(loader_config=train.config, loader_config_path=train.path, **arguments)
         if validation and arguments["job_config"].validation.enable:  # say what is wrong before a model is built
-            resolve_validation(arguments["job_config"], arguments["dp_world_size"], validation, train)
+            replication = dist.get_world_size() // arguments["dp_world_size"]
+            resolve_validation(arguments["job_config"], replication, validation, train)
+        built.append(loader)
         return loader
+
+    def build_metrics(*arguments: Any) -> MetricsProcessor:
+        build = spec.build_metrics_processor_fn or build_metrics_processor
+        return log_data(build(*arguments), built[-1])
 
     def build_validator(**arguments: Any) -> Any:
         assert validation is not None
@@ -103,5 +116,6 @@ def mosaic_spec(
         build_tokenizer_fn=build_tokenizer,
         build_dataloader_fn=build_dataloader,
         build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
         parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
     )

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
             raise ConfigError("Not started by torchrun. See --help.")
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         validates = validation_file is not None
-        check_job(job_config, validates)
+        check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
         from examples.mosaic_streaming import spec
 
         if job_config.experimental.custom_import:  # which may register a model; TorchTitan imports it, too

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
@@ -64,7 +65,8 @@ class MosaicValidator(BaseValidator):
         model = job_config.model
         attention = getattr(get_train_spec(model.name).model_args[model.flavor], "attn_type", "sdpa")
         self._masks = attention in ("flex", "varlen")
-        config = resolve_validation(job_config, dp_world_size, validation_file, train_file)
+        replication = dist.get_world_size() // dp_world_size
+        config = resolve_validation(job_config, replication, validation_file, train_file)
         seen = set(stream_folders(config["dataset"]).values()) & set(
             stream_folders(train_file.config["dataset"]).values()
         )

@@ -1,0 +1,70 @@
+"""What the processes of a node have fetched, counted in a file of its shared memory that all of them append to."""
+
+import contextlib
+import os
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+RECORD = struct.Struct("<q")
+"""Of the file: the bytes of a shard that has been fetched, or RETRY."""
+
+RETRY = -1
+
+
+class Fetched(NamedTuple):
+    """What has been fetched.
+
+    Attributes:
+        shards: files of shards.
+        bytes: of those, as the remote has them.
+        retries: further attempts.
+    """
+
+    shards: int = 0
+    bytes: int = 0
+    retries: int = 0
+
+    def __str__(self) -> str:
+        shards = f"{self.shards:,} shard{'s' * (self.shards != 1)}, {self.bytes / 1e9:.3f} GB"
+        return shards + (f", retries: {self.retries:,}" if self.retries else "")
+
+
+class Tally:
+    """Reads what a node has fetched, each time from where it has stopped.
+
+    Args:
+        path: of the file; none where nothing has been fetched.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._end = 0
+        self._fetched = Fetched()
+
+    def read(self) -> Fetched:
+        """What all processes have fetched since the start."""
+        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
+            file.seek(self._end)
+            records = np.frombuffer(file.read(), np.int64)
+            self._end += records.nbytes
+            shards = records[records != RETRY]
+            more = (shards.size, int(shards.sum()), records.size - shards.size)
+            self._fetched = Fetched(*np.add(self._fetched, more).tolist())
+        return self._fetched
+
+
+def fetched_file(number: int) -> str:
+    """The file of a node, by the number of a dataset's shared memory, which removes it as well."""
+    return f"/dev/shm/{number:06}_fetched"
+
+
+def count_fetched(path: str, record: int) -> None:
+    """Append a record: small appends of several processes don't mix. Where memory is full, it is not counted."""
+    with contextlib.suppress(OSError):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(file, RECORD.pack(record))
+        finally:
+            os.close(file)

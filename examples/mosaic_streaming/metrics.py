@@ -1,0 +1,88 @@
+"""TorchTitan's metrics, and where in the data a run is."""
+
+from typing import Any
+from unittest import mock
+
+from torchtitan.components.metrics import MetricsProcessor
+from torchtitan.tools.utils import Color, NoColor
+
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.seen import Progress
+
+GIB = 1 << 30
+
+
+class MosaicMetrics(MetricsProcessor):
+    """A metrics processor that also logs what the loader has read.
+
+    Attributes:
+        loader: of the run.
+    """
+
+    loader: MosaicDataLoader
+
+    def log(
+        self,
+        step: int,
+        global_avg_loss: float,
+        global_max_loss: float,
+        grad_norm: float,
+        extra_metrics: dict[str, Any] | None = None,
+    ) -> None:
+        """Log a step; the arguments are TorchTitan's.
+
+        Source: all ranks log the same steps, and there TorchTitan itself sums over ranks (torchtitan 0.2.2, train.py).
+        """
+        progress = self.loader.progress()
+        with mock.patch.object(self, "color", ending(self.color, line(progress))):
+            extra_metrics = (extra_metrics or {}) | data_metrics(progress)
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra_metrics)
+
+
+def log_data(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsProcessor:
+    """Make a metrics processor, whoever's, log what a loader has read, too."""
+    kind = type(processor)
+    processor.__class__ = type(f"Mosaic{kind.__name__}", (MosaicMetrics, kind), {})
+    processor.loader = loader
+    return processor
+
+
+def data_metrics(progress: Progress) -> dict[str, Any]:
+    """What TensorBoard and W&B get."""
+    seen, fetched = progress.seen, progress.fetched
+    return {
+        "data/epoch": progress.epoch,
+        "data/epoch_progress": progress.share,
+        "data/samples_seen": seen.samples,
+        "data/tokens_seen": seen.tokens,
+        "data/targets_seen": seen.targets,
+        "data/padding(%)": 100 * progress.padding,
+        "data/shards_fetched": fetched.shards,
+        "data/bytes_fetched": fetched.bytes,
+        "data/retries": fetched.retries,
+        "data/cache_in_use(GiB)": progress.cache / GIB,
+    }
+
+
+def line(progress: Progress) -> str:
+    """What stands in the log; padding and fetches where there are any."""
+    seen = progress.seen
+    parts = [
+        f"epoch: {progress.epoch} ({progress.share:.1%})",
+        f"samples: {seen.samples:,}",
+        f"tokens: {seen.tokens:,}",
+    ]
+    parts += [f"padding: {progress.padding:.1%}"] * bool(progress.padding)
+    parts += [f"fetched: {progress.fetched}"] * any(progress.fetched)
+    return "  ".join(parts)
+
+
+def ending(color: Color | NoColor, text: str) -> Color | NoColor:
+    """Colors with which TorchTitan's line ends in a text.
+
+    Source: it ends with `color.reset`, which is no field of the dataclass but an attribute of the class, as it has no
+    annotation: `dataclasses.replace` doesn't know it (torchtitan 0.2.2, components/metrics.py, tools/utils.py).
+    """
+    kind = type(color)
+    changed: Color | NoColor = type(kind.__name__, (kind,), {"reset": f"  {color.yellow}{text}{color.reset}"})()
+    return changed
