@@ -54,9 +54,7 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     Raises:
         ConfigError: a flag is missing or unknown, or stands on the wrong side of `--`.
     """
-    split = argv.index("--") if "--" in argv else len(argv)
-    ours, titan = argv[:split], argv[split + 1 :]
-    asks_titan = "--help" in titan or "-h" in titan
+    ours, titan = split_flags(argv)
     parser = Parser(
         prog="torchrun -m examples.mosaic_streaming.train",
         usage="%(prog)s --config JOB.toml --mosaic-config LOADER.toml [--mosaic-validation-config LOADER.toml] "
@@ -65,20 +63,45 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=not asks_titan, metavar="JOB.toml", help="TorchTitan's job config")
+    add_files(parser, required=not {"--help", "-h"} & set(titan))
+    return parse_known(parser, ours), titan
+
+
+def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """A command line's flags before and behind the first `--`.
+
+    Raises:
+        ConfigError: TorchTitan's name the job config.
+    """
+    split = argv.index("--") if "--" in argv else len(argv)
+    ours, titan = argv[:split], argv[split + 1 :]
+    if any(flag.replace("-", "_").startswith("__job.config_file") for flag in titan):
+        raise ConfigError("--job.config_file: give the job config with --config, before the `--`.")
+    return ours, titan
+
+
+def add_files(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Let a parser know the flags that name the files."""
+    parser.add_argument("--config", required=required, metavar="JOB.toml", help="TorchTitan's job config")
     parser.add_argument(
         "--mosaic-config",
-        required=not asks_titan,
+        required=required,
         metavar="LOADER.toml",
         help="the Mosaic loader, for llmfoundry.data.dataloader.build_dataloader",
     )
     parser.add_argument("--mosaic-validation-config", metavar="LOADER.toml", help="the same for validation")
+
+
+def parse_known(parser: argparse.ArgumentParser, ours: list[str]) -> argparse.Namespace:
+    """Parse the flags before the `--`.
+
+    Raises:
+        ConfigError: one of them is unknown.
+    """
     flags, rest = parser.parse_known_args(ours)
     if rest:
         raise ConfigError(f"{' '.join(rest)}: not a flag of ours. TorchTitan's flags go behind a `--`. See --help.")
-    if any(flag.replace("-", "_").startswith("__job.config_file") for flag in titan):
-        raise ConfigError("--job.config_file: give the job config with --config, before the `--`.")
-    return flags, titan
+    return flags
 
 
 def read_toml(path: str) -> dict[str, Any]:

@@ -1,0 +1,376 @@
+"""A job's data without the job: its streams in their order, in any layout, from one process on any machine.
+
+Caches of jobs are neither used nor changed: what has to be fetched or unpacked goes into a folder of its own, which is
+removed.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import fcntl
+import importlib
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from streaming.base.world import World
+from torchtitan.config import JobConfig
+from torchtitan.distributed import ParallelDims
+from transformers import PreTrainedTokenizerBase
+
+from examples.mosaic_streaming import spec
+from examples.mosaic_streaming.batch import is_padding
+from examples.mosaic_streaming.build import accumulation_steps, check_memory, check_model
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.job import new_number
+from examples.mosaic_streaming.job_config import check_job
+from examples.mosaic_streaming.loader_config import Config, streams_of
+from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
+from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.rounds import resolve_validation
+from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
+from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer
+
+OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""What torchrun tells its processes; here, each of them would be wrong."""
+
+PREFIX, LOCK = "mosaic_streaming-preview-", "in_use"
+"""Of temporary folders: how their names begin, and the file in them that their process locks."""
+
+GPUS = 8
+"""Of a machine, unless the user says another number."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The ranks of a job.
+
+    Attributes:
+        world_size: processes.
+        ranks_per_node: processes on each machine.
+        degrees: of parallelism: pp, dp_replicate, dp_shard, cp, tp.
+    """
+
+    world_size: int
+    ranks_per_node: int
+    degrees: Mapping[str, int]
+
+    @property
+    def dp_world_size(self) -> int:
+        """Size of TorchTitan's batch mesh."""
+        return self.degrees["dp_replicate"] * self.degrees["dp_shard"]
+
+    @property
+    def nodes(self) -> int:
+        """Machines."""
+        return self.world_size // self.ranks_per_node
+
+    def readers(self) -> list[list[int]]:
+        """The ranks that read what each dp rank reads."""
+        peers = self.degrees["cp"] * self.degrees["tp"]
+        found: list[list[int]] = [[] for _ in range(self.dp_world_size)]
+        for rank in range(self.world_size):
+            found[dp_rank_of(rank, self.dp_world_size, peers)].append(rank)
+        return found
+
+    def world(self) -> World:
+        """The world in which samples are shared out, as its first dp rank sees it."""
+        dp, pp = self.dp_world_size, self.degrees["pp"]
+        return sample_world(0, dp, dp_ranks_per_node(self.world_size, dp, pp, self.ranks_per_node))
+
+
+class Position(NamedTuple):
+    """Where in the data a run is: optimizer steps done, epoch, and samples of it that have been read."""
+
+    step: int
+    epoch: int
+    sample_in_epoch: int
+
+
+class Place(NamedTuple):
+    """Where a sample lies: its stream, its number there, its shard's file and its number in that."""
+
+    stream: str
+    sample_of_stream: int
+    shard: str
+    sample_of_shard: int
+
+
+BEGINNING = Position(0, 0, 0)
+
+
+class NoRowError(DataError):
+    """The loader's collator makes no row of a sample; training would stop there."""
+
+
+@dataclass
+class Offline:
+    """Streams of a job that isn't running.
+
+    Attributes:
+        job_config: the whole job.
+        layout: its ranks.
+        given: the loader's file, as it was read.
+        config: the resolved loader configuration that a job would have; `streams` has other caches.
+        streams: ready to be read.
+        tokenizer: the model's.
+    """
+
+    job_config: JobConfig
+    layout: Layout
+    given: LoaderFile
+    config: Config
+    streams: Streams
+    tokenizer: PreTrainedTokenizerBase
+    _epoch: int = -1
+    _in_order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch that is read from its beginning."""
+        return self.streams.order.left(0) // self.streams.order.global_batch_size
+
+    @property
+    def offsets(self) -> NDArray[np.int64]:
+        """The first sample of each stream, int64 [streams]."""
+        return self.streams.dataset.sample_offset_per_stream
+
+    def position(self, step: int, start: Position = BEGINNING) -> Position:
+        """Where the next batch of a run is that has started somewhere and has done a number of steps in all."""
+        order, steps = self.streams.order, step - start.step
+        first = order.left(start.sample_in_epoch) // order.global_batch_size
+        if steps < first:
+            return Position(step, start.epoch, start.sample_in_epoch + steps * order.global_batch_size)
+        epochs, rest = divmod(steps - first, self.steps_per_epoch)
+        return Position(step, start.epoch + 1 + epochs, rest * order.global_batch_size)
+
+    def in_order(self, epoch: int) -> NDArray[np.int64]:
+        """Ids of the samples of an epoch, int64 [samples], also of those that fill no global batch; keeps the last.
+
+        Raises:
+            ConfigError: this machine's memory is too small for it.
+        """
+        if self._epoch != epoch:
+            check_memory(self.streams.dataset, self.streams.path)
+            order = dataclasses.replace(self.streams.order, global_batch_size=1, local_batch_size=1)
+            self._epoch = epoch
+            self._in_order = order(self.streams.dataset, World(1, 1, 1, 0), epoch, 0).reshape(-1)
+        return self._in_order
+
+    def global_batch(self, step: int, start: Position = BEGINNING) -> NDArray[np.int64]:
+        """What each dp rank reads in a step.
+
+        Args:
+            step: counted from 1.
+            start: where a run in this layout has started.
+
+        Returns:
+            int64 [dp ranks, batches, samples of a batch].
+
+        Raises:
+            ConfigError: the run starts later.
+        """
+        if step <= start.step:
+            raise ConfigError(
+                f"Step {step} was read before the checkpoint, after which step {start.step + 1} follows. Look it up "
+                "without --checkpoint, or with an earlier one."
+            )
+        order = self.streams.order
+        _, epoch, sample = self.position(step - 1, start)
+        samples = self.in_order(epoch)[sample : sample + order.global_batch_size]
+        dealt = deal(samples, self.layout.world(), order.local_batch_size, order.together)
+        return dealt.reshape(self.layout.dp_world_size, -1, order.local_batch_size)
+
+    def stream_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The numbers of the streams that samples are of, of the same shape."""
+        return np.searchsorted(self.offsets, samples, side="right") - 1
+
+    def place(self, sample: int) -> Place:
+        """Where a sample lies.
+
+        Raises:
+            ConfigError: there is no such sample.
+        """
+        dataset = self.streams.dataset
+        if not 0 <= sample < dataset.num_samples:
+            raise ConfigError(f"Sample {sample}: the streams have samples 0 to {dataset.num_samples - 1:,}.")
+        stream = int(self.stream_of(np.array(sample)))
+        shard, index = (int(number) for number in dataset.spanner[sample])
+        files = [raw.basename for raw, _ in dataset.shards[shard].file_pairs]
+        file = next(name for name in files if not name.endswith(".meta"))  # which JSON and CSV have beside their data
+        return Place(self.streams.names[stream], sample - int(self.offsets[stream]), file, index)
+
+    def collate(self, samples: Sequence[int]) -> Mapping[str, Any]:
+        """The batch that llm-foundry's collator makes of samples.
+
+        Raises:
+            DataError: one can't be read.
+            NoRowError: one makes no row.
+        """
+        collate: Any = self.streams.loader.collate_fn
+        read = [self.streams.dataset[sample] for sample in samples]
+        try:
+            batch: Mapping[str, Any] = collate(read)
+        except Exception as error:
+            for sample in samples if len(samples) > 1 else []:
+                self.collate([sample])  # which one is it?
+            raise NoRowError(f"Sample {samples[0]} makes no row, and training would stop there: {error}") from error
+        return batch
+
+    def tokens(self, sample: int) -> list[int]:
+        """The ids of a sample that a row has room for, without padding.
+
+        Raises:
+            DataError: it can't be read.
+            NoRowError: it makes no row.
+        """
+        batch = self.collate([sample])
+        ids = batch["input_ids"][0]
+        padding = is_padding(batch["input_ids"], batch.get("attention_mask"), self.streams.form)
+        return [int(token) for token in (ids if padding is None else ids[~padding[0]])]
+
+    def text(self, sample: int) -> str:
+        """What `tokens` returns, decoded."""
+        return self.decode(self.tokens(sample))
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of tokens, as it is."""
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+
+@contextlib.contextmanager
+def open_offline(
+    job_config: JobConfig, train: LoaderFile, validation: LoaderFile | None, world_size: int, ranks_per_node: int | None
+) -> Iterator[Offline]:
+    """Within it, the streams of a job can be read.
+
+    Args:
+        job_config: the whole job.
+        train: the loader's configuration.
+        validation: that of the validation loader.
+        world_size: processes of the job.
+        ranks_per_node: processes on each machine; without, up to 8.
+
+    Raises:
+        ConfigError: the job would not start with this configuration, or not on so many ranks.
+        DataError: an index can't be had, or can't be believed.
+    """
+    for name in OF_A_JOB:
+        os.environ.pop(name, None)
+    check_job(job_config, validation is not None, world_size)
+    if job_config.experimental.custom_import:
+        importlib.import_module(job_config.experimental.custom_import)
+    spec.register(job_config.model.name, train)
+    layout = layout_of(job_config, world_size, ranks_per_node)
+    global_batches = accumulation_steps(job_config, layout.dp_world_size) * layout.dp_world_size
+    titan_tokenizer = build_tokenizer(job_config)
+    check_model(job_config, titan_tokenizer)
+    tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, titan_tokenizer)
+    replication = world_size // layout.dp_world_size
+    config = resolve_training(job_config, train.config, train.path, replication)
+    if validation and job_config.validation.enable:
+        resolve_validation(job_config, replication, validation, train)
+    remove_stale()
+    with own_folder() as folder:
+        own = read_through(folder, config, train.path)
+        fill_in_ratio(job_config, own, train.path, tokenizer, lambda choose: choose())
+        config["dataset"] |= {key: own["dataset"][key] for key in ("packing_ratio",) if key in own["dataset"]}
+        streams = open_streams(
+            job_config,
+            own,
+            train.path,
+            titan_tokenizer,
+            tokenizer,
+            new_number(),
+            reader="The preview",
+            global_batches=global_batches,
+        )
+        streams.dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration would
+        yield Offline(job_config, layout, train, config, streams, tokenizer)
+
+
+def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None) -> Layout:
+    """The layout that TorchTitan makes of a job's degrees.
+
+    Raises:
+        ConfigError: they don't fit so many ranks.
+    """
+    if ranks_per_node is None:
+        ranks_per_node = world_size if world_size <= GPUS else math.gcd(world_size, GPUS)
+    if world_size < 1 or ranks_per_node < 1 or world_size % ranks_per_node:
+        raise ConfigError(
+            f"--world-size {world_size} with --ranks-per-node {ranks_per_node}: expected a multiple of the second."
+        )
+    parallelism = job_config.parallelism
+    degrees = {
+        "pp": parallelism.pipeline_parallel_degree,
+        "dp_replicate": parallelism.data_parallel_replicate_degree,
+        "dp_shard": parallelism.data_parallel_shard_degree,
+        "cp": parallelism.context_parallel_degree,
+        "tp": parallelism.tensor_parallel_degree,
+    }
+    experts = {"ep": parallelism.expert_parallel_degree, "etp": parallelism.expert_tensor_parallel_degree}
+    try:
+        dims = ParallelDims(**degrees, **experts, world_size=world_size)
+    except AssertionError as error:
+        raise ConfigError(
+            f"TorchTitan refuses [parallelism] of the job config on --world-size {world_size}: {error}"
+        ) from error
+    return Layout(world_size, ranks_per_node, {name: getattr(dims, name) for name in degrees})
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[str]:
+    """A temporary folder of this process; those that killed ones have left are removed.
+
+    Raises:
+        ConfigError: there can be none.
+    """
+    try:
+        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
+            with contextlib.suppress(OSError), open(left, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left.parent, ignore_errors=True)
+        folder = tempfile.mkdtemp(prefix=PREFIX)
+    except OSError as error:
+        raise ConfigError(
+            f"No temporary folder can be made ({error}): set TMPDIR to a place with some room."
+        ) from error
+    with open(f"{folder}/{LOCK}.part", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        os.rename(lock.name, f"{folder}/{LOCK}")  # nobody sees it unlocked
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def read_through(folder: str, config: Config, path: str) -> Config:
+    """A configuration that reads the same streams in this process, with their indexes fetched.
+
+    Streams in folders of this machine are read where they lie, if nothing has to be unpacked beside them, nor evicted
+    there; the others through caches in a folder.
+
+    Raises:
+        DataError: an index can't be had, or can't be believed.
+    """
+    config = copy.deepcopy(config) | {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
+    dataset = config["dataset"]
+    dataset["replication"] = 1
+    for number, (name, settings) in enumerate(streams_of(dataset).items()):
+        source = settings.get("remote") or settings["local"]
+        source = source if "://" in source else os.path.abspath(source)
+        settings |= {"remote": source, "local": os.path.join(folder, str(number))}
+        stream = make_stream(settings, dataset, stream_label(name, path))
+        parts = get_index(stream, bool(dataset.get("allow_unsafe_types")))
+        if "://" not in source and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
+            settings["local"] = source
+    return config

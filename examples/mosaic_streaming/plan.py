@@ -1,0 +1,263 @@
+"""What a job will read and need, from its settings and the streams' indexes alone."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from examples.mosaic_streaming.build import ORDER_BYTES
+from examples.mosaic_streaming.flags import read_toml
+from examples.mosaic_streaming.ledger import Watched
+from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, has_cache, hashes_of, stream_folders, streams_of
+from examples.mosaic_streaming.mixture import mixture
+from examples.mosaic_streaming.offline import Offline
+from examples.mosaic_streaming.resume import shards_of
+from examples.mosaic_streaming.saved import Saved
+
+EXACT = 20_000_000
+"""Samples of an epoch up to which the first repeat is looked for; beyond, only what it can't come before is said."""
+
+DERIVED = {
+    "dataset.max_seq_len": "derived from training.seq_len",
+    "dataset.replication": "derived from [parallelism]",
+    "dataset.decoder_only_format": "derived: the models are decoders",
+}
+
+JOB_KEYS = (
+    *("model.name", "model.flavor", "model.hf_assets_path", "training.local_batch_size", "training.global_batch_size"),
+    *("training.seq_len", "training.steps", "parallelism.pipeline_parallel_degree"),
+    *("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
+    *("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
+    *("checkpoint.enable", "checkpoint.last_save_model_only", "validation.enable"),
+)
+"""Of the job config, what decides what is read and how."""
+
+
+def plan(offline: Offline, job_path: str, titan_flags: list[str], watched: Watched) -> dict[str, Any]:
+    """All sections of the plan.
+
+    Args:
+        offline: the streams.
+        job_path: the job config's file.
+        titan_flags: those of the command line that are TorchTitan's.
+        watched: shows how far it is, where it takes long.
+    """
+    streams = offline.streams
+    parts = mixture(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
+    return {
+        "streams": [part._asdict() | sizes_of(offline, number) for number, part in enumerate(parts)],
+        "epoch": epoch_section(offline),
+        "run": run_section(offline, watched),
+        "layout": layout_section(offline),
+        "needs": needs_section(offline),
+        "settings": settings_section(offline, job_path, titan_flags),
+        "checks": checks(offline),
+    }
+
+
+def sizes_of(offline: Offline, number: int) -> dict[str, Any]:
+    """A stream's source, shards, and their bytes as they are read."""
+    name = offline.streams.names[number]
+    shards = shards_of(offline.streams.dataset, number)
+    return {
+        "source": stream_folders(offline.config["dataset"])[name],
+        "shards": len(shards),
+        "bytes": sum(raw.bytes for shard in shards for raw, _ in shard.file_pairs),
+    }
+
+
+def epoch_section(offline: Offline) -> dict[str, Any]:
+    """What an epoch is."""
+    order = offline.streams.order
+    samples = order.left(0)
+    return {
+        "samples": samples,
+        "left_out": offline.streams.dataset.epoch_size - samples,
+        "steps": offline.steps_per_epoch,
+        "tokens": times(samples, offline.streams.tokens_of_a_sample),
+    }
+
+
+def times(samples: int, tokens: int | None) -> int | None:
+    """Tokens of samples, where those are all of one length."""
+    return None if tokens is None else samples * tokens
+
+
+def run_section(offline: Offline, watched: Watched) -> dict[str, Any]:
+    """What all steps read, and when a sample is read for the second time."""
+    steps, batch = offline.job_config.training.steps, offline.streams.order.global_batch_size
+    tokens = offline.streams.tokens_of_a_sample
+    repeat, exact = first_repeat(offline, watched)
+    return {
+        "steps": steps,
+        "global_batch_size": batch,
+        "samples": steps * batch,
+        "tokens": times(steps * batch, tokens),
+        "epochs": steps / offline.steps_per_epoch,
+        "first_repeat_step": repeat,
+        "first_repeat_tokens": times((repeat - 1) * batch, tokens),
+        "first_repeat_is_exact": exact,
+        "fits": True if steps < repeat else False if exact else None,
+    }
+
+
+def first_repeat(offline: Offline, watched: Watched) -> tuple[int, bool]:
+    """The first step that has a sample again, and whether it is just that; else no earlier step has one."""
+    dataset, batch = offline.streams.dataset, offline.streams.order.global_batch_size
+    samples, choose = dataset.samples_per_stream, [int(stream.choose) for stream in dataset.streams]
+    within = any(chosen > size for chosen, size in zip(choose, samples, strict=True))
+    if dataset.epoch_size > EXACT:
+        return 1 if within else offline.steps_per_epoch + 1, False
+    seen = np.zeros(dataset.num_samples, bool)
+    for epoch in watched(itertools.count(), "looking for the first repeat"):
+        read = offline.in_order(epoch)[: offline.streams.order.left(0)]
+        again = np.flatnonzero(seen[read] | is_again(read, dataset.num_samples))
+        if again.size:
+            return offline.steps_per_epoch * epoch + int(again[0]) // batch + 1, True
+        seen[read] = True
+    raise AssertionError
+
+
+def is_again(samples: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
+    """Which samples stand further to the left, too.
+
+    Args:
+        samples: ids below `size`.
+        size: samples that there are.
+    """
+    first = np.zeros(size, np.int64)
+    first[samples[::-1]] = np.arange(samples.size)[::-1]
+    return first[samples] != np.arange(samples.size)
+
+
+def layout_section(offline: Offline) -> dict[str, Any]:
+    """Who reads what."""
+    layout, order = offline.layout, offline.streams.order
+    return {
+        "world_size": layout.world_size,
+        "nodes": layout.nodes,
+        "ranks_per_node": layout.ranks_per_node,
+        "degrees": dict(layout.degrees),
+        "dp_world_size": layout.dp_world_size,
+        "local_batch_size": offline.job_config.training.local_batch_size,
+        "batches_per_step": order.global_batch_size // order.local_batch_size // layout.dp_world_size,
+        "global_batch_size": order.global_batch_size,
+        "dp_ranks": [ranges(ranks) for ranks in layout.readers()],
+    }
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as "0-3, 8-11"."""
+    parts = []
+    for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
+        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
+    return ", ".join(parts)
+
+
+def needs_section(offline: Offline) -> dict[str, Any]:
+    """What each node needs, in bytes: shared memory, that of the order while an epoch begins; memory; and disk."""
+    streams, config = offline.streams, offline.config
+    ahead = config["num_workers"] * (config.get("prefetch_factor") or 2)  # 2 is llm-foundry's default
+    tensors = 3 if streams.form.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
+    batch = streams.form.rows * streams.form.max_seq_len * 8 * tensors
+    return {
+        "shared_memory_order": 8 * streams.order.left(0),
+        "shared_memory_shards": 9 * streams.dataset.num_shards,
+        "shared_memory_batches": offline.layout.ranks_per_node * ahead * batch,
+        "memory_to_order_an_epoch": ORDER_BYTES * streams.dataset.epoch_size,
+        "cache": cache_bytes(offline),
+        "cache_limit": config["dataset"].get("cache_limit"),
+        "hashed_at_a_start": bytes_of(offline, cached=False) if any(hashes_of(config["dataset"])) else 0,
+    }
+
+
+def bytes_of(offline: Offline, cached: bool) -> int:
+    """Bytes that the shards of the streams take that have a cache, or of those that have none."""
+    dataset, total = offline.config["dataset"], 0
+    for number, stream in enumerate(streams_of(dataset).values()):
+        keeps_packed = (STREAM_DEFAULTS | dataset | stream)["keep_zip"] or not cached
+        if has_cache(stream) == cached:
+            shards = shards_of(offline.streams.dataset, number)
+            total += sum(shard.get_persistent_size(keeps_packed) for shard in shards)
+    return total
+
+
+def cache_bytes(offline: Offline) -> int:
+    """What a node's caches hold in the end, if nothing limits them: all shards, or those of its own ranges."""
+    nodes, order = offline.layout.world().num_nodes, offline.streams.order
+    ranges = offline.config["dataset"]["num_canonical_nodes"]
+    keeps_to_own = order.batching_method in ("random", "per_stream") and ranges % nodes == 0
+    return bytes_of(offline, cached=True) // (nodes if keeps_to_own else 1)
+
+
+def settings_section(offline: Offline, job_path: str, titan_flags: list[str]) -> list[dict[str, Any]]:
+    """Each setting that decides what is read and how, its value, and who has set it."""
+    rows = []
+    given, resolved = flat(offline.given.config), flat(offline.config)
+    for key, value in resolved.items():
+        filled = DERIVED.get(key, "this project's default")
+        rows.append((key, value, offline.given.path if key in given else filled))
+    for key, value in offline.streams.data.items():
+        if key.startswith("dataset.") and key not in resolved:
+            rows.append((key, value, "streaming's default"))
+    in_file, job = flat(read_toml(job_path)), flat(dataclasses.asdict(offline.job_config))
+    for key in JOB_KEYS:
+        owner = job_path if key in in_file else "TorchTitan's default"
+        rows.append((key, job[key], "command line" if is_given(key, titan_flags) else owner))
+    return [{"setting": key, "value": value, "owner": owner} for key, value, owner in rows]
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def is_given(key: str, titan_flags: list[str]) -> bool:
+    """Whether a flag of TorchTitan's sets a key."""
+    section, _, name = key.rpartition(".")
+    names = [flag.partition("=")[0].replace("-", "_") for flag in titan_flags]
+    return f"__{key}" in names or f"__{section}.no_{name}" in names
+
+
+def checks(offline: Offline) -> list[str]:
+    """What a job looks at before it believes its data."""
+    form, layout = offline.streams.form, offline.layout
+    hashes = "".join(f", {name}" for name in sorted(filter(None, set(hashes_of(offline.config["dataset"])))))
+    found = [
+        "tokenizer: TorchTitan and transformers read the same ids from the same assets (done just now)",
+        "index of each stream: its form, files inside of its folder, no pickled columns (done just now)",
+        f"shards, when fetched and at each start: bytes, samples{hashes}",
+        f"each batch: shape [{form.rows}, {form.max_seq_len}], ids 0 to {form.vocab_size - 1:,}",
+        "each epoch: as many samples as the index says",
+    ]
+    if layout.world_size > 1:
+        found.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
+    if offline.job_config.checkpoint.enable:
+        found.append("checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with")
+    return found
+
+
+def resume_section(offline: Offline, saved: Saved) -> dict[str, Any]:
+    """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
+    position, differences = saved.position(offline), saved.differences(offline)
+    order, checkpoint = offline.streams.order, offline.job_config.checkpoint
+    saved_batch = saved.state.global_batch_size
+    return {
+        "checkpoint": saved.folder,
+        **position._asdict(),
+        "steps_left_in_epoch": order.left(position.sample_in_epoch) // order.global_batch_size,
+        "steps_left": max(0, offline.job_config.training.steps - saved.step),
+        "is_loaded": checkpoint.enable,
+        "streams_are_loaded": checkpoint.enable and "dataloader" not in checkpoint.exclude_from_loading,
+        "differences": [dict(zip(("setting", "checkpoint", "now"), row, strict=True)) for row in differences],
+        "order_survives": not differences,
+        "global_batch_size": {"checkpoint": saved_batch, "now": order.global_batch_size},
+        "same_batches": not differences and saved_batch == order.global_batch_size,
+    }
