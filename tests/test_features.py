@@ -86,6 +86,7 @@ def test_last_checkpoint_in_hf_form_is_loaded_by_transformers_and_by_the_next_ru
     assert loss < 7.7, "it has learned"
 
 
+@pytest.mark.long
 def test_compiled_model_trains_as_the_eager_one(files: Path) -> None:
     if not shutil.which("g++"):
         pytest.skip("inductor needs a C++ compiler")
@@ -103,7 +104,7 @@ def test_profiler_writes_its_traces(files: Path) -> None:
     assert "traceEvents" in trace.read_text()
 
 
-def test_weights_and_biases_offline_has_the_losses(files: Path) -> None:
+def test_weights_and_biases_offline_has_the_losses_and_the_data(files: Path) -> None:
     pytest.importorskip("wandb")
 
     def run() -> None:
@@ -113,7 +114,8 @@ def test_weights_and_biases_offline_has_the_losses(files: Path) -> None:
     [rank] = run_ranks(run)
     assert rank.code == 0, rank.output
     [record] = (files / "outputs").rglob("*.wandb")
-    assert b"loss_metrics/global_avg_loss" in record.read_bytes()
+    for key in (b"loss_metrics/global_avg_loss", b"data/epoch_progress", b"data/targets_seen", b"data/shards_fetched"):
+        assert key in record.read_bytes()
 
 
 def test_float8_flags_reach_torchtitan(files: Path) -> None:

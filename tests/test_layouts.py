@@ -24,6 +24,8 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "HSDP 2 x 2": (4, ["--training.local_batch_size=1", "--parallelism.data_parallel_replicate_degree=2"]),
 }
 
+LONG = {"HSDP 2 x 2", "FSDP 2 x TP 2", "FSDP 2, accumulation"}
+
 
 @pytest.fixture(scope="module")
 def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -47,7 +49,10 @@ def one(seeded: Path) -> tuple[dict[int, float], list[list[int]]]:
     return run(seeded, "one", ["--training.local_batch_size=4"], 1)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [pytest.param(layout, marks=pytest.mark.long) if layout in LONG else layout for layout in LAYOUTS],
+)
 def test_layout_trains_as_one_rank_does(
     seeded: Path, one: tuple[dict[int, float], list[list[int]]], layout: str
 ) -> None:

@@ -35,6 +35,7 @@ LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     "PP 2 x FSDP 2": (4, 2, ["--training.local_batch_size=2", "--parallelism.pipeline_parallel_degree=2"]),
 }
 """Ranks, sequences of a validation batch per dp rank, and flags."""
+QUICK = {"one rank", "FSDP 2, small batches", "PP 2 x FSDP 2"}
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,10 @@ def whole(seeded: Path) -> float:
     return reference(seeded, range(FIRST, FIRST + SAMPLES))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout",
+    [layout if layout in QUICK else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS],
+)
 def test_a_whole_pass_has_the_mean_loss_of_all_samples(seeded: Path, whole: float, layout: str) -> None:
     world_size, local, flags = LAYOUTS[layout]
     flags = [*FROZEN, *flags, f"--validation.local_batch_size={local}", "--validation.steps=-1"]
@@ -234,6 +238,7 @@ def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None
     assert f"DataError: Batch of shape [8, {SEQ_LEN}], expected [8, {SEQ_LEN + 1}]" in rank.output
 
 
+@pytest.mark.long
 def test_tokens_of_validation_move_no_expert(seeded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSeek V3, with the one function that torch 2.13 lacks on a CPU."""
 
