@@ -6,9 +6,9 @@ UV_VERSION := 0.13.9
 UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 BIN := .venv/bin
 EXAMPLE := examples/mosaic_streaming
-SOURCES := examples tests
+SOURCES := examples tests docs
 
-.PHONY: demo test test-all soak format lint typecheck check lock clean
+.PHONY: demo test test-all soak pictures format lint typecheck check lock clean
 
 demo: .venv/.synced
 	rm -rf outputs/demo
@@ -37,6 +37,11 @@ test-all: .venv/.synced
 # At least 200 faults and 20 kills, in at most 20 minutes.
 soak: .venv/.synced
 	$(BIN)/python -W ignore -m tests.soak
+
+# Those of the README, from a run of the code as it is.
+pictures: .venv/.synced
+	$(BIN)/python -W ignore -m examples.mosaic_streaming.make_demo_data
+	$(BIN)/python docs/make_pictures.py
 
 format: .venv/.synced
 	$(BIN)/ruff format $(SOURCES)

@@ -123,7 +123,7 @@ def test_plan_of_a_checkpoint_of_other_data_says_what_a_start_would(stopped: Pat
     try:
         checkpoint = f"--checkpoint={stopped}/outputs/checkpoint/step-12"
         said = printed(stopped, "plan", checkpoint, titan=CHECKPOINTS, code=1)
-        assert "A start would be refused:" in said
+        assert "A start would be refused, with the reason at the end." in said
         reason = said[said.index("ConfigError: ") :]
         assert re.search(r"dataset.shuffle_seed +9176 +5\n", reason)
         [started] = run_ranks(
@@ -141,7 +141,7 @@ def test_plan_of_a_checkpoint_minds_how_the_job_loads_it(stopped: Path) -> None:
     checkpoint = f"--checkpoint={stopped}/outputs/checkpoint/step-12"
     other = "--training.seq_len=8"
     said = printed(stopped, "plan", checkpoint, titan=(*CHECKPOINTS, other), code=1)
-    assert "A start would be refused:" in said
+    assert "A start would be refused, with the reason at the end." in said
     said = printed(stopped, "plan", checkpoint, titan=(other,))
     assert "The order does not survive:" in said and re.search(r"\n +training.seq_len +16 +8 *\n", said)
     assert "checkpoint.enable = false: a start would not load it." in said
@@ -165,7 +165,7 @@ def test_ledger_of_a_checkpoint_counts_earlier_epochs_as_they_were_read(files: P
     said = printed(files, "ledger", checkpoint, titan=wider)
     assert "The run has read 206 samples, these are 198: its global batch has changed in an earlier epoch" in said
     said = printed(files, "step", "44", checkpoint)
-    assert "On 1 ranks (--world-size), of which 1 read different samples: global batches of 4 samples." in said
+    assert "For 1 rank (--world-size), 1 dp rank: global batches of 4 samples." in said
     assert "The checkpoint was written with global batches of 6 samples." in said
 
 
@@ -240,6 +240,16 @@ def test_text_of_a_sample_is_looked_up_and_found_again(files: Path) -> None:
     assert seven in found
     assert found == [line for line in lines if part in line["text"]]
     assert preview(files, "step", "1:16", "--find", "no such text anywhere")["samples"] == []
+
+
+def test_table_of_a_step_has_a_line_of_all_columns_for_each_sample(files: Path) -> None:
+    samples = preview(files, "step", "2")["samples"]
+    lines = [line.split() for line in printed(files, "step", "2").splitlines()]
+    for sample in samples:
+        place = [sample["shard"], f"[{sample['sample_of_shard']}]"]
+        begin = ["2", "0", str(sample["batch"]), str(sample["sample"]), "dataset", *place]
+        [line] = [line for line in lines if line[:7] == begin]
+        assert "".join(line[7:])[:4] == "".join(sample["text"].split())[:4]
 
 
 def test_dp_rank_alone_can_be_asked_for(files: Path) -> None:

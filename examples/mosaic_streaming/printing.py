@@ -50,6 +50,11 @@ def number(count: float | None) -> str:
     return "-" if count is None else f"{count:,.0f}"
 
 
+def many(count: int, one: str, more: str | None = None) -> str:
+    """A number with its noun."""
+    return f"{count:,} {one if count == 1 else more or one + 's'}"
+
+
 def printable(text: str) -> str:
     """A text whose control characters a terminal won't obey; lines and tabs stay."""
     return text.translate(ESCAPED)
@@ -148,12 +153,15 @@ def print_layout(out: Console, plan: dict[str, Any]) -> None:
     layout = plan["layout"]
     degrees = ", ".join(f"{name} {degree}" for name, degree in layout["degrees"].items())
     shown = table("Layout", "", "")
-    shown.add_row("ranks", f"{layout['world_size']} on {layout['nodes']} machines of {layout['ranks_per_node']}")
+    shown.add_row(
+        "ranks", f"{layout['world_size']} on {many(layout['nodes'], 'machine')} of {layout['ranks_per_node']}"
+    )
     shown.add_row("degrees", degrees)
     shown.add_row(
         "global batch",
-        f"{layout['global_batch_size']} samples = {layout['dp_world_size']} dp ranks x {layout['batches_per_step']} "
-        f"batches x {layout['global_batch_size'] // layout['dp_world_size'] // layout['batches_per_step']} samples",
+        f"{many(layout['global_batch_size'], 'sample')} = {many(layout['dp_world_size'], 'dp rank')} x "
+        f"{many(layout['batches_per_step'], 'batch', 'batches')} x "
+        f"{many(layout['global_batch_size'] // layout['dp_world_size'] // layout['batches_per_step'], 'sample')}",
     )
     for dp_rank, ranks in enumerate(layout["dp_ranks"][:SHOWN_RANKS]):
         shown.add_row(f"dp rank {dp_rank}", f"read by rank {ranks}")
@@ -213,14 +221,14 @@ def print_resume(out: Console, resume: dict[str, Any]) -> None:
         text = "  checkpoint.exclude_from_loading: the streams would start from their beginning."
         out.print(Text(text, style="yellow"))
     elif not resume["order_survives"]:
-        out.print(Text("  A start would be refused:", style="red"))
+        out.print(Text("  A start would be refused, with the reason at the end.", style="red"))
 
 
 def print_layout_of(out: Console, report: dict[str, Any]) -> None:
     """What a report is true for."""
     out.print(
-        f"On {report['world_size']} ranks (--world-size), of which {report['dp_world_size']} read different samples: "
-        f"global batches of {report['global_batch_size']} samples."
+        f"For {many(report['world_size'], 'rank')} (--world-size), {many(report['dp_world_size'], 'dp rank')}: global "
+        f"batches of {many(report['global_batch_size'], 'sample')}."
     )
 
 
@@ -238,6 +246,7 @@ def print_steps(out: Console, report: dict[str, Any], full: bool, found: bool) -
     shown = table("", *numbers, "stream", "shard", numbers=numbers)
     for column in shown.columns:
         column.no_wrap = True
+    shown.expand = True
     shown.add_column("text", no_wrap=not full, overflow="fold" if full else "ellipsis", ratio=1)
     for sample in samples:
         text = printable(sample.get("text") or sample.get("error", ""))
