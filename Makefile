@@ -25,7 +25,7 @@ demo: .venv/.synced
 	@echo "  $(BIN)/torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train \\"
 	@echo "    --config $(EXAMPLE)/configs/mosaic_job.toml \\"
 	@echo "    --mosaic-config $(EXAMPLE)/configs/mosaic_dataloader.toml -- \\"
-	@echo "    --job.dump_folder=outputs/demo --training.steps=30 --checkpoint.enable=true"
+	@echo "    --job.dump_folder=outputs/demo --training.steps=30 --checkpoint.enable=true --metrics.enable_tensorboard=true"
 
 test: .venv/.synced
 	$(BIN)/pytest

@@ -192,8 +192,23 @@ def test_samples_that_are_longer_than_rows_are_told_by_their_bytes(files: Path, 
     assert len(told) == (encoding != "ndarray")
     for warning in told:
         assert 125 <= int(re.findall("at least ([0-9]+) tokens", warning)[0]) <= 150
-    longer = ("--training.seq_len=149",)
-    assert not any("by their bytes" in warning for warning in warned(files, titan=longer, validate_hash=None))
+    same = ("--training.seq_len=149",)
+    assert not any("by their bytes" in warning for warning in warned(files, titan=same, validate_hash=None))
+    longer = warned(files, titan=("--training.seq_len=249",), validate_hash=None)
+    assert [
+        bool(re.search("at most 1[5-8][0-9] tokens", warning)) for warning in longer if "by their bytes" in warning
+    ] == [True] * (encoding != "ndarray")
+
+
+@pytest.mark.parametrize(("ranges", "told"), [(5, True), (4, False)])
+def test_mixture_of_batches_with_fewer_samples_than_ranges_is_warned_of(files: Path, ranges: int, told: bool) -> None:
+    write_stream(files / "b", 100)
+    (files / "loader.toml").write_text(
+        f'name = "text"\n[dataset]\nshuffle = true\nnum_canonical_nodes = {ranges}\n'
+        f'[dataset.streams.a]\nlocal = "{files}/stream"\n[dataset.streams.b]\nlocal = "{files}/b"\n'
+    )
+    warnings = " ".join(preview(files, "plan")["warnings"])
+    assert ("A global batch has 4 samples, and dataset.num_canonical_nodes = 5 ranges take turns" in warnings) == told
 
 
 def test_cache_limit_with_which_no_job_starts_is_refused(files: Path) -> None:

@@ -47,6 +47,13 @@ def of_order(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
             f"An epoch leaves out {left_out:,} of {samples:,} samples: they fill no global batch, or no turn of "
             f"dataset.num_canonical_nodes = {offline.streams.dataset.num_canonical_nodes}. Lower one of them."
         )
+    batch, ranges = offline.streams.order.global_batch_size, int(offline.streams.dataset.num_canonical_nodes or 1)
+    if len(plan["streams"]) > 1 and offline.streams.order.batching_method == "random" and batch < ranges:
+        yield (
+            f"A global batch has {batch} samples, and dataset.num_canonical_nodes = {ranges} ranges take turns, each "
+            "of which lies in a stream or two: single batches are not mixed as the whole is. Lower "
+            "num_canonical_nodes to the batch or less, or raise training.global_batch_size."
+        )
     if not offline.streams.dataset.shuffle:
         yield (
             "dataset.shuffle is false: samples come as they were written, neighbours of one source in one batch. Set "
@@ -66,9 +73,20 @@ def of_streams(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
             )
         raw = shards_of(offline.streams.dataset, number)[0].file_pairs[0][0]
         if not hashes[number]:
-            has = f"The stream has {', '.join(raw.hashes)}" if raw.hashes else "Write the stream with hashes"
+            has = (
+                f"The stream has {', '.join(raw.hashes)}"
+                if raw.hashes
+                else "Write it with hashes (streaming's MDSWriter)"
+            )
             yield f"{stream['name']} is read without validate_hash: only sizes are compared, not contents. {has}."
-        if (length := tokens_by_bytes(offline, number)) > offline.streams.form.max_seq_len:
+        length, most = tokens_by_bytes(offline, number)
+        if 0 < most < offline.streams.form.max_seq_len:
+            yield (
+                f"Samples of {stream['name']} have at most {most:,.0f} tokens by their bytes, and rows of the model "
+                f"{offline.streams.form.max_seq_len:,} (dataset.max_seq_len): the first batch would be refused. Lower "
+                "training.seq_len, or write samples of that length."
+            )
+        if length > offline.streams.form.max_seq_len:
             yield (
                 f"Samples of {stream['name']} have at least {length:,.0f} tokens by their bytes, and the model reads "
                 f"the first {offline.streams.form.max_seq_len:,} (dataset.max_seq_len): the others never. Raise "
@@ -76,18 +94,20 @@ def of_streams(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def tokens_by_bytes(offline: Offline, number: int) -> float:
-    """How many tokens the samples of a stream have at least, on average, by their bytes; 0 where those don't tell."""
+def tokens_by_bytes(offline: Offline, number: int) -> tuple[float, float]:
+    """Tokens that a stream's samples have on average, at least and at most by their bytes; 0 where those don't tell."""
     shards = shards_of(offline.streams.dataset, number)
     if getattr(shards[0], "column_names", None) != ["tokens"]:
-        return 0.0
+        return 0.0, 0.0
     kind, _, dtype = shards[0].column_encodings[0].partition(":")  # type: ignore[attr-defined]
     if kind == "bytes":
         dtype = offline.config["dataset"].get("token_encoding_type", "int64")  # llm-foundry's default
     if kind not in ("bytes", "ndarray") or not dtype:
-        return 0.0
-    size = sum(shard.file_pairs[0][0].bytes - PER_SHARD for shard in shards) / sum(shard.samples for shard in shards)
-    return (size - PER_SAMPLE) / np.dtype(dtype.split(":")[0]).itemsize
+        return 0.0, 0.0
+    samples, width = sum(shard.samples for shard in shards), np.dtype(dtype.split(":")[0]).itemsize
+    size = sum(shard.file_pairs[0][0].bytes for shard in shards)
+    least = (size - PER_SHARD * len(shards)) / samples - PER_SAMPLE
+    return least / width, size / samples / width
 
 
 def of_caches(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:

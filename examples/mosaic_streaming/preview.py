@@ -40,6 +40,7 @@ CHECKPOINT = "of the run: a step's folder, or that of all steps for the last"
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, open the streams, print what was asked for."""
     with errors.told_once():
+        handle_signals(exit_on_signal)
         ours, titan_flags = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parse(ours)
         read_toml(flags.config)  # before the slow imports
@@ -47,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         be_quiet()
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         log_aside()
-        handle_signals(exit_on_signal)  # or nothing would be removed
+        handle_signals(exit_on_signal)  # again: the import of composer sets its own
         from examples.mosaic_streaming import looks
         from examples.mosaic_streaming.offline import open_offline
 
@@ -74,6 +75,7 @@ def log_aside() -> None:
     Source: TorchTitan logs to stdout (0.2.2, tools/logging.py).
     """
     logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("llmfoundry").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setStream(sys.stderr)

@@ -241,7 +241,7 @@ def print_steps(out: Console, report: dict[str, Any], full: bool, found: bool) -
     if report["packed"]:
         out.print("A batch's samples are packed into its rows; what finds no room is left out (`show` has the rows).")
     if found:
-        out.print(f"{len(samples)} samples have it.")
+        out.print(f"Found in {many(len(samples), 'sample')}.")
     numbers = ["step", "dp rank", "batch", "sample"]
     shown = table("", *numbers, "stream", "shard", numbers=numbers)
     for column in shown.columns:
