@@ -17,6 +17,7 @@ from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import check_attention, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of
 from examples.mosaic_streaming.mixture import log_mixture
@@ -51,11 +52,9 @@ def build_mosaic_dataloader(
     Raises:
         ConfigError: the loader, the tokenizer, the model and the job don't fit together.
     """
-    accumulation = accumulation_steps(job_config, dp_world_size)
-    check_model(job_config, tokenizer)
     world_size = dist.get_world_size()
-    config = resolve_training(job_config, loader_config, loader_config_path, world_size // dp_world_size)
-    transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
+    file = LoaderFile(loader_config, loader_config_path)
+    config, transformers_tokenizer, global_batches = settle(job_config, file, tokenizer, dp_world_size, world_size)
     number = new_number()
     open_line(number)
     on_each_node(number, lambda: prepare_streams(config, loader_config_path))
@@ -71,7 +70,7 @@ def build_mosaic_dataloader(
         transformers_tokenizer,
         number,
         reader=f"Rank {dist.get_rank()} (dp rank {dp_rank})",
-        global_batches=accumulation * dp_world_size,
+        global_batches=global_batches,
     )
     check_memory(streams.dataset, loader_config_path)
     streams.dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
@@ -87,6 +86,34 @@ def build_mosaic_dataloader(
         dp_rank,
         loader_config_path,
         job_config.training.steps,
+    )
+
+
+def settle(
+    job_config: JobConfig, file: LoaderFile, tokenizer: HuggingFaceTokenizer, dp_world_size: int, world_size: int
+) -> tuple[Config, PreTrainedTokenizerBase, int]:
+    """What has to fit together before streams are looked at.
+
+    Args:
+        job_config: the whole job.
+        file: the loader's configuration.
+        tokenizer: TorchTitan's tokenizer.
+        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
+        world_size: processes.
+
+    Returns:
+        the resolved loader configuration, transformers' tokenizer, and batches of all dp ranks in a global batch.
+
+    Raises:
+        ConfigError: it doesn't.
+    """
+    accumulation = accumulation_steps(job_config, dp_world_size)
+    check_model(job_config, tokenizer)
+    config = resolve_training(job_config, file.config, file.path, world_size // dp_world_size)
+    return (
+        config,
+        build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer),
+        accumulation * dp_world_size,
     )
 
 

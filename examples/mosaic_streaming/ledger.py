@@ -15,18 +15,15 @@ Watched = Callable[[Iterable[int], str], Iterable[int]]
 """Shows how far one is in some numbers, while passing them on."""
 
 
-def samples_read(offline: Offline, until: Position, watched: Watched) -> NDArray[np.int64]:
-    """Samples of each stream that a run has read before a position, int64 [streams]."""
+def samples_between(offline: Offline, begin: Position, end: Position, watched: Watched) -> NDArray[np.int64]:
+    """Samples of each stream that a run reads from one position to another, int64 [streams]."""
     counts = np.zeros(len(offline.streams.names), np.int64)
-    for epoch in watched(range(until.epoch + 1), "epochs"):
-        read = until.sample_in_epoch if epoch == until.epoch else offline.streams.order.left(0)
-        counts += count(offline, offline.in_order(epoch)[:read]) if read else 0
+    for epoch in watched(range(begin.epoch, end.epoch + 1), "epochs"):
+        first = begin.sample_in_epoch if epoch == begin.epoch else 0
+        last = end.sample_in_epoch if epoch == end.epoch else offline.streams.order.left(0)
+        if first < last:  # or an epoch would be put in order for nothing
+            counts += np.bincount(offline.stream_of(offline.in_order(epoch)[first:last]), minlength=counts.size)
     return counts
-
-
-def count(offline: Offline, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many of the samples are of each stream, int64 [streams]."""
-    return np.bincount(offline.stream_of(samples), minlength=len(offline.streams.names))
 
 
 def ledger(offline: Offline, until: Position, watched: Watched) -> dict[str, Any]:
@@ -35,7 +32,7 @@ def ledger(offline: Offline, until: Position, watched: Watched) -> dict[str, Any
     Shares are of samples, as `proportion` and the like are. Tokens are those that the model gets, none where samples
     differ in length.
     """
-    read = samples_read(offline, until, watched)
+    read = samples_between(offline, BEGINNING, until, watched)
     tokens = offline.streams.tokens_of_a_sample
     dataset, streams = offline.streams.dataset, []
     for number, name in enumerate(offline.streams.names):
@@ -67,10 +64,7 @@ def shares_over_steps(offline: Offline, until: Position, watched: Watched) -> tu
     counts, before, shares = np.zeros(len(offline.streams.names), np.int64), BEGINNING, []
     for step in watched(steps, "steps"):
         now = offline.position(step)
-        for epoch in range(before.epoch, now.epoch + 1):
-            begin = before.sample_in_epoch if epoch == before.epoch else 0
-            end = now.sample_in_epoch if epoch == now.epoch else offline.streams.order.left(0)
-            counts = counts + count(offline, offline.in_order(epoch)[begin:end])
+        counts += samples_between(offline, before, now, lambda epochs, text: epochs)
         before = now
         shares.append(counts / counts.sum())
     return steps, np.array(shares)

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming import spec
 from examples.mosaic_streaming.batch import is_padding
-from examples.mosaic_streaming.build import accumulation_steps, check_memory, check_model
+from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number
@@ -36,8 +36,8 @@ from examples.mosaic_streaming.loader_config import Config, streams_of
 from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
 from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.rounds import resolve_validation
-from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
-from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer
+from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams
+from examples.mosaic_streaming.tokenizer import build_tokenizer
 
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """What torchrun tells its processes; here, each of them would be wrong."""
@@ -270,14 +270,10 @@ def open_offline(
         importlib.import_module(job_config.experimental.custom_import)
     spec.register(job_config.model.name, train)
     layout = layout_of(job_config, world_size, ranks_per_node)
-    global_batches = accumulation_steps(job_config, layout.dp_world_size) * layout.dp_world_size
-    titan_tokenizer = build_tokenizer(job_config)
-    check_model(job_config, titan_tokenizer)
-    tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, titan_tokenizer)
-    replication = world_size // layout.dp_world_size
-    config = resolve_training(job_config, train.config, train.path, replication)
+    dp_world_size, titan_tokenizer = layout.dp_world_size, build_tokenizer(job_config)
+    config, tokenizer, global_batches = settle(job_config, train, titan_tokenizer, dp_world_size, world_size)
     if validation and job_config.validation.enable:
-        resolve_validation(job_config, replication, validation, train)
+        resolve_validation(job_config, world_size // dp_world_size, validation, train)
     remove_stale()
     with own_folder() as folder:
         own = read_through(folder, config, train.path)

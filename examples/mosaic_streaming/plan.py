@@ -143,6 +143,7 @@ def layout_section(offline: Offline) -> dict[str, Any]:
         "degrees": dict(layout.degrees),
         "dp_world_size": layout.dp_world_size,
         "local_batch_size": offline.job_config.training.local_batch_size,
+        "samples_per_batch": order.local_batch_size,
         "batches_per_step": order.global_batch_size // order.local_batch_size // layout.dp_world_size,
         "global_batch_size": order.global_batch_size,
         "dp_ranks": [ranges(ranks) for ranks in layout.readers()],

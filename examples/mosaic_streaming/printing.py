@@ -161,7 +161,7 @@ def print_layout(out: Console, plan: dict[str, Any]) -> None:
         "global batch",
         f"{many(layout['global_batch_size'], 'sample')} = {many(layout['dp_world_size'], 'dp rank')} x "
         f"{many(layout['batches_per_step'], 'batch', 'batches')} x "
-        f"{many(layout['global_batch_size'] // layout['dp_world_size'] // layout['batches_per_step'], 'sample')}",
+        f"{many(layout['samples_per_batch'], 'sample')}",
     )
     for dp_rank, ranks in enumerate(layout["dp_ranks"][:SHOWN_RANKS]):
         shown.add_row(f"dp rank {dp_rank}", f"read by rank {ranks}")
