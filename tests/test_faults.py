@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing import connection
@@ -16,9 +17,12 @@ from typing import Any, NoReturn
 
 import pytest
 
+from examples.mosaic_streaming import collate
+from examples.mosaic_streaming.fetch import CheckedStream
+from tests.ranks import run_rank_values
 from tests.reading import Read, read_job, write_turns
 from tests.store import Store, running_store
-from tests.streams import write_stream
+from tests.streams import build_loader, loader_config, write_stream
 
 SAMPLES, STEPS = 100, 12
 SHARD = r"shard\.00003\.mds$"
@@ -302,8 +306,11 @@ def test_worker_that_is_killed_stops_the_job_with_its_exit_code(
     goes_on(place, config, tmp_path, stopped, whole, world_size)
 
 
-def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(place: Place, tmp_path: Path) -> None:
-    """As torch's handler of SIGCHLD makes it, when another worker ends."""
+def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch's handler of SIGCHLD makes it, when another worker ends; of batches that are too large for the pipe."""
+    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
 
     connect: Callable[[str], connection.Connection] = connection.SocketClient  # type: ignore[attr-defined]
 
@@ -319,8 +326,11 @@ def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(place: 
     assert stopped.message.startswith("DataError: RuntimeError: interrupted")
 
 
-def test_worker_that_cannot_hand_on_a_batch_stops_the_job(place: Place, whole: list[list[int]], tmp_path: Path) -> None:
-    """Here, for a temporary folder whose path is too long for a socket."""
+def test_worker_that_cannot_hand_on_a_batch_stops_the_job(
+    place: Place, whole: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here one that is too large for the pipe, for a temporary folder whose path is too long for a socket."""
+    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 
@@ -342,3 +352,26 @@ def test_store_that_may_stall_longer_than_ranks_wait_is_warned_of(place: Place, 
     assert [warning in rank.output for rank in told.ranks] == [True, False]
     quiet = place.read(place.config(tmp_path / "cache", download_timeout=30), tmp_path / "2", 2, steps=1)
     assert "ranks wait for each other" not in quiet.ranks[0].output
+
+
+def test_nothing_more_is_fetched_once_nobody_reads_on(tmp_path: Path) -> None:
+    """Though many samples are wanted ahead."""
+    stream = write_stream(tmp_path / "stream", SAMPLES)
+    config = loader_config(tmp_path / "cache", remote=str(stream), predownload=1000)
+
+    def read() -> tuple[int, int]:
+        prepare_shard, fetched = CheckedStream.prepare_shard, []
+
+        def prepare_slowly(self: CheckedStream, shard: Any) -> int:
+            fetched.append(shard)
+            time.sleep(0.3)
+            return int(prepare_shard(self, shard))
+
+        CheckedStream.prepare_shard = prepare_slowly  # type: ignore[method-assign]
+        loader = build_loader(config)
+        next(iter(loader))
+        loader._dataset._iterator.exit()
+        return len(fetched), len(loader._dataset.shards)
+
+    [(fetched, shards)] = run_rank_values(read)
+    assert fetched <= 4 < shards

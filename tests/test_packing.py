@@ -11,7 +11,7 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger, logger
 
-from examples.mosaic_streaming import errors
+from examples.mosaic_streaming import collate, errors
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import FIRST_ID, build_loader, job
@@ -219,8 +219,11 @@ def test_packing_that_no_resume_could_repeat_is_refused(folder: Path, dataset: d
     assert message in rank.output
 
 
-def test_auto_stops_where_its_worker_cannot_hand_on_samples(folder: Path, tmp_path: Path) -> None:
-    """Here, for a temporary folder whose path is too long for a socket."""
+def test_auto_stops_where_its_worker_cannot_hand_on_samples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here too many for the pipe, for a temporary folder whose path is too long for a socket."""
+    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 

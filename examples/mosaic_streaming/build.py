@@ -26,7 +26,7 @@ from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
 
-ORDER_BYTES = 40
+ORDER_BYTES = 47
 """Of a node's memory for each sample of an epoch: seen with 100 million samples."""
 
 

@@ -14,6 +14,7 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
+from examples.mosaic_streaming.collate import Pipe, as_tensors
 from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.faults import CheckedDataset
 from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
@@ -43,6 +44,8 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader[Mapping[str, Any]], origin: str, path: str) -> None:
+        if loader.num_workers:
+            loader.collate_fn = Pipe(loader.collate_fn)
         self._loader = loader
         self._origin = origin
         self._path = path
@@ -60,7 +63,7 @@ class Batches:
         """
         assert self._batches is not None
         try:
-            return list(itertools.islice(self._batches, count))
+            return [as_tensors(batch) for batch in itertools.islice(self._batches, count)]
         except Exception as error:
             raise DataError(self.lost_workers() or f"{cause(error)} {self._origin}") from error
 

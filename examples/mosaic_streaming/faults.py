@@ -4,11 +4,12 @@ What fails in one of streaming 0.13.0's threads ends the epoch early, as if it w
 waiting for ever.
 """
 
+import bisect
 import functools
 import os
-import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from multiprocessing import queues
@@ -20,6 +21,7 @@ import numpy as np
 from llmfoundry.data.text_data import StreamingTextDataset
 from numpy.typing import NDArray
 from streaming import StreamingDataset
+from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import get_worker_info
@@ -28,41 +30,21 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
 from examples.mosaic_streaming.fetched import fetched_file
+from examples.mosaic_streaming.reader import CheckedReader
 
-
-class CheckedReader(MDSReader):
-    """Reads samples of an MDS shard, whole ones only.
-
-    Attributes:
-        is_cache: whether the file can be fetched again.
-    """
-
-    is_cache = False
-
-    def get_sample_data(self, idx: int) -> bytes:
-        """The bytes of a sample.
-
-        Raises:
-            FileNotFoundError: the file was damaged; it has been removed, so that it is fetched again.
-            DataError: it is damaged and there is no other.
-        """
-        filename = os.path.join(self.dirname, self.split, self.raw_data.basename)
-        with open(filename, "rb", 0) as file:
-            file.seek((1 + idx) * 4)
-            begin, end = struct.unpack("<2I", file.read(8).ljust(8, b"\0"))
-            file.seek(begin)
-            data = file.read(end - begin) if begin < end else b""
-        if data and len(data) == end - begin:
-            return data
-        if not self.is_cache:
-            raise DataError(f"{filename} is damaged: sample {idx} isn't whole. There is no remote to fetch it from.")
-        Path(filename).unlink(missing_ok=True)
-        raise FileNotFoundError(f"{filename} was damaged while in use")
+AT_ONCE = 1024
+"""Samples whose shards are looked up at once."""
 
 
 class CheckedDataset(StreamingDataset):
-    """A dataset whose faults reach whoever reads it, in all processes of a node."""
+    """A dataset whose faults reach whoever reads it, in all processes of a node.
 
+    Attributes:
+        as_written: whether samples of text that are tokens are arrays of the type that they were written in, rather
+            than tensors of int64.
+    """
+
+    as_written = False
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -74,6 +56,28 @@ class CheckedDataset(StreamingDataset):
         except Exception as error:
             self.give_up(shard_id, error)
             raise
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A sample by its number, as streaming reads it; it fetches its shard if that isn't there.
+
+        Where nothing is evicted, nobody has to be told which shards are in use.
+        """
+        sample_id, ends = int(sample_id), self._ends
+        if not self.cache_limit and 0 <= sample_id < ends[-1] and not self._has_failed():
+            shard = bisect.bisect_right(ends, sample_id)
+            try:
+                return self.shards[shard].get_item(sample_id - (ends[shard - 1] if shard else 0))
+            except FileNotFoundError:
+                pass
+        return super().get_item(sample_id, retry)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Behind the last sample of each shard."""
+        return cast(list[int], self.spanner.shard_bounds[1:].tolist())
+
+    def _has_failed(self) -> bool:
+        return "_event" in self.__dict__ and self._event.is_set()
 
     def fault(self) -> str | None:
         """Why a shard was given up on this node."""
@@ -134,7 +138,9 @@ class CheckedDataset(StreamingDataset):
         """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
         dataset = cast(StreamingTextDataset, self)
         tokens = sample["tokens"]
-        found = len(tokens) // (1 if isinstance(tokens, np.ndarray) else np.dtype(dataset.token_encoding_type).itemsize)
+        if not isinstance(tokens, np.ndarray):
+            tokens = np.frombuffer(tokens, dataset.token_encoding_type)
+        found = len(tokens)
         if found > dataset.max_seq_len and not self._has_warned:
             self._has_warned = True
             worker = get_worker_info()
@@ -144,6 +150,8 @@ class CheckedDataset(StreamingDataset):
                     "(dataset.max_seq_len, by default seq_len + 1), and never the others. Raise training.seq_len, or "
                     "validation.seq_len, or write samples of that length."
                 )
+        if self.as_written:
+            return tokens[: dataset.max_seq_len]
         return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
 
     def _describe(self, sample_id: int, error: Exception) -> str:
@@ -157,6 +165,37 @@ class CheckedDataset(StreamingDataset):
         """Let reading end with the error of a thread; streaming raises it where nobody hears it."""
         if future.exception():
             self._event.set()
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Ask for the shards of the samples that come next, for each once: reading one that isn't there asks again.
+
+        streaming's thread takes the lock of the cache for each sample, and all the while the interpreter from reading.
+        Where shards are evicted it has to: it tells which ones are needed.
+        """
+        if self.cache_limit:
+            return super()._prepare_thread(it)
+        asked: set[int] = set()
+        ends = np.array(self._ends)
+        while it.prepare_index < it.total and not self._is_over(it):
+            end = it.prepare_index + AT_ONCE
+            if self.predownload is not None:
+                end = min(end, it.yield_index + self.predownload + 1)
+            samples = it.sample_ids[it.prepare_index : end]
+            if not samples.size:
+                time.sleep(TICK)
+            for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
+                if shard in asked:
+                    continue
+                if self._is_over(it):  # to fetch one may take long
+                    break
+                self.prepare_shard(shard, False)
+                asked.add(shard)
+            it.prepare_index += samples.size
+        return it.on_exit()
+
+    def _is_over(self, it: _Iterator) -> bool:
+        """Whether nobody reads on."""
+        return it.should_exit() or self._event.is_set()
 
     def _ready_thread(self, it: _Iterator) -> None:
         """Nothing has to wait for shards but reading; streaming's waits for ever for one that failed elsewhere."""
@@ -211,4 +250,5 @@ def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:
         for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
             if type(shard) is MDSReader:
                 shard.__class__ = CheckedReader
-                cast(CheckedReader, shard).is_cache = checked.is_cache
+                reader = cast(CheckedReader, shard)
+                reader.is_cache, reader.stays = checked.is_cache, not dataset.cache_limit

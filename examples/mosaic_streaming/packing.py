@@ -30,11 +30,7 @@ class CountingPacker:
 
 def count_left_out(loader: DataLoader[Any]) -> bool:
     """Have a loader count what its packing leaves out; return whether it packs."""
-    collator: Any = (
-        loader.collate_fn
-    )  # which counts targets, around the one that packs (llm-foundry 0.22.0, data/utils.py)
-    packer = getattr(collator, "base_collator", None)
-    if not isinstance(packer, BinPackCollator):
+    if not isinstance(loader.collate_fn, BinPackCollator):
         return False
-    collator.base_collator = CountingPacker(packer)
+    loader.collate_fn = CountingPacker(loader.collate_fn)
     return True

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.auto_ratio import choose_ratio
 from examples.mosaic_streaming.batch import BatchFormat
+from examples.mosaic_streaming.collate import leave_out_unused
 from examples.mosaic_streaming.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.faults import check_dataset
@@ -167,6 +168,7 @@ def build_loader(
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{path} does not stream: give `dataset` a `remote` or `streams`.")
     check_dataset(loader.dataset, [stream_label(name, path) for name in streams_of(config["dataset"])])
+    leave_out_unused(loader)
     keep_locks_together(loader.dataset)
     return loader
 

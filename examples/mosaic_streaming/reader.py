@@ -1,0 +1,95 @@
+"""A reader of MDS shards: whole samples only, and no more work for each than it takes."""
+
+import functools
+import os
+import resource
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from streaming.base.format.mds import MDSReader
+from streaming.base.format.mds.encodings import _get_coder, mds_decode
+
+from examples.mosaic_streaming.errors import DataError
+
+OPEN_FILES = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+"""That a process keeps open, at most: with `py1e` shuffling, a rank reads hundreds of shards in turns."""
+
+
+class OpenFile:
+    """A file to read from, which is closed when nobody refers to it any more."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if "_descriptor" in self.__dict__:
+            os.close(self._descriptor)
+
+    def sample(self, number: int) -> bytes | None:
+        """The bytes of a sample of an MDS shard; none if they aren't there."""
+        begin, end = struct.unpack("<2I", os.pread(self._descriptor, 8, (1 + number) * 4).ljust(8, b"\0"))
+        data = os.pread(self._descriptor, end - begin, begin) if begin < end else b""
+        return data if data and len(data) == end - begin else None
+
+
+kept_open = functools.lru_cache(OPEN_FILES)(OpenFile)
+"""A file by its path: to open one takes as long as to read a sample, and far longer where it isn't on this machine."""
+
+
+class CheckedReader(MDSReader):
+    """Reads samples of an MDS shard, whole ones only.
+
+    Attributes:
+        is_cache: whether the file can be fetched again.
+        stays: whether it is never evicted, and may be kept open.
+    """
+
+    is_cache = False
+    stays = False
+
+    def get_sample_data(self, idx: int) -> bytes:
+        """The bytes of a sample.
+
+        Raises:
+            FileNotFoundError: the file was damaged; it has been removed, so that it is fetched again.
+            DataError: it is damaged and there is no other.
+        """
+        data = kept_open(self._path).sample(idx) if self.stays else OpenFile(self._path).sample(idx)
+        if data is None and self.stays:
+            kept_open.cache_clear()
+            data = OpenFile(self._path).sample(idx)  # which somebody else may have put right
+        if data is not None:
+            return data
+        if not self.is_cache:
+            raise DataError(f"{self._path} is damaged: sample {idx} isn't whole. There is no remote to fetch it from.")
+        Path(self._path).unlink(missing_ok=True)
+        raise FileNotFoundError(f"{self._path} was damaged while in use")
+
+    def decode_sample(self, data: bytes) -> dict[str, Any]:
+        """The columns of a sample, as streaming decodes them, which looks for each one's decoder each time."""
+        sizes, begin = [], 0
+        for size in self.column_sizes:
+            if not size:
+                [size] = struct.unpack_from("<I", data, begin)
+                begin += 4
+            sizes.append(size)
+        sample = {}
+        for (name, decode), size in zip(self._decoders, sizes, strict=True):
+            sample[name] = decode(data[begin : begin + size])
+            begin += size
+        return sample
+
+    @functools.cached_property
+    def _path(self) -> str:
+        return os.path.join(self.dirname, self.split, self.raw_data.basename)
+
+    @functools.cached_property
+    def _decoders(self) -> list[tuple[str, Callable[[bytes], Any]]]:
+        """Each column's name and decoder."""
+        return [
+            (name, functools.partial(mds_decode, encoding) if coder is None else coder.decode)
+            for name, encoding in zip(self.column_names, self.column_encodings, strict=True)
+            for coder in [_get_coder(encoding)]
+        ]
