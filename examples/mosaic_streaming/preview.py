@@ -9,6 +9,7 @@ import warnings
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.flags import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
+from examples.mosaic_streaming.imports import import_llm_foundry
 from examples.mosaic_streaming.job_config import load_job_config
 from examples.mosaic_streaming.train import exit_on_signal, handle_signals
 
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         be_quiet()
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
+        import_llm_foundry()
         log_aside()
         handle_signals(exit_on_signal)  # again: the import of composer sets its own
         from examples.mosaic_streaming import looks

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
+from examples.mosaic_streaming.imports import import_llm_foundry
 from examples.mosaic_streaming.job_config import check_job, load_job_config
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         validates = validation_file is not None
         check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
+        import_llm_foundry()
         from examples.mosaic_streaming import spec
 
         if job_config.experimental.custom_import:  # which may register a model; TorchTitan imports it, too
