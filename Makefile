@@ -8,7 +8,7 @@ BIN := .venv/bin
 EXAMPLE := examples/mosaic_streaming
 SOURCES := examples tests docs
 
-.PHONY: demo test test-all soak pictures format lint typecheck check lock clean
+.PHONY: demo test test-all soak bench bench-gpu pictures format lint typecheck check lock clean
 
 demo: .venv/.synced
 	rm -rf outputs/demo
@@ -38,6 +38,15 @@ test-all: .venv/.synced
 soak: .venv/.synced
 	$(BIN)/python -W ignore -m tests.soak
 
+# What data costs, next to what a user would pick instead: under 15 minutes on two cores.
+bench: .venv/.synced | $(UV)
+	$(UV) pip install --quiet --python .venv --no-deps --require-hashes -r requirements-bench.lock
+	$(BIN)/python -W ignore -m tests.benchmarks
+
+# Training on this machine's GPUs, against TorchTitan's own loader; 25 minutes at most. GPUS=8 takes eight of them.
+bench-gpu: .venv/.synced
+	$(BIN)/python -W ignore -m tests.benchmarks.gpu --nproc-per-node $(or $(GPUS),1)
+
 # Those of the README, from a run of the code as it is.
 pictures: .venv/.synced
 	$(BIN)/python -W ignore -m examples.mosaic_streaming.make_demo_data
@@ -60,6 +69,8 @@ check: lint typecheck test
 lock: $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --group dev \
 	  --custom-compile-command "make lock" pyproject.toml --output-file requirements.lock
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --group pyproject.toml:bench \
+	  --custom-compile-command "make lock" --constraints requirements.lock --output-file requirements-bench.lock
 
 .venv/.synced: requirements.lock | $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
