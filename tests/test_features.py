@@ -64,6 +64,7 @@ def transformers_loss(folder: Path) -> float:
     return float(loss)
 
 
+@pytest.mark.long
 def test_last_checkpoint_in_hf_form_is_loaded_by_transformers_and_by_the_next_run(same: Path) -> None:
     """Both ways agree on the loss of a batch: the trained weights have gone out, and in again."""
     batch = ("--training.global_batch_size=8", "--training.local_batch_size=8")

@@ -24,7 +24,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "HSDP 2 x 2": (4, ["--training.local_batch_size=1", "--parallelism.data_parallel_replicate_degree=2"]),
 }
 
-LONG = {"HSDP 2 x 2", "FSDP 2 x TP 2", "FSDP 2, accumulation"}
+LONG = {"HSDP 2 x 2", "PP 2 x FSDP 2", "TP 2", "FSDP 2 x TP 2", "FSDP 2, accumulation"}
 
 
 @pytest.fixture(scope="module")

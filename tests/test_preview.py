@@ -69,7 +69,7 @@ def looked_up(files: Path, steps: str, *flags: str, world_size: int = 1, titan: 
 @pytest.mark.parametrize(
     "layout",
     [
-        layout if layout in ("gradient accumulation", "PP 2 x FSDP 2") else pytest.param(layout, marks=pytest.mark.long)
+        layout if layout == "gradient accumulation" else pytest.param(layout, marks=pytest.mark.long)
         for layout in LAYOUTS
     ],
 )
@@ -88,6 +88,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return files
 
 
+@pytest.mark.long
 def test_step_says_what_is_read_after_a_resume_on_other_ranks(stopped: Path) -> None:
     flags = (*CHECKPOINTS, "--training.local_batch_size=1", "--checkpoint.load_step=12")
     found = run(stopped, "resumed", *flags, world_size=2, first_step=13)
@@ -97,6 +98,7 @@ def test_step_says_what_is_read_after_a_resume_on_other_ranks(stopped: Path) -> 
     assert looked_up(stopped, f"13:{STEPS}", checkpoint, world_size=2, titan=flags) == found
 
 
+@pytest.mark.long
 def test_step_says_what_is_read_after_a_resume_with_another_global_batch(stopped: Path) -> None:
     flags = (*CHECKPOINTS, "--training.global_batch_size=6", "--checkpoint.load_step=6", "--checkpoint.interval=100")
     found = run(stopped, "wider", *flags, first_step=7)
@@ -150,6 +152,7 @@ def test_plan_of_a_checkpoint_minds_how_the_job_loads_it(stopped: Path) -> None:
     assert "the streams would start from their beginning" in said
 
 
+@pytest.mark.long
 def test_ledger_of_a_checkpoint_counts_earlier_epochs_as_they_were_read(files: Path) -> None:
     """An epoch of 100 has 25 steps of 4 samples, or 16 of 6, which leave out 4."""
     loader = files / "loader.toml"
@@ -169,6 +172,7 @@ def test_ledger_of_a_checkpoint_counts_earlier_epochs_as_they_were_read(files: P
     assert "The checkpoint was written with global batches of 6 samples." in said
 
 
+@pytest.mark.long
 def test_what_is_no_checkpoint_is_told(stopped: Path, tmp_path: Path) -> None:
     assert f"--checkpoint {tmp_path} is no finished checkpoint" in printed(
         stopped, "plan", f"--checkpoint={tmp_path}", code=1
@@ -186,6 +190,7 @@ def test_what_is_no_checkpoint_is_told(stopped: Path, tmp_path: Path) -> None:
     assert "Step 6 was read before the checkpoint, after which step 13 follows." in said
 
 
+@pytest.mark.long
 def test_index_alone_is_enough_for_all_but_texts(files: Path) -> None:
     before = preview(files, "step", "3")["samples"]
     assert {len(sample["text"]) > 0 for sample in before} == {True}
@@ -199,6 +204,7 @@ def test_index_alone_is_enough_for_all_but_texts(files: Path) -> None:
     assert f"DataError: {files}/stream/shard.00000.mds is missing, and the stream in {files}/loader.toml has no" in said
 
 
+@pytest.mark.long
 def test_of_a_store_only_the_index_and_the_shards_that_are_shown_are_fetched(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +299,7 @@ def test_error_of_the_user_is_one_line(files: Path, flags: list[str], titan: lis
     assert message.format(files=files) in line
 
 
+@pytest.mark.long
 def test_data_and_caches_are_left_as_they_are_and_nothing_else_is_left(files: Path) -> None:
     """Also of a compressed stream, which a job would unpack into its cache."""
     shutil.rmtree(files / "stream")
@@ -410,6 +417,7 @@ def test_control_characters_of_a_text_are_shown_not_obeyed(files: Path) -> None:
         assert not {"\x1b", "\x07", "\r", "\x9b"} & set(said)
 
 
+@pytest.mark.long
 def test_sample_that_makes_no_row_is_named_and_the_others_are_shown(files: Path) -> None:
     """llm-foundry refuses a prompt that fills its row, wherever training meets it."""
     with MDSWriter(out=str(files / "turns"), columns=dict.fromkeys(("input_ids", "labels"), "ndarray:int32")) as writer:

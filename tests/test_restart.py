@@ -90,7 +90,11 @@ def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) 
         ),
         (4, 1, ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]),
         pytest.param(
-            *(4, 2, []), marks=pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces for nodes")
+            *(4, 2, []),
+            marks=[
+                pytest.mark.long,
+                pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces for nodes"),
+            ],
         ),
     ],
     ids=["fsdp-2", "tp-2", "pp-2-fsdp-2", "2-nodes-2-ranks"],
@@ -105,7 +109,8 @@ def test_run_goes_on_in_another_layout(
     assert losses == pytest.approx(expected, abs=1e-2 if "pp" in name else 1e-3)
 
 
-@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [2, 4])
 def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
     whole_on_two_ranks: Whole, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
@@ -160,6 +165,7 @@ def refused(files: Path, *flags: str, world_size: int = 2) -> str:
     return message
 
 
+@pytest.mark.long
 def test_run_on_changed_data_is_refused_and_can_start_the_new_data_anew(files: Path) -> None:
     flags = ["--checkpoint.enable", "--checkpoint.interval=2"]
     train(files, *flags, "--training.steps=2")
@@ -184,6 +190,7 @@ def test_run_on_changed_data_is_refused_and_can_start_the_new_data_anew(files: P
     assert not of_anew & set(recorded(files / "recorded/further")[0]), "the new data goes on"
 
 
+@pytest.mark.long
 def test_model_only_checkpoint_is_refused_with_words(files: Path) -> None:
     flags = ["--checkpoint.enable", "--checkpoint.last_save_model_only"]
     train(files, *flags, "--training.steps=2")
@@ -201,6 +208,7 @@ def test_model_only_checkpoint_is_refused_with_words(files: Path) -> None:
     assert list(losses(anew.output)) == [1, 2, 3, 4], "the second way on that is told"
 
 
+@pytest.mark.long
 def test_checkpoint_of_stock_torchtitan_is_refused_with_words_and_can_be_taken_over(files: Path) -> None:
     """Written by its own loader, on text."""
     text = files / "text"

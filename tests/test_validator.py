@@ -137,7 +137,8 @@ def test_a_whole_pass_has_the_mean_loss_of_all_samples(seeded: Path, whole: floa
         assert abs(first - whole) < 1e-5
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("num_workers", [0, 2])
 def test_each_round_reads_the_first_samples_and_training_goes_on_as_without(seeded: Path, num_workers: int) -> None:
     write_validation(seeded, "text", seeded / "held_out", num_workers)
     flags = ("--training.steps=6", "--training.local_batch_size=2")
