@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from streaming.base import shuffle
 
-from examples.mosaic_streaming.make_demo_data import make_demo_data
 from tests.benchmarks import data, epochs, loaders, scale, starts, training
 from tests.benchmarks.__main__ import show
 from tests.benchmarks.measure import Comparison, Figure, number, table
@@ -100,7 +99,6 @@ def test_training_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.long
 def test_starts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starts, "REPEATS", 1)
-    make_demo_data(tmp_path / "demo")
     compared = starts.compare_first_steps(tmp_path, data.write_text(tmp_path / "text", 256))
     assert len(compared.ours) == len(compared.theirs) == 1 and min(*compared.ours, *compared.theirs) > 5
 

@@ -13,12 +13,10 @@ from streaming import MDSWriter
 from transformers import AutoTokenizer
 
 from examples.mosaic_streaming.make_demo_data import TOKENIZER, VOCAB_SIZE, sources
-from tests.streams import COLUMNS
+from tests.streams import COLUMNS, FIRST_ID
 
 SHARD = 1 << 22
 """Bytes of a shard, and of a chunk of litdata's."""
-FIRST_ID = 16
-"""Below are ids with a meaning."""
 
 
 @dataclass(frozen=True)

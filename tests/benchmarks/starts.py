@@ -16,7 +16,7 @@ from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.measure import Comparison, Figure
-from tests.benchmarks.training import CONFIGS
+from tests.benchmarks.training import CONFIGS, demo_loader
 from tests.ranks import run_rank_values
 from tests.streams import build_loader, job, loader_config
 
@@ -61,9 +61,7 @@ def first_step(command: list[str]) -> float:
 def compare_first_steps(folder: Path, text: Text) -> Comparison:
     """To the end of step 1 of the demo's job, through torchrun, ours next to TorchTitan's loader on the same text."""
     flags = [f"--job.dump_folder={folder}/outputs", "--training.steps=1"]
-    loader = folder / "loader.toml"
-    loader.write_text(f'name = "text"\nnum_workers = 1\n[dataset]\nlocal = "{folder}/demo/train"\nshuffle = true\n')
-    config = ["--config", f"{CONFIGS}/mosaic_job.toml", "--mosaic-config", str(loader), "--", *flags]
+    config = ["--config", f"{CONFIGS}/mosaic_job.toml", "--mosaic-config", str(demo_loader(folder)), "--", *flags]
     ours = ["-m", "examples.mosaic_streaming.train", *config]
     stock = ["-m", "tests.benchmarks.stock", str(text.jsonl), f"--job.config_file={CONFIGS}/mosaic_job.toml", *flags]
     stock += ["--model.name=llama3"]

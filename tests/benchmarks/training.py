@@ -13,6 +13,7 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main
 from tests.benchmarks.measure import Comparison, Figure
+from tests.jobs import write_loader
 from tests.ranks import run_rank_values
 
 CONFIGS = "examples/mosaic_streaming/configs"
@@ -20,7 +21,14 @@ STEPS, PAIRS = 8, 6
 """Of a block, and blocks fed either way; the first pair warms up and doesn't count."""
 
 
-def train(folder: Path) -> list[tuple[float, float]]:
+def demo_loader(folder: Path) -> Path:
+    """The configuration of a loader over the demo's data, which is made unless it is there."""
+    make_demo_data(folder / "demo")
+    write_loader(folder, folder / "demo/train", num_workers=1)
+    return folder / "loader.toml"
+
+
+def train(folder: Path, loader: Path) -> list[tuple[float, float]]:
     """Train the demo's model and return when each step has asked for its batch, and when it has got it."""
     torch.set_num_threads(1)
     times: list[tuple[float, float]] = []
@@ -35,8 +43,6 @@ def train(folder: Path) -> list[tuple[float, float]]:
             times.append((asked, time.perf_counter()))
             yield batch
 
-    loader = folder / "loader.toml"
-    loader.write_text(f'name = "text"\nnum_workers = 1\n[dataset]\nlocal = "{folder}/demo/train"\nshuffle = true\n')
     flags = [f"--job.dump_folder={folder}/outputs", f"--training.steps={2 * STEPS * PAIRS + 1}"]
     with mock.patch.object(MosaicDataLoader, "__iter__", read_in_turns):
         main(["--config", f"{CONFIGS}/mosaic_job.toml", "--mosaic-config", str(loader), "--", *flags])
@@ -45,8 +51,8 @@ def train(folder: Path) -> list[tuple[float, float]]:
 
 def compare(folder: Path) -> tuple[Comparison, Figure]:
     """Tokens a second either way, and the share of the time that training waits for the streams."""
-    make_demo_data(folder / "demo")
-    [times] = run_rank_values(lambda: train(folder), timeout=600)
+    loader = demo_loader(folder)
+    [times] = run_rank_values(lambda: train(folder, loader), timeout=600)
     waits = [got - asked for asked, got in times]
     takes = [after - before for (before, _), (after, _) in itertools.pairwise(times)]
     blocks = [slice(STEPS * number, STEPS * (number + 1)) for number in range(2, 2 * PAIRS)]
