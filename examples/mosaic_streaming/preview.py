@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         be_quiet()
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        import_llm_foundry()
         log_aside()
+        import_llm_foundry()
         handle_signals(exit_on_signal)  # again: the import of composer sets its own
         from examples.mosaic_streaming import looks
         from examples.mosaic_streaming.offline import open_offline
