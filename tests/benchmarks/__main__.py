@@ -19,7 +19,7 @@ from tests import conftest  # noqa: F401  # first: imports everything once, for 
 
 # isort: split
 from tests.benchmarks import data, epochs, loaders, scale, starts, training
-from tests.benchmarks.measure import HEADINGS, Comparison, Figure, table
+from tests.benchmarks.measure import HEADINGS, Comparison, Figure, cpu_model, table
 
 PARTS = ("loaders", "text", "training", "starts", "resume", "epochs", "memory", "ranks")
 WORKERS = (0, 1, 2, 4)
@@ -28,11 +28,9 @@ PACKAGES = ("torch", "torchtitan", "llm-foundry", "mosaicml-streaming", "litdata
 
 def machine() -> dict[str, Any]:
     """What it runs on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
     found = {
         "date": time.strftime("%Y-%m-%d"),
-        "cpu": cpu,
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
     }

@@ -3,20 +3,15 @@
 import contextlib
 import functools
 import io
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from streaming import MDSWriter
-from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.make_demo_data import TOKENIZER, VOCAB_SIZE, sources
-from tests.streams import COLUMNS, FIRST_ID
-
-SHARD = 1 << 22
-"""Bytes of a shard, and of a chunk of litdata's."""
+from examples.mosaic_streaming.make_demo_data import VOCAB_SIZE, sources
+from tests.benchmarks.text import SHARD, write_jsonl, write_mds, write_rows
+from tests.streams import FIRST_ID
 
 
 @dataclass(frozen=True)
@@ -54,13 +49,6 @@ class Tokens:
         return f"{self.rows} x {self.seq_len:,}"
 
 
-def write_mds(folder: Path, samples: np.ndarray, shard: int = SHARD) -> None:  # type: ignore[type-arg]
-    """Write an MDS stream of samples, in shards of so many bytes."""
-    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=shard, hashes=["xxh64"]) as writer:
-        for sample in samples:
-            writer.write({"tokens": sample})
-
-
 def write_tokens(folder: Path, rows: int, seq_len: int, samples: int) -> Tokens:
     """Write random tokens in each form."""
     folder.mkdir(parents=True)
@@ -74,7 +62,7 @@ def write_tokens(folder: Path, rows: int, seq_len: int, samples: int) -> Tokens:
 
 
 def write_litdata(tokens: Tokens) -> None:
-    """Write the array as chunks of whole samples."""
+    """Write the array as chunks of whole samples, as large as a shard."""
     import litdata
     from litdata.streaming.item_loader import TokensLoader
 
@@ -119,12 +107,5 @@ def write_text(folder: Path, seq_len: int) -> Text:
     """Write the demo's text as JSONL and, tokenized as TorchTitan would, as a stream."""
     folder.mkdir(parents=True)
     text = Text(folder / "text.jsonl", folder / "mds", seq_len)
-    documents = sources("train")
-    text.jsonl.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    ids: list[int] = []
-    for document in documents:
-        ids += [tokenizer.bos_token_id, *tokenizer.encode(document, add_special_tokens=False), tokenizer.eos_token_id]
-    whole = len(ids) // (seq_len + 1) * (seq_len + 1)
-    write_mds(text.mds, np.array(ids[:whole], np.int32).reshape(-1, seq_len + 1))
+    write_rows(text.mds, write_jsonl(text.jsonl, sources("train")), seq_len)
     return text

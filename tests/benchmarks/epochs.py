@@ -12,8 +12,9 @@ import numpy as np
 from streaming.base.shuffle import algos
 
 from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
-from tests.benchmarks.data import Tokens, write_mds
+from tests.benchmarks.data import Tokens
 from tests.benchmarks.measure import Figure, table
+from tests.benchmarks.text import write_mds
 from tests.ranks import run_rank_values
 from tests.streams import SEQ_LEN, build_loader, job, loader_config, sample_tokens
 

@@ -27,14 +27,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from streaming import MDSWriter
-from tokenizers import Tokenizer
 
-from examples.mosaic_streaming.make_demo_data import SPECIAL_TOKENS, TOKENIZER, sources
+from examples.mosaic_streaming.make_demo_data import sources
 from examples.mosaic_streaming.train import PACKAGES
 from tests.benchmarks.gpu_figures import WAYS, Row, Run, compare, read_scalars, summarize, table
+from tests.benchmarks.measure import cpu_model
+from tests.benchmarks.text import load_tokenizer, write_jsonl, write_rows
 
 JOB = "examples/mosaic_streaming/configs/mosaic_job.toml"
 WINDOWS = 4
@@ -43,6 +42,8 @@ BATCH_TOKENS = {"debugmodel": 65536, "1B": 16384}
 """Tokens of a GPU's batch: what the model's activations leave room for in 80 GB."""
 ATTENTION = ("debugmodel_flex_attn", "debugmodel_varlen_attn")
 ATTENTION_STEPS = 12
+SHARD = 1 << 24
+"""Bytes of a shard."""
 KEPT_OF_LOG = 6000
 """Characters that are shown of a failed run."""
 
@@ -108,29 +109,12 @@ def parse(argv: list[str], has_gpu: bool) -> Settings:
 def write_data(folder: Path, seq_lens: Iterable[int], wanted: int) -> int:
     """Write the standard library's sources, again and again, as `text.jsonl` and, tokenized, as streams.
 
-    Each text has BOS and EOS around it, as TorchTitan's loader will put them.
-
     Returns:
         tokens of the whole text, at least as many as wanted.
     """
-    tokenizer = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json"))
-    bos, eos = (tokenizer.token_to_id(SPECIAL_TOKENS[name]) for name in ("bos_token", "eos_token"))
-    texts = sources()
-    encoded = tokenizer.encode_batch(texts, add_special_tokens=False)
-    pairs = list(zip(texts, ([bos, *one.ids, eos] for one in encoded), strict=True))
-    tokens: list[int] = []
-    with open(folder / "text.jsonl", "w") as file:
-        for text, ids in itertools.cycle(pairs):
-            if len(tokens) >= wanted:
-                break
-            file.write(json.dumps({"text": text}) + "\n")
-            tokens += ids
+    tokens = write_jsonl(folder / "text.jsonl", itertools.cycle(sources()), wanted)
     for seq_len in seq_lens:
-        rows = np.array(tokens[: len(tokens) // (seq_len + 1) * (seq_len + 1)], np.int32).reshape(-1, seq_len + 1)
-        stream, columns = str(folder / str(seq_len)), {"tokens": "ndarray:int32"}
-        with MDSWriter(out=stream, columns=columns, size_limit=1 << 24) as writer:
-            for row in rows:
-                writer.write({"tokens": row})
+        write_rows(folder / str(seq_len), tokens, seq_len, SHARD)
     return len(tokens)
 
 
@@ -216,7 +200,7 @@ def train_within_documents(settings: Settings, data: Path, flavor: str) -> list[
         RuntimeError: it fails, or doesn't learn.
     """
     seq_len = settings.seq_len[0]
-    eos_id = Tokenizer.from_file(str(TOKENIZER / "tokenizer.json")).token_to_id(SPECIAL_TOKENS["eos_token"])
+    _, _, eos_id = load_tokenizer()
     loader = write_loader(data, seq_len, settings.num_workers, eos_token_id=eos_id)
     files = ["examples.mosaic_streaming.train", "--config", JOB, "--mosaic-config", str(loader), "--"]
     rows = torchrun(settings, data, [*files, *titan_flags(settings, flavor, seq_len, ATTENTION_STEPS, log_freq=1)])
@@ -228,10 +212,8 @@ def train_within_documents(settings: Settings, data: Path, flavor: str) -> list[
 
 def machine() -> dict[str, Any]:
     """What this runs on."""
-    cpus = Path("/proc/cpuinfo").read_text().splitlines()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
-    model = next((line.partition(":")[2].strip() for line in cpus if line.startswith("model name")), "unknown")
-    return {"gpu": gpus[0] if gpus else None, "gpus": len(gpus), "cpu": model, "cpus": os.cpu_count()}
+    return {"gpu": gpus[0] if gpus else None, "gpus": len(gpus), "cpu": cpu_model(), "cpus": os.cpu_count()}
 
 
 def left_out(settings: Settings) -> dict[str, str]:

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
 from examples.mosaic_streaming.tokenizer import build_tokenizer
-from tests.benchmarks.data import Text, Tokens, write_mds
+from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.jsonl import name_jsonl
 from tests.benchmarks.measure import Comparison
+from tests.benchmarks.text import write_mds
 from tests.ranks import run_rank_values
 from tests.streams import TOKENIZER, build_loader, job, loader_config
 
