@@ -4,7 +4,8 @@
 
 A job that meets a fault has to read what it would have read without, or stop on all ranks with one message that names
 the cause; once the cause is gone, the same job has to go on from its last state and read the rest, each sample once.
-Where it was killed in training, losses have to be the same, too. Cases run side by side, each in a process of its own
+Where it was killed in training, losses have to be the same, too. No job may change the folder that its stream lies in:
+each byte and each file's time are compared after each case. Cases run side by side, each in a process of its own
 with a store and a folder of its own. A case that fails is shown with its parameters; `--only` its kind with the same
 seed repeats it.
 """
@@ -42,7 +43,7 @@ from tests.ranks import CLONE_NEWNS, MS_PRIVATE, MS_REC, call_libc, can_make_nod
 from tests.reading import Read, read_job, write_turns
 from tests.recording import main, recorded, recording
 from tests.store import Store, running_store
-from tests.streams import write_stream
+from tests.streams import mark, tree, write_stream
 
 SLOTS = 3
 """Cases at a time: much of one is waiting."""
@@ -60,7 +61,7 @@ DAMAGE = ("flip", "truncate")
 """Faults of the store that nobody notices who doesn't look at what arrives."""
 MOMENTS = ("start", "step", "checkpoint")
 """At which a training run is killed."""
-MS_RDONLY, MS_REMOUNT = 1, 32
+MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
 """Source: Linux, mount.h."""
 
 NOISE = re.compile(
@@ -133,11 +134,16 @@ class Case:
         self.whole, self.trained = undisturbed.read[self.loader, self.shuffle], undisturbed.trained
         self.stream, self.cache = self.folder / "stream", self.folder / "cache"
         shutil.copytree(undisturbed.streams[self.loader], self.stream)
+        self.changed()
         self.remote: str | None = f"s3://bucket/{self.loader}"
         self.mark = self.folder / "injected"  # made by a rank that injects
         self.store.clear()
         os.environ |= self.store.environment()
         self.settings: dict[str, Any] = {"predownload": self.random.choice([1, 8, 64])}
+
+    def changed(self) -> None:
+        """Take the stream's folder as it is now: the case has changed it, and no job may."""
+        self.source = tree(self.stream)
 
     def read(self, **options: Any) -> Read:
         """Read an epoch, or what is left of it."""
@@ -244,9 +250,7 @@ def damage_before(case: Case, cached: bool) -> None:
     folder = case.stream
     if cached:
         shutil.copytree(case.stream, case.cache)
-        folder = case.cache
-    else:
-        case.remote = None
+        folder = mark(case.cache)
     file = folder / f"shard.{case.draw('shard', range(SHARDS)):05}.mds"
     content = file.read_bytes()
     harm(file, how, case.random)
@@ -254,8 +258,12 @@ def damage_before(case: Case, cached: bool) -> None:
     if cached:
         case.survives(rf"{file.name}: its? .* They were removed, and will be fetched again\.")
     else:
+        case.remote = case.draw("remote", [None, ""])
+        case.changed()
         stopped = case.stops(rf"DataError: .*{re.escape(str(folder))}.*{file.name}: its? .*There is no remote")
+        assert tree(case.stream) == case.source
         file.write_bytes(content)
+        case.changed()
         case.goes_on(stopped)
 
 
@@ -277,6 +285,37 @@ def damage_in_use(case: Case, cached: bool) -> None:
     file = rf"{re.escape(str(case.stream))}/shard\.\d+\.mds"
     stopped = case.stops(rf"DataError: {file} is (missing|damaged)", at_step=lose)
     shutil.copytree(saved, case.stream, dirs_exist_ok=True)
+    case.changed()
+    case.goes_on(stopped)
+
+
+def alias_source(case: Case) -> None:
+    """What is to be a cache is the source by another name, or somebody's only copy: refused, and left as it is."""
+    how = case.draw("how", ["link", "linked split", "copy", "inside", "around"] + ["mount"] * can_make_nodes())
+    few = 5 * max(file.stat().st_size for file in case.stream.iterdir())
+    alias, told = case.folder / "alias", "would delete its only copy|overlaps with|is to be a cache"
+    case.outcome.injected = 1
+    if how == "link":
+        alias.symlink_to(case.stream)
+    elif how == "linked split":
+        alias.mkdir()
+        (alias / "stream").symlink_to(case.stream)
+    elif how == "mount":
+        alias.mkdir()
+        call_libc("unshare", CLONE_NEWNS)
+        call_libc("mount", b"none", b"/", None, MS_REC | MS_PRIVATE, None)
+        call_libc("mount", os.fsencode(case.stream), os.fsencode(alias), None, MS_BIND, None)
+    elif how == "copy":
+        shutil.copytree(case.stream, alias)
+    else:
+        alias = case.stream / "cache" if how == "inside" else case.folder
+    before = tree(alias) if how == "copy" else {}
+    split = {"split": "stream"} if how == "linked split" else {}
+    case.remote, case.cache = str(case.folder if split else case.stream), alias
+    case.settings |= {"cache_limit": few, **split}
+    stopped = case.stops(f"ConfigError: .*({told})")
+    assert tree(case.stream) == case.source and (how != "copy" or tree(alias) == before)
+    case.cache = case.folder / "elsewhere"
     case.goes_on(stopped)
 
 
@@ -343,12 +382,14 @@ def lie(case: Case) -> None:
     for shard in content["shards"]:
         change(shard)
     index.write_text(json.dumps(content))
+    case.changed()
     remote = case.store.upload(case.stream, f"lie-{case.number}")
     case.remote = case.draw("remote", [remote, None])
     case.outcome.injected = 1
     stopped = case.stops(f"DataError: .*{told}")
     case.store.put(f"lie-{case.number}/index.json", true)
     index.write_bytes(true)
+    case.changed()
     case.goes_on(stopped)
 
 
@@ -357,7 +398,7 @@ def damage_index(case: Case) -> None:
     content = (case.stream / "index.json").read_bytes()
     damaged = {"empty": b"", "half": content[: len(content) // 2], "list": b"[]", "noise": case.random.randbytes(500)}
     damaged |= {"other": re.sub(rb'"bytes": (\d+)', rb'"bytes": 1\1', content)}
-    case.cache.mkdir()
+    mark(case.cache)
     how = case.draw("content", damaged)
     (case.cache / "index.json").write_bytes(damaged[how])
     case.outcome.injected = 1
@@ -498,6 +539,7 @@ FAULTS: dict[str, Callable[[Case], None]] = {
     "local file damaged": partial(damage_before, cached=False),
     "cached files lost in use": partial(damage_in_use, cached=True),
     "local files lost in use": partial(damage_in_use, cached=False),
+    "cache is the only copy": alias_source,
     "shards evicted": evict,
     "disk full": fill_disk,
     "cache not writable": forbid_cache,
@@ -552,6 +594,7 @@ def start(case: Case, undisturbed: Undisturbed) -> int:
     try:
         case.begin(undisturbed)
         (FAULTS | KILLS)[case.kind](case)
+        assert tree(case.stream) == case.source, "a job has changed its source"
         assert case.outcome.ok, case.outcome
     except BaseException:
         case.outcome.problem = f"{case}\n{traceback.format_exc()}"

@@ -13,6 +13,7 @@ from streaming import MDSWriter
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.build import build_mosaic_dataloader
+from examples.mosaic_streaming.cache import MARKER
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.ranks import run_rank_values
@@ -38,13 +39,31 @@ def write_stream(
     first: int = 0,
     hashes: Sequence[str] = ("xxh64",),
     columns: dict[str, str] = COLUMNS,
+    compression: str | None = None,
 ) -> Path:
     """Write a stream of token samples in several shards, numbered from `first` on."""
-    with MDSWriter(out=str(folder), columns=columns, size_limit=1024, hashes=list(hashes)) as writer:
+    settings: dict[str, Any] = {"size_limit": 1024, "hashes": list(hashes), "compression": compression}
+    with MDSWriter(out=str(folder), columns=columns, **settings) as writer:
         for sample in range(first, first + samples):
             dtype = columns["tokens"].partition(":")[2]
             writer.write({"tokens": sample_tokens(sample, length).astype(dtype)})
     return folder
+
+
+def mark(cache: Path) -> Path:
+    """Have a folder taken for a cache, whatever is in it."""
+    cache.mkdir(exist_ok=True)
+    (cache / MARKER).touch()
+    return cache
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Each file of a folder, hidden ones too: when it was written, and its content."""
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def write_tokens(folder: Path, rows: list[list[int]]) -> Path:

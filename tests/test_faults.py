@@ -22,7 +22,7 @@ from examples.mosaic_streaming.fetch import CheckedStream
 from tests.ranks import run_rank_values
 from tests.reading import Read, read_job, write_turns
 from tests.store import Store, running_store
-from tests.streams import build_loader, loader_config, write_stream
+from tests.streams import build_loader, loader_config, mark, write_stream
 
 SAMPLES, STEPS = 100, 12
 SHARD = r"shard\.00003\.mds$"
@@ -206,7 +206,7 @@ def test_damaged_index_in_the_cache_is_fetched_again(
     place: Place, whole: list[list[int]], tmp_path: Path, content: bytes
 ) -> None:
     config = place.config(tmp_path / "cache")
-    (tmp_path / "cache").mkdir()
+    mark(tmp_path / "cache")
     (tmp_path / "cache/index.json").write_bytes(content)
     assert place.read(config, tmp_path / "notes").steps == whole
 
@@ -217,7 +217,7 @@ def test_index_in_the_cache_that_is_not_the_streams_is_fetched_again_at_the_next
     """One that can be believed, but for the size of a shard: it might be the shard that is wrong."""
     config = place.config(tmp_path / "cache")
     index = (place.folder / "index.json").read_text()
-    (tmp_path / "cache").mkdir()
+    mark(tmp_path / "cache")
     (tmp_path / "cache/index.json").write_text(index.replace('"bytes": 972', '"bytes": 973'))
     stopped = place.read(config, tmp_path / "1")
     assert "it has 972 bytes, expected 973" in stopped.message

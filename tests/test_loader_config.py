@@ -156,7 +156,10 @@ def test_stream_without_index_is_refused_with_its_path_and_the_demo_command(conf
 
 def test_cache_limit_with_a_stream_that_has_no_remote_is_refused(config: dict[str, Any], folder: Path) -> None:
     config["dataset"]["cache_limit"] = "1gb"
-    refuse(config, "cache_limit in loader.toml, but dataset has no `remote`: streaming would delete its only copy")
+    refuse(
+        config,
+        "cache_limit in loader.toml, but dataset has no `remote` beside its `local`: streaming would delete its only",
+    )
     both = {"a": {"remote": str(folder), "local": "/tmp/a"}, "b": {"local": str(folder)}}
     config["dataset"] = {"split": "train", "cache_limit": "1gb", "streams": both}
     refuse(config, "but b has no `remote`")

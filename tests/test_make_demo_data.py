@@ -56,9 +56,17 @@ def test_second_run_does_nothing_and_a_cut_one_starts_again(demo: Path, capsys: 
     make_demo_data(demo)
     assert "is up to date" in capsys.readouterr().out
     assert index.stat().st_mtime_ns == written
-    (demo / "made_from.json").unlink()  # what is written last
+    (demo / "made_from.json").write_text("{}")  # as of another Python
     run_rank_values(lambda: make_demo_data(demo))
     assert index.stat().st_mtime_ns != written
+
+
+def test_folder_of_other_data_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/index.json").write_text("somebody's")
+    with pytest.raises(SystemExit, match=f"{tmp_path} is no folder of demo data"):
+        make_demo_data(tmp_path)
+    assert (tmp_path / "train/index.json").read_text() == "somebody's"
 
 
 def test_same_streams_every_time(demo: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from streaming.base.shared import SharedMemory
 
 from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.job import new_number
-from examples.mosaic_streaming.node import FIRST_NUMBER, SHM, hold
+from examples.mosaic_streaming.node import FIRST_NUMBER, SHM, hold, shared_memory
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, train, write_files
 from tests.ranks import run_rank_values, run_ranks
@@ -132,7 +134,7 @@ def test_nothing_is_left_in_shared_memory_nor_beside_the_shards(tmp_path: Path, 
     for number in range(2):
         read_job(cached(stream, tmp_path / "cache", num_workers=num_workers), tmp_path / str(number), 2, steps=5)
         assert shared() == before
-    expected = {".in_use", *(file.name for file in stream.iterdir())}
+    expected = {".in_use", ".mosaic_cache", *(file.name for file in stream.iterdir())}
     assert {file.name for file in (tmp_path / "cache").iterdir()} == expected
 
 
@@ -219,6 +221,25 @@ def test_missing_credentials_are_told(tmp_path: Path) -> None:
         config = loader_config(tmp_path / "cache", remote="s3://bucket/stream")
         stopped = read_job(config, tmp_path / "notes", 2, steps=1, environment=environment)
     assert re.match(r"(DataError|ConfigError): .*[cC]redentials", stopped.message), stopped.message
+
+
+def test_shared_memory_is_opened_once_its_creator_has_given_it_a_size() -> None:
+    """As where a rank is slow to start: opened at once, an empty file can't be mapped."""
+    name = f"{FIRST_NUMBER}_slow"
+
+    def give_size() -> None:
+        time.sleep(0.3)
+        os.truncate(SHM / name, 8)
+
+    (SHM / name).touch()
+    creator = threading.Thread(target=give_size)
+    creator.start()
+    try:
+        with shared_memory(FIRST_NUMBER):
+            assert SharedMemory(name, False).buf.nbytes == 8
+    finally:
+        creator.join()
+        (SHM / name).unlink()
 
 
 def test_numbers_of_jobs_differ() -> None:

@@ -227,7 +227,7 @@ def test_cache_of_another_stream_is_not_taken(seeded: Path) -> None:
     loader.write_text(before[0])
     validation.write_text(before[1])
     assert rank.code == 1
-    assert f"{seeded}/cache, but another `remote`. Give it its own." in rank.output
+    assert f"{seeded}/cache, but another `remote`. Give each its own." in rank.output
 
 
 def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None:

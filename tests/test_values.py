@@ -162,7 +162,9 @@ def test_streams_with_one_folder_are_refused_however_it_is_spelled(
     for one in same:
         for other in same:
             streams = {"a": dict(one), "b": dict(other)}
-            with pytest.raises(ConfigError, match=rf"a and b in loader\.toml have the same `local`, {folder}\."):
+            with pytest.raises(
+                ConfigError, match=rf"a in loader\.toml and b in loader\.toml have the same `local`, {folder}\."
+            ):
                 resolved({"name": "text", "dataset": {"streams": streams}})
 
 

@@ -14,6 +14,7 @@ from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import BatchFormat
+from examples.mosaic_streaming.cache import is_url
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import check_attention, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
@@ -207,7 +208,7 @@ def warnings_of_patience(dataset: Config, timeout: float, path: str) -> list[str
     found = []
     for name, stream in streams_of(dataset).items():
         retry, patience = ((STREAM_DEFAULTS | dataset | stream)[f"download_{key}"] for key in ("retry", "timeout"))
-        if has_cache(stream) and "://" in stream["remote"] and retry * patience >= timeout:
+        if has_cache(dataset, stream) and is_url(stream["remote"]) and retry * patience >= timeout:
             found.append(
                 f"{name} in {path} gives a store that stalls {retry} (download_retry) x {patience:g} s "
                 f"(download_timeout), but ranks wait for each other only {timeout:g} s (comm.train_timeout_seconds in "

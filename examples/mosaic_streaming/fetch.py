@@ -3,6 +3,7 @@
 streaming 0.13.0 compares hashes after it has put a file into its place, sizes not at all, and never looks again.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -19,14 +20,13 @@ from streaming.base.compression import decompress
 from streaming.base.format import FileInfo, Reader, get_index_basename
 from streaming.base.format.mds import MDSReader
 from streaming.base.hashing import get_hash
+from streaming.base.storage import CloudDownloader
 from torchtitan.tools.logging import logger
 
+from examples.mosaic_streaming.cache import INCOMING, is_copy
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.fetched import RETRY, count_fetched
 from examples.mosaic_streaming.index import FileError, Part
-
-INCOMING = ".incoming-"
-"""Folders in a cache with what is being fetched begin so."""
 
 MAX_BACKOFF = 60.0
 """Seconds between two attempts to fetch a file."""
@@ -128,7 +128,7 @@ class CheckedStream(Stream):
             except DataError:
                 raise
             except Exception as error:
-                self._downloader.clean_up()
+                self._downloader = CloudDownloader.get(self.remote)  # threads that use the old one go on with it
                 problem = f"{self.source(basename)} of {self.label} can't be had: {describe(error)}"
                 if attempt == self.download_retry:
                     if isinstance(error, FileError):  # or it is the index here that is old, or damaged
@@ -150,10 +150,11 @@ class CheckedStream(Stream):
         streaming's downloaders know no such limit, or pass it on to clients that try again within it.
         """
         outcome: list[BaseException | None] = []
+        downloader = self._downloader
 
         def run() -> None:
             try:
-                self._downloader.download(remote, path, self.download_timeout)
+                downloader.download(remote, path, self.download_timeout)
                 outcome.append(None)
             except BaseException as error:
                 outcome.append(error)
@@ -171,27 +172,35 @@ class CheckedStream(Stream):
             raise outcome[0]
 
     def storing(self, basename: str, needed: int) -> "Storing":
-        """A folder of one's own in the cache, for a file that isn't ready yet and will take so many bytes."""
-        return Storing(self.path(basename), needed, self.label)
+        """A folder of one's own beside the shards, for a file that isn't ready yet and will take so many bytes."""
+        path, folder = self.path(basename), self.path("")
+        advice = f"Make room, set dataset.cache_limit, or set another `local` for {self.label}."
+        if not self.is_cache:
+            advice = (
+                f"{self.label} is compressed and has no cache: shards are unpacked beside the packed ones. Or give it "
+                f"`remote` = {self.remote or self.local!r} and another folder as `local`."
+            )
+        return Storing(path, folder, needed, advice)
 
 
 class Storing:
-    """A folder beside a file that is to come, removed at the end; what the disk refuses becomes a DataError.
+    """A folder for a file that is to come, removed at the end; what the disk refuses becomes a DataError.
 
     Args:
         path: of the file.
+        folder: in which there is to be one: that of all shards.
         needed: its size in bytes.
-        label: of the stream.
+        advice: what to do if the disk refuses.
     """
 
-    def __init__(self, path: str, needed: int, label: str) -> None:
-        self._path, self._needed, self._label = path, needed, label
+    def __init__(self, path: str, folder: str, needed: int, advice: str) -> None:
+        self._path, self._root, self._needed, self._advice = path, folder, needed, advice
         self._folder = ""
 
     def __enter__(self) -> str:
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._folder = tempfile.mkdtemp(prefix=INCOMING, dir=os.path.dirname(self._path))
+            self._folder = tempfile.mkdtemp(prefix=INCOMING, dir=self._root)
         except OSError as error:
             raise self._refused(error) from error
         return self._folder
@@ -202,9 +211,9 @@ class Storing:
             raise self._refused(error) from error
 
     def _is_ours(self, error: OSError) -> bool:
-        """Whether it is the cache that fails, not the remote."""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        return full or str(error.filename).startswith(os.path.dirname(self._path))
+        """Whether it is the disk here that refuses, not the remote."""
+        is_here = str(error.filename).startswith(self._root)
+        return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in (errno.EROFS, errno.EACCES) and is_here)
 
     def _refused(self, error: OSError) -> DataError:
         folder = os.path.dirname(self._path)
@@ -212,15 +221,18 @@ class Storing:
             folder = os.path.dirname(folder)
         return DataError(
             f"{self._path} can't be stored: {error.strerror}. It needs {self._needed:,} bytes, "
-            f"{shutil.disk_usage(folder).free:,} are free in {folder}. Make room, set dataset.cache_limit, or set "
-            f"another `local` for {self._label}."
+            f"{shutil.disk_usage(folder).free:,} are free in {folder}. {self._advice}"
         )
 
 
 def size_of(folder: str) -> int:
-    """Bytes in the files of a folder."""
+    """Bytes in the files of a folder, in which a client may be renaming some."""
+    size = 0
     with os.scandir(folder) as entries:
-        return sum(entry.stat().st_size for entry in entries)
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                size += entry.stat().st_size
+    return size
 
 
 def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: int | None) -> None:
@@ -275,7 +287,6 @@ def make_checked(stream: Stream, label: str) -> CheckedStream:
     stream.__class__ = CheckedStream
     assert isinstance(stream, CheckedStream)
     stream.label = label
-    remote = stream.remote and os.path.realpath(stream.remote)
-    stream.is_cache = remote not in (None, os.path.realpath(stream.local))
+    stream.is_cache = is_copy(stream.remote, stream.local, stream.split)
     stream.safe_keep_zip |= not stream.is_cache
     return stream

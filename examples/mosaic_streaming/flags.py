@@ -3,6 +3,8 @@
 import argparse
 import dataclasses
 import difflib
+import os
+import re
 import sys
 import tomllib
 import typing
@@ -29,6 +31,9 @@ Both loader files can also be llm-foundry training YAMLs: their `train_loader`, 
 
 TorchTitan's flags are listed by: python -m examples.mosaic_streaming.train -- --help
 """
+
+PATHS = ("config", "mosaic_config", "mosaic_validation_config", "checkpoint", "plot")
+"""Flags of training and preview that are paths."""
 
 
 class LoaderFile(NamedTuple):
@@ -101,7 +106,26 @@ def parse_known(parser: argparse.ArgumentParser, ours: list[str]) -> argparse.Na
     flags, rest = parser.parse_known_args(ours)
     if rest:
         raise ConfigError(f"{' '.join(rest)}: not a flag of ours. TorchTitan's flags go behind a `--`. See --help.")
+    for name in PATHS:
+        if path := getattr(flags, name, None):
+            setattr(flags, name, expand_path(path, f"--{name.replace('_', '-')}"))
     return flags
+
+
+def expand_path(path: str, place: str) -> str:
+    """A path or URL with `~` and variables of the environment written out, which Python would take for names.
+
+    Args:
+        path: as it is given.
+        place: where, for the message.
+
+    Raises:
+        ConfigError: there is no such user or variable.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    if expanded.startswith("~") or re.search(r"\$\w|\$\{", expanded):
+        raise ConfigError(f"{place} = {path!r}: there is no such user, or variable in the environment.")
+    return expanded
 
 
 def read_toml(path: str) -> dict[str, Any]:

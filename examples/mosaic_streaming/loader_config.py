@@ -2,10 +2,8 @@
 
 import copy
 import difflib
-import hashlib
 import inspect
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +13,9 @@ from llmfoundry.data.finetuning import dataloader as finetuning
 from streaming import Stream, StreamingDataset
 from streaming.base import shuffle
 
+from examples.mosaic_streaming.cache import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.flags import expand_path
 from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
 from examples.mosaic_streaming.values import hints_of, wrong_values
 
@@ -91,12 +91,10 @@ def resolve(
     if config["name"] == "finetuning":
         derive(dataset, "dataset.decoder_only_format", [True], "each model of TorchTitan's asks for", path)
     dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
+    place_streams(dataset, path)
     check_streams(dataset, path)
     check_weights(dataset, path)
-    for stream in streams_of(dataset).values():
-        if stream.get("remote") and not stream.get("local"):
-            stream["local"] = default_cache(stream["remote"])
-    check_caches(dataset, path)
+    check_folders(folders_of(dataset, path))
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}
     config = defaults | config
@@ -215,28 +213,21 @@ def check_streams(dataset: Config, path: str) -> None:
         if not folder:
             raise ConfigError(f"{name} in {path} has no `local` or `remote`: set the folder or URL of the stream.")
         stream = streams_of(dataset)[name]
-        if dataset.get("cache_limit") and not has_cache(stream):
+        if dataset.get("cache_limit") and not has_cache(dataset, stream):
             raise ConfigError(
-                f"dataset.cache_limit in {path}, but {name} has no `remote`: streaming would delete its only copy. "
-                "Remove the limit, or give a `remote` beside another `local`."
+                f"dataset.cache_limit in {path}, but {name} has no `remote` beside its `local`: streaming would delete "
+                "its only copy. Remove the limit, or give a `remote` and another `local`."
             )
-        if "://" not in folder and not os.path.isfile(os.path.join(folder, "index.json")):
+        if not is_url(folder) and not os.path.isfile(os.path.join(folder, "index.json")):
             raise ConfigError(
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
                 f"or make the demo data: {MAKE_DEMO_DATA}"
             )
 
 
-def has_cache(stream: Config) -> bool:
-    """Whether a stream's `local` is a copy of its `remote`, rather than all there is."""
-    remote, local = stream.get("remote") or "", stream.get("local") or ""
-    return bool(remote) and not (local and os.path.realpath(remote) == os.path.realpath(local))
-
-
-def default_cache(remote: str) -> str:
-    """Where shards are kept if a stream says nothing; streaming's own default is refused when it is there already."""
-    name = hashlib.blake2b(remote.encode(), digest_size=8).hexdigest()
-    return os.path.join(tempfile.gettempdir(), f"mosaic_streaming-{os.getuid()}", name)
+def has_cache(dataset: Config, stream: Config) -> bool:
+    """Whether the `local` of a stream of a loader is a copy of its `remote`, rather than all there is."""
+    return is_copy(stream.get("remote"), stream.get("local"), stream.get("split") or dataset.get("split"))
 
 
 def check_weights(dataset: Config, path: str) -> None:
@@ -256,39 +247,31 @@ def check_weights(dataset: Config, path: str) -> None:
         )
 
 
-def check_caches_apart(train: Config, validation: Config, train_path: str, path: str) -> None:
-    """Raise ConfigError if validation streams would find the shards of training's in their cache, and take them.
-
-    Args:
-        train: `dataset` of the training loader, as it was read.
-        validation: that of the validation loader.
-        train_path: the file of the first, for the message.
-        path: that of the second.
-    """
-    taken = {place: (name, source) for name, place, source in places_of(train)}
-    for name, place, source in places_of(validation):
-        other, others_source = taken.get(place, (name, source))
-        if source != others_source:
-            raise ConfigError(
-                f"{name} in {path} has the `local` of {other} in {train_path}, {place}, but another `remote`. "
-                "Give it its own."
-            )
-
-
-def places_of(dataset: Config) -> list[tuple[str, str, str]]:
-    """Name, `local` and source of each stream that has a `local`."""
+def folders_of(dataset: Config, path: str) -> list[Folder]:
+    """Where each stream of a loader lies; see `place_streams`."""
     folders, found = stream_folders(dataset), []
     for name, stream in streams_of(dataset).items():
-        if local := stream.get("local"):
-            split = stream.get("split") or dataset.get("split") or ""
-            found.append((name, os.path.abspath(os.path.join(local, split)), folders[name]))
+        local, split = stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
+        found.append(
+            Folder(name, path, local and os.path.join(local, split), folders[name], has_cache(dataset, stream))
+        )
     return found
 
 
-def check_caches(dataset: Config, path: str) -> None:
-    """Raise ConfigError if two streams have the same `local`: each would overwrite the other's index."""
-    taken: dict[str, str] = {}
-    for name, place, _ in places_of(dataset):
-        if place in taken:
-            raise ConfigError(f"{taken[place]} and {name} in {path} have the same `local`, {place}. Give each its own.")
-        taken[place] = name
+def place_streams(dataset: Config, path: str) -> None:
+    """Write out the folders of streams: paths in full, no `remote` that is `local` by another name, and each cache.
+
+    Raises:
+        ConfigError: a path has a variable that isn't set, or an unknown user.
+    """
+    for section in (dataset, *streams_of(dataset).values()):
+        for key in ("remote", "local", "split"):
+            if section.get(key) == "":  # as YAML files have it for none
+                del section[key]
+            elif section.get(key) and key != "split":
+                section[key] = expand_path(section[key], f"`{key}` in {path}")
+    for stream in streams_of(dataset).values():
+        if stream.get("remote") and not stream.get("local"):
+            stream["local"] = default_cache(stream["remote"])
+        elif stream.get("remote") and not has_cache(dataset, stream):
+            stream["remote"] = stream["local"]  # streaming compares the two as texts

@@ -111,6 +111,10 @@ def make_demo_data(out: Path = OUT, seq_len: int = SEQ_LEN) -> None:
     if is_up_to_date(out, seq_len):
         print(f"{out} is up to date.")
         return
+    if out.exists() and not (out / MADE_FROM).is_file():
+        raise SystemExit(
+            f"{out} is no folder of demo data, and would be overwritten. Remove it, or give another --out."
+        )
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     tokens = write_streams(partial, seq_len)

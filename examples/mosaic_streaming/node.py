@@ -7,15 +7,13 @@ its processes hold a lock for as long as one of them lives.
 
 import atexit
 import contextlib
-import errno
 import fcntl
 import os
 import re
-import shutil
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
 from unittest import mock
 
@@ -25,12 +23,14 @@ from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
 from streaming.base.distributed import barrier
 from streaming.base.format import get_index_basename
 from streaming.base.shared import SharedMemory
+from streaming.base.shared import memory as streaming_memory
 from streaming.base.shared.prefix import _get_path, _pack_locals
 from streaming.base.world import World
 from torchtitan.tools.logging import logger
 
+from examples.mosaic_streaming.cache import identity, take_cache
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.fetch import INCOMING, CheckedStream, check_file, describe, make_checked
+from examples.mosaic_streaming.fetch import CheckedStream, check_file, describe, make_checked
 from examples.mosaic_streaming.index import FileError, Part, read_index
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, streams_of
 
@@ -39,13 +39,10 @@ FIRST_NUMBER = 10**12
 """Ours, of 13 digits, begin here: streaming counts up from 0."""
 LOCK = "job"
 """Of a job's files in shared memory, the one that its processes lock."""
-IN_USE = ".in_use"
-"""The file in a cache that its job locks."""
 THREADS = 4
 """That verify files."""
-
-held: list[int] = []
-"""Locks that this process keeps until it ends."""
+CREATION_SECONDS, POLL_SECONDS = 60.0, 0.002
+"""How long a process waits for shared memory that another one is creating, and between two looks."""
 
 
 def prepare_streams(config: Config, path: str) -> None:
@@ -87,34 +84,6 @@ def make_stream(settings: Config, dataset: Config, label: str) -> CheckedStream:
     except Exception as error:  # a store's client, too, may refuse
         raise ConfigError(f"{label}: {describe(error)}") from error
     return make_checked(stream, label)
-
-
-def take_cache(stream: CheckedStream, path: str) -> None:
-    """Take a cache for this job, and remove from it what a dead one was fetching.
-
-    Raises:
-        ConfigError: another job has it.
-        DataError: it can't be written.
-    """
-    folder = Path(stream.path(""))
-    lock = folder / IN_USE
-    with stream.storing(IN_USE, 0):  # makes the folder, or says why that doesn't go
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise ConfigError(
-                f"`local` of {stream.label}, {folder}, is the cache of another job, process "
-                f"{lock.read_text().strip()}. Give each job another `local` in {path}, or end that one."
-            ) from error
-        logger.warning(f"{folder} knows no locks ({error.strerror}): make sure that no other job uses it.")
-    held.append(file)  # closing it would give it up
-    os.ftruncate(file, 0)
-    with contextlib.suppress(OSError):  # a full disk: it may be that everything is there already
-        os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    for left in folder.rglob(f"{INCOMING}*"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
@@ -176,7 +145,9 @@ def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
     size, faults = 0, []
     samples = {part.raw.basename: part.samples}
     for info in filter(None, (part.raw, part.packed)):
-        place = stream.path(info.basename)
+        place, source = stream.path(info.basename), stream.source(info.basename)
+        if stream.is_cache and os.path.islink(source) and identity(source) == identity(place):
+            raise DataError(f"{source} of {stream.label} is a link to {place} in its cache. Put the file in its place.")
         try:
             check_file(place, info, stream.validate_hash, samples.get(info.basename))
             size += info.bytes
@@ -188,6 +159,21 @@ def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
             if stream.is_cache:
                 Path(place).unlink(missing_ok=True)
     return size, faults
+
+
+class ReadySharedMemory(BuiltinSharedMemory):
+    """Shared memory that is opened once it has its size, which its creator gives it a moment after its name.
+
+    Source: streaming 0.13.0 waits 7 ms, and then fails with "cannot mmap an empty file" (base/shared/memory.py).
+    """
+
+    def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
+        end = time.monotonic() + CREATION_SECONDS
+        while not create and name and (SHM / name).exists() and not (SHM / name).stat().st_size:
+            if time.monotonic() > end:
+                break
+            time.sleep(POLL_SECONDS)
+        super().__init__(name, create, size)
 
 
 @contextlib.contextmanager
@@ -216,7 +202,10 @@ def shared_memory(number: int) -> Iterator[None]:
             memory = SharedMemory(_get_path(mine, LOCALS), False)
         return mine, memory
 
-    with mock.patch.object(streaming_dataset, "get_shm_prefix", get_shm_prefix):
+    with (
+        mock.patch.object(streaming_dataset, "get_shm_prefix", get_shm_prefix),
+        mock.patch.object(streaming_memory, "BuiltinSharedMemory", ReadySharedMemory),
+    ):
         yield
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.mosaic_streaming import spec
 from examples.mosaic_streaming.batch import is_padding
 from examples.mosaic_streaming.build import check_memory, settle
+from examples.mosaic_streaming.cache import is_url
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number
@@ -363,10 +364,10 @@ def read_through(folder: str, config: Config, path: str) -> Config:
     dataset["replication"] = 1
     for number, (name, settings) in enumerate(streams_of(dataset).items()):
         source = settings.get("remote") or settings["local"]
-        source = source if "://" in source else os.path.abspath(source)
+        source = source if is_url(source) else os.path.abspath(source)
         settings |= {"remote": source, "local": os.path.join(folder, str(number))}
         stream = make_stream(settings, dataset, stream_label(name, path))
         parts = get_index(stream, bool(dataset.get("allow_unsafe_types")))
-        if "://" not in source and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
+        if not is_url(source) and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
             settings["local"] = source
     return config

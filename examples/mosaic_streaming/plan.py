@@ -181,7 +181,7 @@ def bytes_of(offline: Offline, cached: bool) -> int:
     dataset, total = offline.config["dataset"], 0
     for number, stream in enumerate(streams_of(dataset).values()):
         keeps_packed = (STREAM_DEFAULTS | dataset | stream)["keep_zip"] or not cached
-        if has_cache(stream) == cached:
+        if has_cache(dataset, stream) == cached:
             shards = shards_of(offline.streams.dataset, number)
             total += sum(shard.get_persistent_size(keeps_packed) for shard in shards)
     return total

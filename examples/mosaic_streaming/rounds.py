@@ -1,5 +1,6 @@
 """The rounds of validation: their batches, the same in each, and what their loader and the job have to agree on."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,11 +16,12 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
 from examples.mosaic_streaming.build import place
+from examples.mosaic_streaming.cache import check_folders
 from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node
-from examples.mosaic_streaming.loader_config import Config, check_caches_apart, resolve
+from examples.mosaic_streaming.loader_config import Config, folders_of, place_streams, resolve
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import set_round
 from examples.mosaic_streaming.peers import check_peers
@@ -122,7 +124,10 @@ def resolve_validation(job_config: JobConfig, replication: int, file: LoaderFile
         section="validation",
     )
     check_loader(config["dataset"], file.path)
-    check_caches_apart(train_file.config["dataset"], file.config["dataset"], train_file.path, file.path)
+    train_dataset = copy.deepcopy(train_file.config["dataset"])
+    place_streams(train_dataset, train_file.path)
+    check_folders(folders_of(config["dataset"], file.path), folders_of(train_dataset, train_file.path))
+    check_folders(folders_of(train_dataset, train_file.path), folders_of(config["dataset"], file.path))
     config |= {"drop_last": False, "persistent_workers": config["num_workers"] > 0}
     config["dataset"]["num_canonical_nodes"] = 1  # with more, the last samples of an epoch would be left out
     return config
