@@ -169,10 +169,9 @@ class ReadySharedMemory(BuiltinSharedMemory):
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
         end = time.monotonic() + CREATION_SECONDS
-        while not create and name and (SHM / name).exists() and not (SHM / name).stat().st_size:
-            if time.monotonic() > end:
-                break
-            time.sleep(POLL_SECONDS)
+        with contextlib.suppress(FileNotFoundError):  # the base class says so
+            while not create and not (SHM / str(name)).stat().st_size and time.monotonic() < end:
+                time.sleep(POLL_SECONDS)
         super().__init__(name, create, size)
 
 
