@@ -3,10 +3,11 @@
 import contextlib
 import itertools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import connection
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch.distributed as dist
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
@@ -17,8 +18,9 @@ from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
 from examples.mosaic_streaming.collate import Pipe, as_tensors
 from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.faults import CheckedDataset
+from examples.mosaic_streaming.fetch import CheckedStream
 from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
-from examples.mosaic_streaming.order import Order, start_at, whole
+from examples.mosaic_streaming.order import Order, global_batch, start_at, whole
 from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
 from examples.mosaic_streaming.resume import Data, State, check_position, check_same_data, pack, unpack
@@ -29,6 +31,9 @@ TELLING_STEPS = {10**digits for digits in range(10)}
 
 MUCH = 0.01
 """Of the data that is left out: the log warns."""
+
+SAMPLES_TOLD = 8
+"""Of a global batch, by number, in a message."""
 
 LAST_BREATH = 1.0
 """Seconds that a worker may take from its last sign of life to its end."""
@@ -111,6 +116,7 @@ class MosaicDataLoader(BaseDataLoader):
         dp_rank: this rank on TorchTitan's batch mesh.
         path: the file that configures the loader, for messages.
         steps: optimizer steps of the whole run, for the log.
+        is_last: whether this rank is the last of all to call this with a key, without waiting.
     """
 
     def __init__(
@@ -122,6 +128,7 @@ class MosaicDataLoader(BaseDataLoader):
         dp_rank: int,
         path: str,
         steps: int,
+        is_last: Callable[[str], bool],
     ) -> None:
         assert isinstance(loader.dataset, StreamingDataset)
         self._batches = Batches(loader, form.origin, path)
@@ -132,6 +139,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._dp_rank = dp_rank
         self._path = path
         self._steps_of_run = steps
+        self._is_last = is_last
         self._global_batch_size_before = order.global_batch_size
         """That of the last steps before this start."""
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
@@ -150,7 +158,8 @@ class MosaicDataLoader(BaseDataLoader):
         """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
 
         Raises:
-            DataError: a batch is not as it has to be, ranks don't read the same data, or an epoch ends early.
+            DataError: a batch is not as it has to be, ranks don't read the same data, an epoch ends early, or a global
+                batch has no loss token.
             RuntimeError: this is not the first iteration: the position is that of one reader.
         """
         if self._is_read:
@@ -161,13 +170,16 @@ class MosaicDataLoader(BaseDataLoader):
         while True:
             self._batches.begin()
             while step := self._next_step():
+                targets = 0
                 for number, batch in enumerate(step, start=1):
                     titan_batch, padding = convert(batch, self._form)
                     if not checked:
                         check_peers(titan_batch, self._dp_rank, self._data | self._place(), self._path)
                         checked = True
-                    self._counter.add(titan_batch[1], padding)
+                    targets += self._counter.add(titan_batch[1], padding)
                     if number == len(step):
+                        if not targets:
+                            self._check_others()
                         self._sample_in_epoch += self._order.global_batch_size
                         self._counter.add_step(self._order.global_batch_size)
                     yield titan_batch
@@ -242,6 +254,27 @@ class MosaicDataLoader(BaseDataLoader):
         if self._steps in TELLING_STEPS:
             self._log_left_out()
         return step
+
+    def _check_others(self) -> None:
+        """Raise DataError if no rank has a loss token in this step, as this one has none.
+
+        TorchTitan would divide by their number, log a loss of NaN and go on. It sums that number over ranks once each
+        of them has all batches of the step, so where one stops before its last, no rank changes the model (torchtitan
+        0.2.2, train.py).
+        """
+        if not self._is_last(f"no loss token in epoch {self._epoch} at {self._sample_in_epoch}"):
+            return
+        samples = global_batch(self._dataset, self._order, self._epoch, self._sample_in_epoch)
+        told = ", ".join(map(str, samples[:SAMPLES_TOLD]))
+        more = f" and {samples.size - SAMPLES_TOLD:,} more" if samples.size > SAMPLES_TOLD else ""
+        numbers = np.searchsorted(self._dataset.sample_offset_per_stream, samples, side="right") - 1
+        streams = [cast(CheckedStream, self._dataset.streams[number]).label for number in np.unique(numbers)]
+        raise DataError(
+            f"The global batch at sample {self._sample_in_epoch:,} of epoch {self._epoch} has no loss token: all its "
+            f"labels are -100. It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample "
+            f"{samples[0]}` shows one. Remove such samples, or raise training.global_batch_size, so that others are "
+            "in a batch with them."
+        )
 
     def _log_left_out(self) -> None:
         """Say on rank 0 how many tokens packing has left out."""

@@ -107,6 +107,17 @@ def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_siz
     return order
 
 
+def global_batch(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
+    """The samples of the global batch at a position, in their order, int64 [global_batch_size].
+
+    It puts the rest of the epoch in order for it, which takes a while where that is long.
+    """
+    alone = World(1, 1, 1, 0)
+    dataset._set_shuffle_block_size(alone)  # as its first iteration does, which may be a worker's
+    order = dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch)
+    return order(dataset, alone, epoch, 0).reshape(-1)[: order.global_batch_size]
+
+
 def set_round(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int, samples: int) -> None:
     """Make a dataset read the same first samples of an epoch, each time that it is iterated."""
     algos[PARTITION_ALGO] = without_repeats

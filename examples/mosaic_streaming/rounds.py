@@ -71,6 +71,13 @@ class Rounds:
         if self._batches.take(1):
             raise DataError(f"A validation round goes on after {self._count} batches. {self._form.origin}")
 
+    def no_loss_token(self) -> DataError:
+        """What to raise where a round has nothing to take a mean loss of."""
+        return DataError(
+            f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. "
+            f"{self._form.origin}"
+        )
+
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how."""
         return self._batches.lost_workers()

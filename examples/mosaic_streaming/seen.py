@@ -73,21 +73,26 @@ class Counter:
         self._inputs = self._padding = 0
         """Positions of this rank's inputs since the last look, and how many of them were padding."""
 
-    def add(self, labels: Tensor, padding: Tensor | None) -> None:
+    def add(self, labels: Tensor, padding: Tensor | None) -> int:
         """Count a batch of this rank: some microseconds, of which numpy takes a third of torch's.
 
         Args:
             labels: int64 [rows, seq_len].
             padding: where its rows are that, bool [rows, max_seq_len]; none where text has none.
+
+        Returns:
+            its targets.
         """
         form = self._form
         self._inputs += labels.numel()
         if padding is None and form.labels_are_ids:
-            self._targets += form.rows * (form.max_seq_len - 1)
+            targets = form.rows * (form.max_seq_len - 1)
         else:
-            self._targets += np.count_nonzero(labels.numpy() != IGNORE_INDEX)
+            targets = int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
+        self._targets += targets
         if padding is not None:
             self._padding += np.count_nonzero(padding[:, : form.seq_len].numpy())
+        return targets
 
     def add_step(self, samples: int) -> None:
         """Count an optimizer step of all ranks."""

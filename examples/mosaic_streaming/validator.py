@@ -76,7 +76,11 @@ class MosaicValidator(BaseValidator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the mean loss; the model's mode is training again afterwards."""
+        """Log the mean loss; the model's mode is training again afterwards.
+
+        Raises:
+            DataError: on all ranks, if there is nothing to take the mean of.
+        """
         counted = count_of_experts(model_parts)
         for model in model_parts:
             model.eval()
@@ -88,8 +92,10 @@ class MosaicValidator(BaseValidator):
             inputs = {key: value.to(device_type) for key, value in inputs.items()}
             loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
         loss_sum, tokens = loss_sum.to(torch.float32).to(device_type), tokens.to(device_type)
-        mean = self._total(loss_sum, "loss", "pp") / max(1, self._total(tokens, "batch"))
-        self._metrics.log_validation(loss=mean, step=step)
+        total = self._total(tokens, "batch")
+        if not total:
+            raise self._rounds.no_loss_token()
+        self._metrics.log_validation(loss=self._total(loss_sum, "loss", "pp") / total, step=step)
         for model in model_parts:
             model.train()
         for count, before in counted:
