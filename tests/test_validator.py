@@ -230,6 +230,16 @@ def test_cache_of_another_stream_is_not_taken(seeded: Path) -> None:
     assert f"{seeded}/cache, but another `remote`. Give each its own." in rank.output
 
 
+def test_validation_on_streams_of_training_is_warned_of_however_they_are_written(seeded: Path) -> None:
+    (seeded / "link").symlink_to("stream")
+    write_validation(seeded, "text", seeded / "link")
+    [same] = validate(seeded, "same", *FROZEN)
+    write_validation(seeded, "text", seeded / "held_out")
+    [other] = validate(seeded, "other", *FROZEN)
+    told = f"Training reads the same as validation: {seeded}/stream. The loss will tell less."
+    assert (same.output.count(told), other.output.count("reads the same")) == (1, 0)
+
+
 def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None:
     write_stream(seeded / "short", 20, length=SEQ_LEN, first=FIRST)
     write_validation(seeded, "text", seeded / "short")

@@ -1,5 +1,6 @@
 """TorchTitan's validator over Mosaic streams: the same samples each round, each once in the average."""
 
+import os
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.loader_config import stream_folders
+from examples.mosaic_streaming.loader_config import Config, stream_folders
 from examples.mosaic_streaming.rounds import build_rounds, resolve_validation
 
 
@@ -67,11 +68,11 @@ class MosaicValidator(BaseValidator):
         self._masks = attention in ("flex", "varlen")
         replication = dist.get_world_size() // dp_world_size
         config = resolve_validation(job_config, replication, validation_file, train_file)
-        seen = set(stream_folders(config["dataset"]).values()) & set(
-            stream_folders(train_file.config["dataset"]).values()
-        )
+        seen = places(config["dataset"]) & places(train_file.config["dataset"])
         if seen and is_rank_0():
-            logger.warning(f"Training reads the same as validation: {', '.join(seen)}. The loss will tell less.")
+            logger.warning(
+                f"Training reads the same as validation: {', '.join(sorted(seen))}. The loss will tell less."
+            )
         self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, config, validation_file.path)
 
     @torch.no_grad()
@@ -141,6 +142,12 @@ class MosaicValidator(BaseValidator):
     def close(self) -> None:
         """End the dataloader workers."""
         self._rounds.close()
+
+
+def places(dataset: Config) -> set[str]:
+    """Where streams' shards come from, each written in one way."""
+    folders = stream_folders(dataset).values()
+    return {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
 
 
 def count_of_experts(model_parts: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
