@@ -31,8 +31,8 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     try:
         with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
             return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
-    except ValueError as error:
-        problem = str(error).splitlines()[0]
+    except (ValueError, AssertionError) as error:
+        problem = str(error).partition("\n")[0]
         raise ConfigError(f"TorchTitan refuses {titan_flags[0]}: {problem} {HELP}") from error
     except SystemExit as exit:
         if not exit.code:
