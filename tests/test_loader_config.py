@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from llmfoundry.data import StreamingTextDataset
 from streaming import StreamingDataset
+from streaming.base.storage import CloudDownloader, LocalDownloader
 
+from examples.mosaic_streaming.build import warnings_of_patience
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.loader_config import resolve
 from tests.streams import write_stream
@@ -175,3 +177,28 @@ def test_stream_without_a_place_is_refused(config: dict[str, Any]) -> None:
 def test_remote_url_needs_no_index_on_this_machine(config: dict[str, Any]) -> None:
     config["dataset"] |= {"remote": "s3://bucket/data", "local": "/nowhere"}
     assert resolved(config)["dataset"]["remote"] == "s3://bucket/data"
+
+
+@pytest.mark.parametrize(
+    "remote",
+    ["dbfs:/Volumes/main/web", "dbfs:/web", "s3://bucket/web", "hf://datasets/web", "/data/web", "web", "./a:b"],
+)
+def test_folder_and_url_are_told_apart_as_streaming_does(config: dict[str, Any], remote: str) -> None:
+    config["dataset"] = {"remote": remote, "local": "/nowhere"}
+    if isinstance(CloudDownloader.get(remote), LocalDownloader):
+        refuse(config, f"No index.json in {remote} ")
+    else:
+        assert resolved(config)["dataset"]["remote"] == remote
+
+
+def test_local_folder_is_one_however_it_is_called(config: dict[str, Any]) -> None:
+    config["dataset"] = {"local": "data:v2/web"}
+    refuse(config, "No index.json in data:v2/web ")
+
+
+@pytest.mark.parametrize(
+    ("remote", "warns"), [("dbfs:/Volumes/main/web", True), ("s3://bucket/web", True), ("/data/web", False)]
+)
+def test_store_that_ranks_would_not_wait_for_is_warned_of(remote: str, warns: bool) -> None:
+    stream = {"remote": remote, "local": "/cache", "download_retry": 3, "download_timeout": 60}
+    assert any("3 (download_retry) x 60 s" in line for line in warnings_of_patience(stream, 100, "x.toml")) is warns

@@ -70,8 +70,12 @@ def is_copy(remote: str | None, local: str | None, split: str | None) -> bool:
 
 
 def is_url(remote: str) -> bool:
-    """Whether streaming asks a store for it, and not this machine's file system."""
-    return bool(urllib.parse.urlparse(remote).scheme)
+    """Whether a `remote` is in a store, rather than a folder of this machine.
+
+    Source: streaming takes a `remote` for a URL if it has a scheme, with `//` behind that or not, as
+    `dbfs:/Volumes/...` (0.13.0, base/storage/download.py). Nothing behind `//` matters, which urlparse may refuse.
+    """
+    return bool(urllib.parse.urlparse(remote.partition("//")[0]).scheme)
 
 
 def identity(folder: str | Path) -> Identity:

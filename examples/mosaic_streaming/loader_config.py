@@ -205,6 +205,11 @@ def stream_folders(dataset: Config) -> dict[str, str]:
     return folders
 
 
+def is_local(stream: Config) -> bool:
+    """Whether a stream's shards come from a folder of this machine, rather than from a store."""
+    return not is_url(stream.get("remote") or "")
+
+
 def check_streams(dataset: Config, path: str) -> None:
     """Raise ConfigError if a stream has no place, no index.json there, or a cache limit would delete its only copy."""
     if "hf_name" in dataset:
@@ -218,7 +223,7 @@ def check_streams(dataset: Config, path: str) -> None:
                 f"dataset.cache_limit in {path}, but {name} has no `remote` beside its `local`: streaming would delete "
                 "its only copy. Remove the limit, or give a `remote` and another `local`."
             )
-        if not is_url(folder) and not os.path.isfile(os.path.join(folder, "index.json")):
+        if is_local(stream) and not os.path.isfile(os.path.join(folder, "index.json")):
             raise ConfigError(
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
                 f"or make the demo data: {MAKE_DEMO_DATA}"
@@ -252,9 +257,8 @@ def folders_of(dataset: Config, path: str) -> list[Folder]:
     folders, found = stream_folders(dataset), []
     for name, stream in streams_of(dataset).items():
         local, split = stream.get("local") or "", stream.get("split") or dataset.get("split") or ""
-        found.append(
-            Folder(name, path, local and os.path.join(local, split), folders[name], has_cache(dataset, stream))
-        )
+        source = os.path.abspath(folders[name]) if is_local(stream) else folders[name]
+        found.append(Folder(name, path, local and os.path.join(local, split), source, has_cache(dataset, stream)))
     return found
 
 

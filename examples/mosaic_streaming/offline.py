@@ -28,12 +28,11 @@ from transformers import PreTrainedTokenizerBase
 from examples.mosaic_streaming import spec
 from examples.mosaic_streaming.batch import is_padding
 from examples.mosaic_streaming.build import check_memory, settle
-from examples.mosaic_streaming.cache import is_url
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number
 from examples.mosaic_streaming.job_config import check_job
-from examples.mosaic_streaming.loader_config import Config, streams_of
+from examples.mosaic_streaming.loader_config import Config, is_local, streams_of
 from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
 from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.rounds import resolve_validation
@@ -363,11 +362,11 @@ def read_through(folder: str, config: Config, path: str) -> Config:
     dataset = config["dataset"]
     dataset["replication"] = 1
     for number, (name, settings) in enumerate(streams_of(dataset).items()):
-        source = settings.get("remote") or settings["local"]
-        source = source if is_url(source) else os.path.abspath(source)
+        local, source = is_local(settings), settings.get("remote") or settings["local"]
+        source = os.path.abspath(source) if local else source
         settings |= {"remote": source, "local": os.path.join(folder, str(number))}
         stream = make_stream(settings, dataset, stream_label(name, path))
         parts = get_index(stream, bool(dataset.get("allow_unsafe_types")))
-        if not is_url(source) and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
+        if local and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
             settings["local"] = source
     return config
