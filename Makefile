@@ -39,8 +39,7 @@ soak: .venv/.synced
 	$(BIN)/python -W ignore -m tests.soak
 
 # What data costs, next to what a user would pick instead: under 15 minutes on two cores.
-bench: .venv/.synced | $(UV)
-	$(UV) pip install --quiet --python .venv --no-deps --require-hashes -r requirements-bench.lock
+bench: .venv/.bench
 	$(BIN)/python -W ignore -m tests.benchmarks
 
 # Training on this machine's GPUs, against TorchTitan's own loader; 25 minutes at most. GPUS=8 takes eight of them.
@@ -72,10 +71,17 @@ lock: $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --group pyproject.toml:bench \
 	  --custom-compile-command "make lock" --constraints requirements.lock --output-file requirements-bench.lock
 
-.venv/.synced: requirements.lock | $(UV)
+# uv is no prerequisite: with all of it installed, nothing has to install uv.
+.venv/.synced: requirements.lock
+	test -x $(UV) || $(MAKE) $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
 	@echo "Installing requirements.lock into .venv: about 3 GB to download the first time."
 	$(UV) pip sync --python .venv --require-hashes requirements.lock
+	touch $@
+
+.venv/.bench: requirements-bench.lock .venv/.synced
+	test -x $(UV) || $(MAKE) $(UV)
+	$(UV) pip install --quiet --python .venv --no-deps --require-hashes -r requirements-bench.lock
 	touch $@
 
 .tools/bin/uv:
