@@ -21,6 +21,7 @@ from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import is_last, new_number, on_each_node, on_rank_0, open_line
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of
+from examples.mosaic_streaming.memory import memory_limit
 from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
@@ -155,17 +156,17 @@ def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
 
 
 def check_memory(dataset: StreamingDataset, path: str) -> None:
-    """Raise ConfigError unless an epoch can be put in order in this machine's memory.
+    """Raise ConfigError unless an epoch can be put in order in the memory that this process may use.
 
     Args:
         dataset: with its samples an epoch.
         path: the file that configures the loader, for the message.
     """
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (needed := dataset.epoch_size * ORDER_BYTES) > memory:
+    if (needed := dataset.epoch_size * ORDER_BYTES) > (memory := memory_limit()):
         raise ConfigError(
-            f"An epoch of {dataset.epoch_size:,} samples takes about {needed / 1e9:,.0f} GB of each node's memory to "
-            f"put in order, of {memory / 1e9:,.0f} GB. Lower `epoch_size`, `repeat` or `choose` in {path}."
+            f"An epoch of {dataset.epoch_size:,} samples takes about {needed / 1e9:,.1f} GB of each node's memory to "
+            f"put in order, of {memory / 1e9:,.1f} GB that a process may use. Lower `epoch_size`, `repeat` or `choose` "
+            f"in {path}."
         )
 
 

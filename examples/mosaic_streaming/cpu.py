@@ -5,7 +5,6 @@ TorchTitan that takes "cpu" makes this module unnecessary.
 """
 
 import importlib
-import os
 import resource
 import types
 from collections.abc import Callable
@@ -17,6 +16,8 @@ import torch._utils
 import torch.distributed.checkpoint  # takes the functions patched below by name: it must have the true ones
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+
+from examples.mosaic_streaming.memory import memory_limit
 
 ACTIVE = torch._utils._get_available_device_type() is None
 """Whether this process has no accelerator, so that TorchTitan runs on the CPU."""
@@ -36,7 +37,7 @@ class CpuModule(types.ModuleType):
         return "CPU"
 
     def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
-        return types.SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return types.SimpleNamespace(total_memory=memory_limit())
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
