@@ -17,6 +17,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
+from examples.mosaic_streaming.cache import is_url
 from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.loader_config import Config, stream_folders
@@ -147,7 +148,7 @@ class MosaicValidator(BaseValidator):
 def places(dataset: Config) -> set[str]:
     """Where streams' shards come from, each written in one way."""
     folders = stream_folders(dataset).values()
-    return {folder.rstrip("/") if "://" in folder else os.path.realpath(folder) for folder in folders}
+    return {folder.rstrip("/") if is_url(folder) else os.path.realpath(folder) for folder in folders}
 
 
 def count_of_experts(model_parts: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
