@@ -19,7 +19,7 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import check_attention, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.job import is_last, new_number, on_each_node, on_rank_0, open_line
+from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line, open_store
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of
 from examples.mosaic_streaming.memory import memory_limit
 from examples.mosaic_streaming.mixture import log_mixture
@@ -88,7 +88,7 @@ def build_mosaic_dataloader(
         dp_rank,
         loader_config_path,
         job_config.training.steps,
-        functools.partial(is_last, number),
+        functools.partial(open_store, number),
     )
 
 

@@ -1,6 +1,7 @@
 """The loader that TorchTitan reads: batches, epochs, position."""
 
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -116,7 +117,7 @@ class MosaicDataLoader(BaseDataLoader):
         dp_rank: this rank on TorchTitan's batch mesh.
         path: the file that configures the loader, for messages.
         steps: optimizer steps of the whole run, for the log.
-        is_last: whether this rank is the last of all to call this with a key, without waiting.
+        open_store: connects to the store of the job.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class MosaicDataLoader(BaseDataLoader):
         dp_rank: int,
         path: str,
         steps: int,
-        is_last: Callable[[str], bool],
+        open_store: Callable[[], dist.Store],
     ) -> None:
         assert isinstance(loader.dataset, StreamingDataset)
         self._batches = Batches(loader, form.origin, path)
@@ -139,7 +140,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._dp_rank = dp_rank
         self._path = path
         self._steps_of_run = steps
-        self._is_last = is_last
+        self._open_store = open_store
         self._global_batch_size_before = order.global_batch_size
         """That of the last steps before this start."""
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
@@ -255,6 +256,11 @@ class MosaicDataLoader(BaseDataLoader):
             self._log_left_out()
         return step
 
+    @functools.cached_property
+    def _store(self) -> dist.Store:
+        """Kept, once it is needed: to connect takes seconds where a name server doesn't answer."""
+        return self._open_store()
+
     def _check_others(self) -> None:
         """Raise DataError if no rank has a loss token in this step, as this one has none.
 
@@ -262,14 +268,18 @@ class MosaicDataLoader(BaseDataLoader):
         of them has all batches of the step, so where one stops before its last, no rank changes the model (torchtitan
         0.2.2, train.py).
         """
-        if not self._is_last(f"no loss token in epoch {self._epoch} at {self._sample_in_epoch}"):
-            return
+        key = f"no loss token in epoch {self._epoch} at {self._sample_in_epoch}"
+        if self._store.add(key, 1) == dist.get_world_size():
+            raise self._no_loss_token()
+
+    def _no_loss_token(self) -> DataError:
+        """What to raise where the next global batch has none."""
         samples = global_batch(self._dataset, self._order, self._epoch, self._sample_in_epoch)
         told = ", ".join(map(str, samples[:SAMPLES_TOLD]))
         more = f" and {samples.size - SAMPLES_TOLD:,} more" if samples.size > SAMPLES_TOLD else ""
         numbers = np.searchsorted(self._dataset.sample_offset_per_stream, samples, side="right") - 1
         streams = [cast(CheckedStream, self._dataset.streams[number]).label for number in np.unique(numbers)]
-        raise DataError(
+        return DataError(
             f"The global batch at sample {self._sample_in_epoch:,} of epoch {self._epoch} has no loss token: all its "
             f"labels are -100. It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample "
             f"{samples[0]}` shows one. Remove such samples, or raise training.global_batch_size, so that others are "

@@ -99,11 +99,6 @@ def open_store(number: int) -> dist.Store:
     return dist.PrefixStore(str(number), dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
 
-def is_last(number: int, key: str) -> bool:
-    """Whether this rank is the last of all to call this with a key, each once; none waits for another."""
-    return open_store(number).add(key, 1) == dist.get_world_size()
-
-
 def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str | None:
     """The value of a key once somebody has set it; none if nobody does in time."""
     end = time.monotonic() + seconds
