@@ -15,7 +15,8 @@ from streaming import Stream, StreamingDataset
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.loader_config import resolve
-from examples.mosaic_streaming.values import LIMITS, WITH_UNITS, has_type, hints_of
+from examples.mosaic_streaming.typed import has_type
+from examples.mosaic_streaming.values import LIMITS, WITH_UNITS, hints_of
 from tests.streams import write_stream
 
 TOP = hints_of(registry.dataloaders.get("text"))
@@ -88,6 +89,21 @@ def test_numbers_with_units_are_read_as_streaming_does(config: dict[str, Any], f
     config["dataset"]["streams"]["web"] = {"remote": str(folder), "local": str(folder.parent / "cache")}
     value = {"cache_limit": "10gb", "epoch_size": "10k"}[key]
     assert resolved(with_value(config, "dataset.", key, value))["dataset"][key] == value
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("epoch_size", "10ba", 'a whole number, also as "10k" (k, m, b, t), from 1 to'),
+        ("epoch_size", "-10k", 'a whole number, also as "10k" (k, m, b, t), from 1 to'),
+        ("cache_limit", "10 gigs", 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb), from 1 to'),
+    ],
+)
+def test_unit_that_there_is_not_is_refused_with_those_that_there_are(
+    config: dict[str, Any], key: str, value: str, expected: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"dataset.{key} = {value!r} in loader.toml, expected {expected} ")):
+        resolved(with_value(config, "dataset.", key, value))
 
 
 @pytest.mark.parametrize("key", ["shuffle", "allow_unsafe_types", "keep_zip"])

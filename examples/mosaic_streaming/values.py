@@ -1,13 +1,13 @@
 """The types and limits of the loader's settings: streaming takes a string for true, and a negative number for none."""
 
-import math
 import os
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from streaming.base.util import bytes_to_int, number_abbrev_to_int
+
+from examples.mosaic_streaming.typed import has_type, type_name
 
 LIMITS: dict[str, tuple[float, float]] = {
     "num_workers": (0, max(64, os.cpu_count() or 1)),
@@ -28,8 +28,11 @@ LIMITS: dict[str, tuple[float, float]] = {
 }
 """The smallest and the largest value of a number."""
 
-WITH_UNITS = {"cache_limit": bytes_to_int, "epoch_size": number_abbrev_to_int}
-"""Numbers that can be strings, as "10gb" and "10k", and how streaming reads those."""
+WITH_UNITS = {
+    "cache_limit": (bytes_to_int, 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
+    "epoch_size": (number_abbrev_to_int, 'a whole number, also as "10k" (k, m, b, t)'),
+}
+"""Numbers that can be strings with a unit: how streaming reads those, and what to call them."""
 
 
 def hints_of(function: Any) -> dict[str, Any]:
@@ -45,7 +48,8 @@ def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, An
             continue
         if not has_type(value, hints[key]) or (key in LIMITS and value is not None and not in_limits(key, value)):
             limits = ", from {:,} to {:,}".format(*LIMITS[key]) if key in LIMITS else ""
-            wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {type_name(hints[key])}{limits}.")
+            expected = WITH_UNITS[key][1] if key in WITH_UNITS else type_name(hints[key])
+            wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {expected}{limits}.")
     return wrong
 
 
@@ -53,25 +57,7 @@ def in_limits(key: str, value: float | str) -> bool:
     """Whether a number is neither too small nor too large; it may be a string with a unit."""
     low, high = LIMITS[key]
     try:
-        number = WITH_UNITS[key](value) if isinstance(value, str) else value
+        number = WITH_UNITS[key][0](value) if isinstance(value, str) else value
     except (ValueError, TypeError, OverflowError):
         return False
     return low <= number <= high
-
-
-def has_type(value: Any, hint: Any) -> bool:
-    """Whether a value of a TOML file is of the type that an argument asks for."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return any(has_type(value, one) for one in typing.get_args(hint))
-    if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    if hint in (int, bool, str, types.NoneType):
-        return type(value) is hint
-    return True
-
-
-def type_name(hint: Any) -> str:
-    """What to call the type of an argument."""
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-    ones = typing.get_args(hint) or (hint,)
-    return " or ".join(names[one] for one in ones if one in names)
