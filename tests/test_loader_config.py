@@ -70,12 +70,14 @@ def test_key_of_the_dataset_is_told_its_place(config: dict[str, Any]) -> None:
 
 
 def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:
-    config |= {"num_workers": 0, "prefetch_factor": 4, "persistent_workers": True}
+    config |= {"num_workers": 0, "prefetch_factor": 4, "persistent_workers": True, "timeout": 30}
     complete = resolved(config)
+    assert complete["timeout"] == 0
     assert complete["prefetch_factor"] is None
     assert complete["persistent_workers"] is False
     config["num_workers"] = 2
     complete = resolved(config)
+    assert complete["timeout"] == 30
     assert complete["prefetch_factor"] == 4
     assert complete["persistent_workers"] is True
 
@@ -98,9 +100,21 @@ def test_streams_that_are_no_sections_are_refused(config: dict[str, Any], stream
     refuse(config, r"dataset.streams in loader.toml is not made of sections \[dataset.streams.NAME\]")
 
 
-def test_unknown_shuffle_algorithm_is_refused_with_the_valid_ones(config: dict[str, Any]) -> None:
-    config["dataset"]["shuffle_algo"] = "py2"
-    refuse(config, "dataset.shuffle_algo = 'py2' in loader.toml, expected one of: .*py1s, py2s")
+@pytest.mark.parametrize(
+    ("key", "valid"),
+    [
+        ("shuffle_algo", "py1br, py1e, py1s, py2s, naive"),
+        ("partition_algo", "orig, relaxed"),
+        ("batching_method", "random, stratified, per_stream, device_per_stream"),
+        ("sampling_method", "balanced, fixed"),
+    ],
+)
+def test_unknown_word_is_refused_with_the_valid_ones(config: dict[str, Any], key: str, valid: str) -> None:
+    config["dataset"][key] = "py2"
+    refuse(config, f"dataset.{key} = 'py2' in loader.toml, expected one of: .*{valid}\\.")
+    for word in valid.split(", "):
+        config["dataset"][key] = word
+        assert resolved(config)["dataset"][key] == word
 
 
 def test_finetuning_from_a_local_folder_alone_is_refused_with_the_way_out(config: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from llmfoundry import registry
 from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
 from llmfoundry.data.finetuning import dataloader as finetuning
 from streaming import Stream, StreamingDataset
-from streaming.base import shuffle
+from streaming.base import batching, partition, shuffle
 
 from examples.mosaic_streaming.cache import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.errors import ConfigError
@@ -45,11 +45,22 @@ Source: llm-foundry 0.22.0, data/text_data.py, data/utils.py and data/finetuning
 a key that it doesn't know without a word.
 """
 
+CHOICES = {
+    "shuffle_algo": tuple(shuffle.algos),
+    "partition_algo": tuple(partition.algos),
+    "batching_method": tuple(batching.batching_methods),
+    "sampling_method": ("balanced", "fixed"),
+}
+"""The words that a setting of `dataset` can be; streaming's own, before ours are among them."""
+
 STREAM_DEFAULTS = {
     key: inspect.signature(StreamingDataset).parameters[key].default
     for key in ("download_retry", "download_timeout", "validate_hash", "keep_zip")
 }
 """Settings of `dataset` that streams take over, and their defaults."""
+
+WITHOUT_WORKERS: Config = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0}
+"""What torch takes where there are no workers: it refuses other values, also llm-foundry's own defaults."""
 
 WEIGHT_TOLERANCE = 0.01
 """By how much the proportions of all streams may sum to another number than 1: people round."""
@@ -98,9 +109,7 @@ def resolve(
     # Batches are made anew from the loader's: pinning these would help nobody.
     defaults: Config = {"drop_last": True, "num_workers": 0, "pin_memory": False}
     config = defaults | config
-    if config["num_workers"] == 0:  # torch refuses llm-foundry's own defaults for these where there are no workers
-        config.update(prefetch_factor=None, persistent_workers=False)
-    return config
+    return config | WITHOUT_WORKERS if config["num_workers"] == 0 else config
 
 
 def derive(section: Config, name: str, values: list[Any], source: str, path: str) -> None:
@@ -144,8 +153,9 @@ def check_keys(config: Config, path: str) -> None:
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
             "Give the stream's folder as `remote`, and another folder as `local`, for the cache."
         )
-    if (algo := dataset.get("shuffle_algo", "py1e")) not in shuffle.algos:  # streaming looks only after the start
-        raise ConfigError(f"dataset.shuffle_algo = {algo!r} in {path}, expected one of: {', '.join(shuffle.algos)}.")
+    for key, choices in CHOICES.items():  # streaming looks only after the start, or never
+        if (choice := dataset.get(key, choices[0])) not in choices:
+            raise ConfigError(f"dataset.{key} = {choice!r} in {path}, expected one of: {', '.join(choices)}.")
 
 
 def check_packing(dataset: Config, path: str) -> None:

@@ -28,6 +28,9 @@ from examples.mosaic_streaming.order import Order, set_order
 from examples.mosaic_streaming.packing import count_left_out
 from examples.mosaic_streaming.resume import Data, describe
 
+BY_BLOCKS = ("py1e", "py1br")
+"""The shuffle algorithms that `shuffle_block_size` matters to."""
+
 
 @dataclass(frozen=True)
 class Streams:
@@ -136,6 +139,7 @@ def open_streams(
     assert batch_size is not None and isinstance(dataset, StreamingDataset)
     order = set_order(dataset, batch_size, batch_size * global_batches, count_left_out(loader))
     check_epoch(order, dataset, list(streams_of(config["dataset"])), path)
+    check_blocks(order, dataset, list(streams_of(config["dataset"])), path)
     form = batch_format(
         job_config, config, path, tokenizer, reader, rows=training.local_batch_size, seq_len=training.seq_len
     )
@@ -233,3 +237,32 @@ def check_epoch(order: Order, dataset: StreamingDataset, names: list[str], path:
             f"dataset.batching_method = {order.batching_method!r} whole batches. Add data, `repeat` it, or lower the "
             "batch size or num_canonical_nodes."
         )
+
+
+def check_blocks(order: Order, dataset: StreamingDataset, names: list[str], path: str) -> None:
+    """Raise ConfigError where a stream's part of a shuffle block is no block.
+
+    Args:
+        order: the dataset's.
+        dataset: with its streams' proportions.
+        names: of the streams.
+        path: the file that configures the loader, for the message.
+
+    Source: each stream is shuffled by its share of the block; with less than 2 samples, algorithms that go by blocks
+    fail at the first batch, or never end (streaming 0.13.0, base/batching, base/shuffle).
+    """
+    block = dataset.shuffle_block_size
+    if (
+        block is None
+        or not dataset.shuffle
+        or order.batching_method == "random"
+        or dataset.shuffle_algo not in BY_BLOCKS
+    ):
+        return
+    for name, stream in zip(names, dataset.streams, strict=True):
+        if int(block * stream.proportion) < 2:
+            raise ConfigError(
+                f"dataset.shuffle_block_size = {block} in {path} leaves stream {name} a block of less than 2 samples, "
+                f"by its share of {stream.proportion:.2g} under dataset.batching_method = {order.batching_method!r}. "
+                "Raise it."
+            )
