@@ -12,7 +12,7 @@ from examples.mosaic_streaming.resume import unpack
 from tests.looking import offline
 from tests.ranks import can_make_nodes, run_rank_values
 from tests.reading import write_turns
-from tests.streams import FIRST_ID, build_loader, job, mixture, sample_tokens
+from tests.streams import FIRST_ID, build_loader, job, loader_config, mixture, sample_tokens, write_stream
 from tests.test_order import BATCHING
 
 STEPS = 13
@@ -131,7 +131,7 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
     [
         (6, 4, "--world-size 6 with --ranks-per-node 4: expected a multiple of the second."),
         (0, None, "--world-size 0 with"),
-        (3, None, "on --world-size 3: Invalid parallel dims: "),
+        (3, None, "on 3 ranks: Invalid parallel dims: "),
     ],
 )
 def test_layout_that_does_not_fit_is_refused(world_size: int, ranks_per_node: int | None, message: str) -> None:
@@ -146,3 +146,25 @@ def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:
     layout = Layout(16, 8, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 4})
     assert (layout.dp_world_size, layout.nodes) == (2, 2)
     assert layout.readers() == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
+
+
+def test_timeout_of_a_jobs_workers_is_none_of_a_reader_without(tmp_path: Path) -> None:
+    config = loader_config(write_stream(tmp_path / "stream", 8), num_workers=2) | {"timeout": 30}
+    given, own = offline(config, lambda opened: (opened.config["timeout"], opened.streams.loader.timeout))
+    assert (given, own) == (30, 0)
+
+
+@pytest.mark.parametrize("shuffle_algo", ["py1e", "py1br"])
+@pytest.mark.parametrize("batching_method", ["per_stream", "stratified", "device_per_stream"])
+def test_shuffle_block_that_has_nothing_of_a_stream_is_refused(
+    streams: dict[str, dict[str, Any]], batching_method: str, shuffle_algo: str
+) -> None:
+    """With 4, the second of streams of 50 and 33 samples has int(4 x 33 / 83) = 1 of a block; with 6 it has 2."""
+
+    def with_block(size: int) -> dict[str, Any]:
+        settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo, "shuffle_block_size": size}
+        return mixture(streams, 0, **settings)
+
+    assert offline(with_block(6), lambda opened: len(opened.in_order(0))) > 0
+    with pytest.raises(AssertionError, match=r"shuffle_block_size = 4 in loader\.toml leaves stream b a block of less"):
+        offline(with_block(4), lambda opened: None)

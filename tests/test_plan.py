@@ -155,6 +155,7 @@ WIDE = ("--training.global_batch_size=32",)
         ((), ("--checkpoint.no-enable",), {}, "checkpoint.enable = false: a run that stops begins anew"),
         ((), ("--checkpoint.last_save_model_only",), {}, "last_save_model_only = true, TorchTitan's default"),
         ((), ("--checkpoint.exclude_from_loading=dataloader",), {}, "exclude_from_loading has dataloader"),
+        ((), (), {"partition_algo": "orig"}, r"dataset.partition_algo = 'orig' in .*/loader\.toml has no effect: "),
         ((), (), {"eos_token_id": 1}, "does not keep attention within them"),
         (SIXTEEN, WIDE, {"remote": "stream", "num_canonical_nodes": 5}, "num_canonical_nodes = 5 is no multiple of 2,"),
         (

@@ -7,8 +7,10 @@ import os
 import torch.distributed as dist
 from streaming import StreamingDataset
 from streaming.base.world import World
+from torchtitan.components.optimizer import build_optimizers, build_optimizers_with_moe_load_balancing
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
+from torchtitan.models import _supported_models
 from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +22,7 @@ from examples.mosaic_streaming.documents import check_attention, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line, open_store
+from examples.mosaic_streaming.job_config import parallel_dims
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of
 from examples.mosaic_streaming.memory import memory_limit
 from examples.mosaic_streaming.mixture import log_mixture
@@ -27,6 +30,9 @@ from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
+
+OPTIMIZERS = ("Adam", "AdamW")
+"""Those that TorchTitan makes."""
 
 ORDER_BYTES = 47
 """Of a node's memory for each sample of an epoch: seen with 100 million samples."""
@@ -112,6 +118,7 @@ def settle(
     """
     accumulation = accumulation_steps(job_config, dp_world_size)
     check_model(job_config, tokenizer)
+    check_training(job_config, world_size)
     config = resolve_training(job_config, file.config, file.path, world_size // dp_world_size)
     return (
         config,
@@ -136,6 +143,27 @@ def check_model(job_config: JobConfig, tokenizer: HuggingFaceTokenizer) -> None:
     model_args = flavors[model.flavor]
     check_vocabulary(tokenizer, model_args.vocab_size, f"{model.name} {model.flavor}")
     check_attention(model_args, model.flavor, job_config.parallelism.pipeline_parallel_degree)
+
+
+def check_training(job_config: JobConfig, world_size: int) -> None:
+    """Raise ConfigError for what TorchTitan's own models and optimizers would refuse once they are built.
+
+    Source: each `parallelize_fn` in torchtitan 0.2.2, models, asserts the first; its `build_optimizers`, in
+    components/optimizer.py, knows the second's names.
+    """
+    model, seq_len = job_config.model.name, job_config.training.seq_len
+    divisor = parallel_dims(job_config, world_size).seq_len_divisor
+    if model.removesuffix("_mosaic") in _supported_models and seq_len % divisor:
+        raise ConfigError(
+            f"training.seq_len = {seq_len}, but TorchTitan's models take multiples of {divisor}: 2 x tensor-parallel x "
+            "context-parallel degree. Change one of them."
+        )
+    is_titans = get_train_spec(model).build_optimizers_fn in (
+        build_optimizers,
+        build_optimizers_with_moe_load_balancing,
+    )
+    if is_titans and job_config.optimizer.name not in OPTIMIZERS:
+        raise ConfigError(f"optimizer.name = {job_config.optimizer.name!r}, expected one of: {', '.join(OPTIMIZERS)}.")
 
 
 def accumulation_steps(job_config: JobConfig, dp_world_size: int) -> int:
@@ -177,6 +205,11 @@ def warnings_of(
     dataset, timeout = streams.config["dataset"], job_config.comm.train_timeout_seconds
     columns = getattr(streams.dataset.shards[0], "column_names", [])
     rows = warnings_of_rows(streams.config, job_config, streams.form, tokenizer, columns)
+    if algo := dataset.get("partition_algo"):
+        rows.append(
+            f"dataset.partition_algo = {algo!r} in {streams.path} has no effect: global batches are the same on any "
+            "number of ranks, which streaming's algorithms don't keep. Remove the key."
+        )
     return rows + (warnings_of_patience(dataset, timeout, streams.path) if world_size > 1 else [])
 
 

@@ -188,6 +188,11 @@ class MosaicDataLoader(BaseDataLoader):
             self._log_left_out()
             self._epoch, self._sample_in_epoch = self._epoch + 1, 0
 
+    @property
+    def is_read(self) -> bool:
+        """Whether a batch has been asked for."""
+        return self._is_read
+
     def _log_start(self) -> None:
         """Say on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
         if is_rank_0():

@@ -129,14 +129,14 @@ def expand_path(path: str, place: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Parse a TOML file.
+    """Parse a TOML file, also one that begins with a byte order mark, as Windows' editors write.
 
     Raises:
         ConfigError: the file is missing or not TOML; the message has the path, and the line.
     """
     try:
-        with open(path, "rb") as file:
-            return tomllib.load(file)
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return tomllib.loads(file.read())
     except OSError as error:
         raise ConfigError(f"Can't read {path}: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

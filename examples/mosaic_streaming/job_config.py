@@ -1,17 +1,25 @@
 """TorchTitan's job config: read as TorchTitan reads it, and refused where it would not do what it says."""
 
 import contextlib
+import importlib
 import io
 import os
 import re
-from typing import TYPE_CHECKING
+import tempfile
+from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
-from examples.mosaic_streaming.flags import spell_booleans
+from examples.mosaic_streaming.flags import read_toml, spell_booleans
+from examples.mosaic_streaming.job_values import wrong_job_values
+from examples.mosaic_streaming.refusals import first_line, keep_traceback
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
+    from torchtitan.distributed import ParallelDims
 
+CONFIG_FILE = "--job.config_file="
+STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
+"""Of a checkpoint, as TorchTitan calls them (torchtitan 0.2.2, components/checkpoint.py)."""
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 
 
@@ -19,7 +27,7 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     """TorchTitan's job config from its flags, which name the file.
 
     Raises:
-        ConfigError: TorchTitan refuses the file or a flag.
+        ConfigError: TorchTitan refuses the file or a flag, or would do so later.
     """
     from examples.mosaic_streaming import cpu
 
@@ -27,21 +35,71 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     from torchtitan.config import ConfigManager, JobConfig
     from torchtitan.tools.logging import init_logger
 
+    class Manager(ConfigManager):
+        """TorchTitan's, that reads the file as we do."""
+
+        def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
+            if args and args[0].startswith(CONFIG_FILE):
+                return read_sections(args[0].removeprefix(CONFIG_FILE))
+            return super()._maybe_load_toml(args)
+
     init_logger()
     try:
         with contextlib.nullcontext() if is_rank_0() else contextlib.redirect_stderr(io.StringIO()):
-            return ConfigManager().parse_args(spell_booleans(titan_flags, JobConfig))
+            job_config = Manager().parse_args(spell_booleans(titan_flags, JobConfig))
+    except ConfigError:
+        raise
     except (ValueError, AssertionError) as error:
-        problem = str(error).partition("\n")[0]
-        raise ConfigError(f"TorchTitan refuses {titan_flags[0]}: {problem} {HELP}") from error
+        problem = next(iter(str(error).splitlines()), repr(error)).rstrip(".")
+        raise ConfigError(f"TorchTitan refuses {titan_flags[0]}: {problem}. {HELP}") from error
     except SystemExit as exit:
         if not exit.code:
             raise
         raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
+    except Exception as error:  # of a module that the file names, too
+        file = keep_traceback(error, tempfile.gettempdir())
+        raise ConfigError(
+            f"TorchTitan refuses {titan_flags[0]}: {first_line(error)}. The whole traceback is in {file}."
+        ) from error
+    if wrong := wrong_job_values(job_config):
+        raise ConfigError(" ".join(wrong))
+    return job_config
+
+
+def read_sections(path: str) -> dict[str, Any]:
+    """Parse a job config.
+
+    Raises:
+        ConfigError: it can't be read, or has a value where a section belongs, which TorchTitan would not mind.
+    """
+    sections = read_toml(path)
+    for name, value in sections.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} = {value!r} in {path}, expected a section, [{name}], with its keys below.")
+    return sections
+
+
+def import_custom(job_config: "JobConfig") -> None:
+    """Import the module that may register a model, as TorchTitan does, too.
+
+    Raises:
+        ConfigError: there is no such module.
+    """
+    name = job_config.experimental.custom_import
+    try:
+        if name:
+            importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not f"{name}.".startswith(f"{error.name}."):  # one that it needs
+            raise
+        raise ConfigError(
+            f"experimental.custom_import = {name!r}, but Python finds no module {error.name!r}. Start the job where it "
+            "can be imported, or name its folder in PYTHONPATH."
+        ) from error
 
 
 def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None:
-    """Raise ConfigError for a job that would not do, on Mosaic streams, what it says.
+    """Raise ConfigError for a job that would not start, or not do, on Mosaic streams, what it says.
 
     Args:
         job_config: the whole job.
@@ -63,6 +121,7 @@ def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None
             )
         if not job_config.checkpoint.enable:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
+    parallel_dims(job_config, world_size)
     checkpoint = job_config.checkpoint
     if checkpoint.enable:
         check_checkpoints(job_config)
@@ -71,6 +130,39 @@ def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None
             "checkpoint.enable = false, so TorchTitan would begin with random weights, not those of "
             "checkpoint.initial_load_path. Set checkpoint.enable to true, or remove that and initial_load_in_hf."
         )
+
+
+def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
+    """The degrees of parallelism on so many ranks, as TorchTitan reckons.
+
+    Raises:
+        ConfigError: they don't fit those.
+    """
+    from torchtitan.distributed import ParallelDims
+
+    parallelism = job_config.parallelism
+    try:
+        dims = ParallelDims(
+            dp_replicate=parallelism.data_parallel_replicate_degree,
+            dp_shard=parallelism.data_parallel_shard_degree,
+            cp=parallelism.context_parallel_degree,
+            tp=parallelism.tensor_parallel_degree,
+            pp=parallelism.pipeline_parallel_degree,
+            ep=parallelism.expert_parallel_degree,
+            etp=parallelism.expert_tensor_parallel_degree,
+            world_size=world_size,
+        )
+    except AssertionError as error:
+        problem = str(error) or "they multiply to more"
+        raise ConfigError(
+            f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."
+        ) from error
+    if dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp % (dims.ep * dims.etp):
+        raise ConfigError(
+            f"parallelism.expert_parallel_degree = {dims.ep} (x expert_tensor_parallel_degree = {dims.etp}) does not "
+            f"divide dp_shard({dims.dp_shard}) * cp({dims.cp}) * tp({dims.tp}), the ranks that share out the experts."
+        )
+    return dims
 
 
 def check_checkpoints(job_config: "JobConfig") -> None:
@@ -82,6 +174,16 @@ def check_checkpoints(job_config: "JobConfig") -> None:
     components/checkpoint.py).
     """
     checkpoint = job_config.checkpoint
+    if checkpoint.keep_latest_k == 1:
+        raise ConfigError(
+            "checkpoint.keep_latest_k = 1, but TorchTitan keeps at least 2: a job may be killed while it saves the "
+            "last. Set it to 2 or more, or to 0, which keeps all."
+        )
+    if unknown := set(checkpoint.exclude_from_loading) - STATES:
+        raise ConfigError(
+            f"checkpoint.exclude_from_loading has {', '.join(sorted(unknown))}, expected some of: "
+            f"{', '.join(sorted(STATES))}."
+        )
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
         raise ConfigError(
             "checkpoint.last_save_in_hf = true, but checkpoint.last_save_model_only = false: in Hugging Face's form "
@@ -104,11 +206,36 @@ def check_checkpoints(job_config: "JobConfig") -> None:
             f"--checkpoint.initial_load_in_hf --checkpoint.initial_load_path={folder}/step-{step} and another "
             "--checkpoint.folder."
         )
+    if begins and not os.path.exists(folder):
+        check_initial_load(job_config)
     if begins and os.path.isdir(folder) and not whole:
         raise ConfigError(
             f"{folder} has no finished checkpoint, but as it exists, TorchTitan would begin with random weights, not "
             "those of checkpoint.initial_load_path. Remove that folder, or name another with --checkpoint.folder."
         )
+
+
+def check_initial_load(job_config: "JobConfig") -> None:
+    """Raise ConfigError unless there are weights to begin with where the job says.
+
+    Source: those in Hugging Face's form are taken from `model.hf_assets_path`, if no path is given (torchtitan 0.2.2,
+    components/checkpoint.py).
+    """
+    checkpoint, in_hf = job_config.checkpoint, job_config.checkpoint.initial_load_in_hf
+    if in_hf and not checkpoint.initial_load_model_only:
+        raise ConfigError(
+            "checkpoint.initial_load_in_hf = true, but checkpoint.initial_load_model_only = false: in Hugging Face's "
+            "form there are models alone. Set the second to true."
+        )
+    key = "checkpoint.initial_load_path" if checkpoint.initial_load_path else "model.hf_assets_path"
+    path = checkpoint.initial_load_path or job_config.model.hf_assets_path
+    if not os.path.isdir(path):
+        raise ConfigError(f"{key} = {path!r}, but this machine has no such folder to begin with.")
+    expected = "*.safetensors, for checkpoint.initial_load_in_hf" if in_hf else ".metadata, of a finished checkpoint"
+    if not any(name.endswith(".safetensors") if in_hf else name == ".metadata" for name in os.listdir(path)):
+        steps = steps_with(path, ".metadata")
+        hint = f" Name a step of it, such as {os.path.join(path, f'step-{max(steps)}')}." if steps else ""
+        raise ConfigError(f"{key} = {path!r}, but that folder has no {expected}.{hint}")
 
 
 def steps_with(folder: str, file: str) -> set[int]:

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
-import importlib
 import math
 import os
 import shutil
@@ -22,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.world import World
 from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming import spec
@@ -31,8 +29,8 @@ from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number
-from examples.mosaic_streaming.job_config import check_job
-from examples.mosaic_streaming.loader_config import Config, is_local, streams_of
+from examples.mosaic_streaming.job_config import check_job, import_custom, parallel_dims
+from examples.mosaic_streaming.loader_config import WITHOUT_WORKERS, Config, is_local, streams_of
 from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
 from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.rounds import resolve_validation
@@ -265,11 +263,10 @@ def open_offline(
     """
     for name in OF_A_JOB:
         os.environ.pop(name, None)
-    check_job(job_config, validation is not None, world_size)
-    if job_config.experimental.custom_import:
-        importlib.import_module(job_config.experimental.custom_import)
-    spec.register(job_config.model.name, train)
     layout = layout_of(job_config, world_size, ranks_per_node)
+    check_job(job_config, validation is not None, world_size)
+    import_custom(job_config)
+    spec.register(job_config.model.name, train)
     dp_world_size, titan_tokenizer = layout.dp_world_size, build_tokenizer(job_config)
     config, tokenizer, global_batches = settle(job_config, train, titan_tokenizer, dp_world_size, world_size)
     if validation and job_config.validation.enable:
@@ -305,22 +302,9 @@ def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None
         raise ConfigError(
             f"--world-size {world_size} with --ranks-per-node {ranks_per_node}: expected a multiple of the second."
         )
-    parallelism = job_config.parallelism
-    degrees = {
-        "pp": parallelism.pipeline_parallel_degree,
-        "dp_replicate": parallelism.data_parallel_replicate_degree,
-        "dp_shard": parallelism.data_parallel_shard_degree,
-        "cp": parallelism.context_parallel_degree,
-        "tp": parallelism.tensor_parallel_degree,
-    }
-    experts = {"ep": parallelism.expert_parallel_degree, "etp": parallelism.expert_tensor_parallel_degree}
-    try:
-        dims = ParallelDims(**degrees, **experts, world_size=world_size)
-    except AssertionError as error:
-        raise ConfigError(
-            f"TorchTitan refuses [parallelism] of the job config on --world-size {world_size}: {error}"
-        ) from error
-    return Layout(world_size, ranks_per_node, {name: getattr(dims, name) for name in degrees})
+    dims = parallel_dims(job_config, world_size)
+    degrees = {name: getattr(dims, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    return Layout(world_size, ranks_per_node, degrees)
 
 
 @contextlib.contextmanager
@@ -358,7 +342,7 @@ def read_through(folder: str, config: Config, path: str) -> Config:
     Raises:
         DataError: an index can't be had, or can't be believed.
     """
-    config = copy.deepcopy(config) | {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False}
+    config = copy.deepcopy(config) | WITHOUT_WORKERS
     dataset = config["dataset"]
     dataset["replication"] = 1
     for number, (name, settings) in enumerate(streams_of(dataset).items()):

@@ -48,10 +48,8 @@ def plot_shares(
         asked: share of each stream.
 
     Raises:
-        ConfigError: there is no step, or the file can't be written.
+        ConfigError: the file can't be written.
     """
-    if not steps:
-        raise ConfigError(f"--plot {path}: before the first step there is nothing to draw.")
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(names):

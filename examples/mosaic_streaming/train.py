@@ -6,7 +6,6 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 
 import contextlib
 import functools
-import importlib
 import os
 import signal
 import sys
@@ -19,7 +18,8 @@ from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
 from examples.mosaic_streaming.imports import import_llm_foundry
-from examples.mosaic_streaming.job_config import check_job, load_job_config
+from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config
+from examples.mosaic_streaming.refusals import refusal
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         import_llm_foundry()
         from examples.mosaic_streaming import spec
 
-        if job_config.experimental.custom_import:  # which may register a model; TorchTitan imports it, too
-            importlib.import_module(job_config.experimental.custom_import)
+        import_custom(job_config)
         # From the building of the loader on there is something to close.
         before_build = functools.partial(handle_signals, exit_on_signal)
         spec.register(job_config.model.name, train_file, validation_file, before_build)
@@ -92,6 +91,7 @@ def run(job_config: "JobConfig", validates: bool) -> None:
             trainer.train()
     except BaseException as error:
         ignore_signals()
+        refused = None if trainer and trainer.dataloader.is_read else refusal(error, job_config)
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
@@ -99,6 +99,8 @@ def run(job_config: "JobConfig", validates: bool) -> None:
             raise DataError(lost) from error
         if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
             raise ConfigError(missing) from error
+        if refused:
+            raise ConfigError(refused) from error
         raise
     close(trainer)
     errors.line.close()
