@@ -365,6 +365,32 @@ def test_folder_of_a_killed_preview_is_removed_by_the_next(files: Path) -> None:
     assert rank.value == [], rank.output
 
 
+def test_what_others_have_put_into_the_temporary_folder_is_neither_opened_nor_removed(tmp_path: Path) -> None:
+    """A pipe that nobody writes to, in place of a lock: to open it would take for ever."""
+
+    def look() -> list[str]:
+        folder = Path(tempfile.gettempdir())
+        (folder / f"{PREFIX}pipe").mkdir()
+        os.mkfifo(folder / f"{PREFIX}pipe/in_use")
+        (tmp_path / "in_use").touch()
+        (folder / f"{PREFIX}link").symlink_to(tmp_path)
+        (folder / f"{PREFIX}lock").mkdir()
+        (folder / f"{PREFIX}lock/in_use").symlink_to(tmp_path / "in_use")
+        (folder / f"{PREFIX}file").touch()
+        if os.getuid() == 0:
+            (folder / f"{PREFIX}other").mkdir()
+            (folder / f"{PREFIX}other/in_use").touch()
+            os.chown(folder / f"{PREFIX}other", 12345, 12345)
+        before = sorted(os.listdir(folder))
+        with own_folder():
+            pass
+        assert sorted(os.listdir(folder)) == before
+        return os.listdir(tmp_path)
+
+    [rank] = run_ranks(look, timeout=30)
+    assert rank.value == ["in_use"], rank.output
+
+
 def test_no_temporary_folder_is_told(files: Path) -> None:
     def run() -> None:
         tempfile.tempdir = "/nowhere"

@@ -7,10 +7,12 @@ removed.
 import contextlib
 import copy
 import dataclasses
+import errno
 import fcntl
 import math
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -309,16 +311,15 @@ def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None
 
 @contextlib.contextmanager
 def own_folder() -> Iterator[str]:
-    """A temporary folder of this process; those that killed ones have left are removed.
+    """A temporary folder of this process; those that killed ones of this user have left are removed.
 
     Raises:
         ConfigError: there can be none.
     """
     try:
-        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}"):
-            with contextlib.suppress(OSError), open(left, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left.parent, ignore_errors=True)
+        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):
+                remove_left(left)
         folder = tempfile.mkdtemp(prefix=PREFIX)
     except OSError as error:
         raise ConfigError(
@@ -330,6 +331,27 @@ def own_folder() -> Iterator[str]:
         try:
             yield folder
         finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove a temporary folder of this user's whose process has ended; anybody may have put anything in its place.
+
+    Raises:
+        OSError: it is no such folder, or its process lives.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def open_own(name: str | Path, flags: int, within: int | None = None) -> int:
+            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=within)
+            stack.callback(os.close, file)
+            if os.fstat(file).st_uid != os.getuid():
+                raise PermissionError(errno.EPERM, "another user's", str(name))
+            return file
+
+        lock = open_own(LOCK, 0, within=open_own(folder, os.O_DIRECTORY))
+        if stat.S_ISREG(os.fstat(lock).st_mode):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(folder, ignore_errors=True)
 
 
