@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.models import _supported_models
+from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 
 from examples.mosaic_streaming import cpu
@@ -23,6 +24,9 @@ from examples.mosaic_streaming.validator import MosaicValidator
 
 SUFFIX = "_mosaic"
 
+registered: dict[str, TrainSpec] = {}
+"""Our own, by their names."""
+
 
 def register(
     name: str,
@@ -30,7 +34,7 @@ def register(
     validation: LoaderFile | None = None,
     before_build: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make the Mosaic form of a text model known to TorchTitan.
+    """Make the Mosaic form of a text model known to TorchTitan, in place of an earlier one of ours.
 
     Args:
         name: `model.name`, one of TorchTitan's text models with `_mosaic` behind it.
@@ -41,7 +45,11 @@ def register(
     Raises:
         ConfigError: there is no such model, or it doesn't read text.
     """
-    register_train_spec(name, mosaic_spec(text_spec(name), train, validation, before_build))
+    made = mosaic_spec(text_spec(name), train, validation, before_build)
+    if name in registered and train_spec._extra_train_specs.get(name) is registered[name]:
+        del train_spec._extra_train_specs[name]  # TorchTitan has no other way to register a name again
+    register_train_spec(name, made)
+    registered[name] = made
 
 
 def text_spec(name: str) -> TrainSpec:
