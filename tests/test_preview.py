@@ -465,6 +465,42 @@ def test_sample_that_makes_no_row_is_named_and_the_others_are_shown(files: Path)
     assert "Truncating to max_seq_len=17 has removed all" in train_error
 
 
+def test_chat_that_llm_foundry_refuses_is_named_and_the_others_are_shown(files: Path) -> None:
+    """What it refuses in reading; a file that is damaged ends the command all the same."""
+    turns = [[{"role": role, "content": f"{role} {sample}"} for role in ROLES] for sample in range(100)]
+    turns[1].pop()  # it ends with the user's
+    with MDSWriter(out=str(files / "chats"), columns={"messages": "json"}) as writer:
+        for messages in turns:
+            writer.write({"messages": messages})
+    (files / "loader.toml").write_text(
+        f'name = "finetuning"\n[dataset]\nremote = "{files}/chats"\nlocal = "{files}/chats"\nnum_canonical_nodes = 1\n'
+    )
+    titan = ("--training.seq_len=64",)
+    good, bad, other = preview(files, "show", "--rows=3", titan=titan)
+    assert bad["error"].startswith("Sample 1 makes no row, and training would stop there: Sample 1 in shard.00000.mds")
+    assert good["target"] and other["target"]
+    assert bad["error"] in " ".join(printed(files, "show", titan=titan).split())
+    first = preview(files, "step", "1", titan=titan)["samples"]
+    assert [sample["sample"] for sample in first if "text" not in sample] == [1]
+    assert bad["error"].partition("stop there: ")[2] in run_ranks(lambda: train_main(command(files, *titan)))[0].output
+    shard = files / "chats/shard.00000.mds"
+    shard.write_bytes(shard.read_bytes()[: -shard.stat().st_size // 2])
+    assert "DataError: " in printed(files, "show", "--sample=99", titan=titan, code=1)
+
+
+ROLES = ("user", "assistant")
+
+
+def test_sample_that_is_no_row_for_the_model_is_named_and_the_others_are_shown(files: Path) -> None:
+    with MDSWriter(out=str(files / "ids"), columns={"tokens": "ndarray:int32"}) as writer:
+        for sample in range(100):
+            writer.write({"tokens": sample_tokens(sample) + 2048 * (sample == 1)})
+    (files / "loader.toml").write_text(f'name = "text"\n[dataset]\nlocal = "{files}/ids"\n')
+    good, bad, other = preview(files, "show", "--rows=3")
+    assert bad["error"].startswith("Sample 1 makes no row for the model, and training would stop there: Token id ")
+    assert good["target"] and other["target"]
+
+
 @pytest.mark.long
 def test_documented_command_prints_plainly_into_a_pipe_that_closes_early(files: Path) -> None:
     given = [sys.executable, "-m", "examples.mosaic_streaming.preview", "show", "--rows", "50", *command(files)]

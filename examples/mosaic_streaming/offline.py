@@ -216,7 +216,7 @@ class Offline:
             NoRowError: one makes no row.
         """
         collate: Any = self.streams.loader.collate_fn
-        read = [self.streams.dataset[sample] for sample in samples]
+        read = [self.read(sample) for sample in samples]
         try:
             batch: Mapping[str, Any] = collate(read)
         except Exception as error:
@@ -224,6 +224,23 @@ class Offline:
                 self.collate([sample])  # which one is it?
             raise NoRowError(f"Sample {samples[0]} makes no row, and training would stop there: {error}") from error
         return batch
+
+    def read(self, sample: int) -> Any:
+        """A sample as llm-foundry reads it.
+
+        Raises:
+            DataError: it can't be read.
+            NoRowError: llm-foundry refuses what was read.
+        """
+        dataset = self.streams.dataset
+        try:
+            return dataset[sample]
+        except DataError as error:
+            try:
+                dataset.get_item(sample)
+            except Exception:
+                raise error from None  # its file is at fault
+            raise NoRowError(f"Sample {sample} makes no row, and training would stop there: {error}") from error
 
     def tokens(self, sample: int) -> list[int]:
         """The ids of a sample that a row has room for, without padding.

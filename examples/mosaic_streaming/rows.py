@@ -13,7 +13,8 @@ from torchtitan.components.loss import IGNORE_INDEX
 
 from examples.mosaic_streaming.batch import BatchFormat, is_padding, to_titan_batch
 from examples.mosaic_streaming.documents import SEQUENCE_ID, ends
-from examples.mosaic_streaming.offline import Offline
+from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.offline import NoRowError, Offline
 
 KINDS = CONTEXT, TARGET, PADDING = "context", "target", "padding"
 """What a token of a row is: read but not learned, learned, there to fill up."""
@@ -69,12 +70,16 @@ def rows_of(offline: Offline, samples: Sequence[int]) -> list[Row]:
         samples: their ids; with packing, those of a batch, of which some may find no room.
 
     Raises:
-        DataError: a sample can't be read, or makes no row for the model.
+        DataError: a sample can't be read.
+        NoRowError: one makes no row, or none for the model.
     """
     batch = offline.collate(samples)
     ids = batch["input_ids"]
     form = dataclasses.replace(offline.streams.form, rows=len(ids))
-    _, labels = to_titan_batch(batch, form)
+    try:
+        _, labels = to_titan_batch(batch, form)
+    except DataError as error:
+        raise NoRowError(f"{named(samples)} no row for the model, and training would stop there: {error}") from error
     kinds, last = kinds_of(batch, labels, form), last_tokens(batch, form)
     left = defaultdict(list)  # samples by their tokens, of which several may have the same
     for sample in samples if offline.streams.order.packed else []:
@@ -86,6 +91,11 @@ def rows_of(offline: Offline, samples: Sequence[int]) -> list[Row]:
         tokens = [tuple(token for span in document for token in span.ids) for document in documents if left]
         rows.append(Row([left[key].pop(0) for key in tokens] or [samples[number]], documents, padding))
     return rows
+
+
+def named(samples: Sequence[int]) -> str:
+    """Samples as the subject of a sentence, with its verb."""
+    return f"Sample {samples[0]} makes" if len(samples) == 1 else f"Samples {', '.join(map(str, samples))} make"
 
 
 def kinds_of(batch: Mapping[str, Any], labels: Tensor, form: BatchFormat) -> Tensor:
