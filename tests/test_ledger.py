@@ -34,8 +34,8 @@ def test_ledger_counts_what_is_delivered(
     at = (1, 5, 9, 10, 11, STEPS)
 
     def look(opened: Offline) -> Any:
-        shares = shares_over_steps(opened, opened.position(STEPS), same)
-        return [ledger(opened, opened.position(step), same) for step in at], shares
+        history = opened.from_beginning()
+        return [ledger(opened, history, step, same) for step in at], shares_over_steps(opened, history, STEPS, same)
 
     ledgers, (steps, shares) = offline(config, look, job(2, 8))
     assert [found["streams"][0]["samples"] for found in ledgers] == [of_a[step - 1] for step in at]

@@ -7,7 +7,9 @@ import pytest
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.offline import BEGINNING, Layout, Position, layout_of
+from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.history import History, Segment
+from examples.mosaic_streaming.offline import Layout, layout_of, open_offline
 from examples.mosaic_streaming.resume import unpack
 from tests.looking import offline
 from tests.ranks import can_make_nodes, run_rank_values
@@ -62,12 +64,14 @@ def read(
 
 
 def looked_up(
-    config: dict[str, Any], job_config: JobConfig, steps: range, start: Position = BEGINNING, nodes: int = 1
+    config: dict[str, Any], job_config: JobConfig, steps: range, start: Segment | None = None, nodes: int = 1
 ) -> list[list[list[list[int]]]]:
     """The same without a job: their numbers are the samples' ids."""
     found: list[list[list[list[int]]]] = offline(
         config,
-        lambda opened: [opened.global_batch(step, start).tolist() for step in steps],
+        lambda opened: [
+            opened.global_batch(step, start and History(opened.streams.order, (start,))).tolist() for step in steps
+        ],
         job_config,
         world_size=4,
         ranks_per_node=4 // nodes,
@@ -88,7 +92,7 @@ def test_each_dp_ranks_batches_are_those_of_a_job_also_after_an_epochs_end_and_a
     other, other_ranks = in_layout("pp 2" if layout == "dp 4" else "dp 4", local=2, total=8)
     found, _ = read(config, other, other_ranks, STEPS, state=state)
     epoch, sample, *_ = unpack(state)
-    assert looked_up(config, other, range(STEPS + 1, 2 * STEPS + 1), Position(STEPS, epoch, sample)) == found
+    assert looked_up(config, other, range(STEPS + 1, 2 * STEPS + 1), Segment(STEPS, epoch, sample, 8)) == found
     assert looked_up(config, other, range(STEPS + 1, 2 * STEPS + 1)) == found, "with no checkpoint at hand"
 
 
@@ -100,7 +104,7 @@ def test_after_a_resume_with_another_global_batch_the_checkpoint_tells_the_steps
     _, state = read(config, job_config, dp_ranks, 4)
     wider, dp_ranks = in_layout("dp 4", local=3, total=12)
     found, _ = read(config, wider, dp_ranks, STEPS, state=state)
-    assert looked_up(config, wider, range(5, 5 + STEPS), Position(4, 0, 32)) == found
+    assert looked_up(config, wider, range(5, 5 + STEPS), Segment(4, 0, 32, 12)) == found
 
 
 def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) -> None:
@@ -124,6 +128,19 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
     assert [[[sorted(batch) for batch in dp_rank] for dp_rank in step] for step in looked] == [
         [[found[dp_rank][step]] for dp_rank in range(4)] for step in range(6)
     ]
+
+
+def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[str, dict[str, Any]]) -> None:
+    def run() -> list[tuple[int, list[str]]]:
+        found, job_config = [], job()
+        job_config.model.name = "llama3_mosaic"
+        for names in (["a"], ["b"], ["a", "b"]):
+            file = LoaderFile(mixture({name: streams[name] for name in names}), "loader.toml")
+            with open_offline(job_config, file, None, 1, None) as opened:
+                found.append((opened.streams.dataset.num_samples, opened.streams.names))
+        return found
+
+    assert run_rank_values(run) == [[(50, ["a"]), (33, ["b"]), (83, ["a", "b"])]]
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,14 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
     expected = 1 + [
         len(set(step)) < len(step) or bool(seen & set(step)) for seen, step in zip(before, read, strict=True)
     ].index(True)
-    assert offline(config, lambda opened: first_repeat(opened, same), job(2, 8)) == (expected, True)
+    assert offline(config, lambda opened: first_repeat(opened, opened.from_beginning(), same), job(2, 8)) == (
+        expected,
+        True,
+    )
 
     def bound(opened: Offline) -> Any:
         planning.EXACT = 0
-        return first_repeat(opened, same), opened.steps_per_epoch
+        return first_repeat(opened, opened.from_beginning(), same), opened.steps_per_epoch
 
     (step, exact), steps_per_epoch = offline(config, bound, job(2, 8))
     assert not exact and step <= expected

@@ -165,11 +165,11 @@ def test_ledger_of_a_checkpoint_counts_earlier_epochs_as_they_were_read(files: P
     assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 104
     train(files, "--training.steps=43", "--checkpoint.enable", "--checkpoint.interval=43", *wider)
     checkpoint = f"--checkpoint={files}/outputs/checkpoint/step-43"
-    said = printed(files, "ledger", checkpoint, titan=wider)
-    assert "The run has read 206 samples, these are 198: its global batch has changed in an earlier epoch" in said
+    ledger = preview(files, "ledger", checkpoint, titan=wider)
+    assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 206
     said = printed(files, "step", "44", checkpoint)
     assert "For 1 rank (--world-size), 1 dp rank: global batches of 4 samples." in said
-    assert "The checkpoint was written with global batches of 6 samples." in said
+    assert "From step 27 on, global batches of 6 samples, from sample 4 of epoch 1." in said
 
 
 @pytest.mark.long
@@ -186,8 +186,6 @@ def test_what_is_no_checkpoint_is_told(stopped: Path, tmp_path: Path) -> None:
     )
     said = printed(stopped, "plan", f"--checkpoint={stopped}/outputs/model", code=1)
     assert f"ConfigError: --checkpoint {stopped}/outputs/model/step-1: The checkpoint has no " in said
-    said = printed(stopped, "step", "6", f"--checkpoint={stopped}/outputs/checkpoint/step-12", code=1)
-    assert "Step 6 was read before the checkpoint, after which step 13 follows." in said
 
 
 @pytest.mark.long
@@ -278,7 +276,8 @@ def test_dp_rank_alone_can_be_asked_for(files: Path) -> None:
         (["ledger", "--plot=x.png"], ["--training.steps=0"], "training.steps = 0 in the job config, expected a whole"),
         (["show", "--sample=100"], [], "Sample 100: the streams have samples 0 to 99."),
         (["show", "--plot=/nowhere/lengths.png"], [], "--plot /nowhere/lengths.png can't be written: "),
-        (["ledger", "--step=3", "--checkpoint=x"], [], "argument --checkpoint: not allowed with argument --step"),
+        (["ledger", "--step=3", "--checkpoint=x"], [], "--checkpoint x is no finished checkpoint, and has none in it."),
+        (["show", "--validation"], [], "--validation, but the job reads no validation streams: name their file with"),
         (["plan", "--world-size=3"], ["--parallelism.tensor_parallel_degree=2"], "on 3 ranks: Invalid parallel"),
         (["plan", "--world-size=3"], [], "training.global_batch_size = 4 is not a multiple of"),
         (["plan"], ["--training.stepz=3"], "TorchTitan refuses a flag or a value"),
@@ -499,6 +498,55 @@ def test_sample_that_is_no_row_for_the_model_is_named_and_the_others_are_shown(f
     good, bad, other = preview(files, "show", "--rows=3")
     assert bad["error"].startswith("Sample 1 makes no row for the model, and training would stop there: Token id ")
     assert good["target"] and other["target"]
+
+
+@pytest.fixture
+def validating(files: Path) -> tuple[str, ...]:
+    """The flag that names validation streams of 25 and 5 samples, of a folder with files."""
+    for name, samples, first in (("a", 25, 200), ("b", 5, 225)):
+        write_stream(files / name, samples, first=first)
+    (files / "validation.toml").write_text(
+        'name = "text"\n[dataset]\n'
+        + "".join(f'[dataset.streams.{name}]\nlocal = "{files}/{name}"\n' for name in ("a", "b"))
+    )
+    return (f"--mosaic-validation-config={files}/validation.toml",)
+
+
+VALIDATION = ("--validation.enable", "--validation.seq_len=16", "--validation.local_batch_size=4")
+
+
+@pytest.mark.parametrize(("steps", "batches", "samples"), [("-1", 4, 30), ("3", 3, 24)])
+def test_plan_has_the_validation_streams_and_what_a_round_reads(
+    files: Path, validating: tuple[str, ...], steps: str, batches: int, samples: int
+) -> None:
+    """As the log of a run says it."""
+    titan = (*VALIDATION, f"--validation.steps={steps}", "--training.steps=1", "--training.local_batch_size=1")
+    plan = preview(files, "plan", *validating, "--world-size=2", titan=titan)["validation"]
+    assert [(stream["name"], stream["samples"], stream["source"]) for stream in plan["streams"]] == [
+        ("a", 25, f"{files}/a"),
+        ("b", 5, f"{files}/b"),
+    ]
+    assert plan["round"] == {"batches": batches, "samples": samples, "global_batch_size": 8}
+    said = printed(files, "plan", *validating, "--world-size=2", titan=titan)
+    assert (
+        f"A round, after step 1 and each 10 steps: {samples} of 30 samples, in {batches} batches of 8 rows of" in said
+    )
+    log = run_ranks(lambda: train_main([*validating, *command(files, *titan)]), 2)[0].output
+    assert f"A validation round reads {samples} of 30 samples, in {batches} batches of 8." in log
+
+
+def test_show_has_rows_of_validation_streams(files: Path, validating: tuple[str, ...]) -> None:
+    rows = preview(files, "show", "--validation", "--rows=1", *validating, titan=VALIDATION)
+    assert [row["samples"][0]["stream"] for row in rows] == ["a", "b"]
+    ids = [[token for span in row["documents"][0]["spans"] for token in span["ids"]] for row in rows]
+    assert ids == [sample_tokens(sample).tolist() for sample in (200, 225)]
+
+
+def test_validation_streams_that_a_job_does_not_read_are_none(files: Path, validating: tuple[str, ...]) -> None:
+    assert preview(files, "plan", *validating)["validation"] is None
+    same = ("--mosaic-validation-config", f"{files}/loader.toml")
+    warnings = preview(files, "plan", *same, titan=VALIDATION)["warnings"]
+    assert f"Training reads the same as validation: {files}/stream. The loss will tell less." in warnings
 
 
 @pytest.mark.long

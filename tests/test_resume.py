@@ -130,16 +130,19 @@ def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
     assert sorted(read) == sorted(sample for step in one.samples for sample in step)
     assert len(set(read)) == len(read) == 72
 
-    def load() -> None:
+    def load(state: dict[str, str]) -> None:
         init_logger()
         loader = build_loader(config, job(local or 12, 12))
-        loader.load_state_dict(first.states[-1])
+        loader.load_state_dict(state)
         next(iter(loader))
 
-    [rank] = run_ranks(load)
+    [rank] = run_ranks(lambda: load(first.states[-1]))
     assert "The global batch changes from 8 to 12 samples: the same samples follow, in other batches." in rank.output
     start = "The streams start at sample 24 of epoch 0, of which 4 steps follow; it leaves out 11 of 83 samples ("
     assert start in rank.output
+    [again] = run_ranks(lambda: load(second.states[0]))
+    assert "samples were read before this start" in again.output and "The global batch changes" not in again.output
+    assert not any("(training.steps) read" in started.output for started in (rank, again)), "as if of one size"
 
 
 @pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])

@@ -5,12 +5,14 @@ from typing import Any
 
 import numpy as np
 from streaming.base.util import bytes_to_int
+from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.build import warnings_of
 from examples.mosaic_streaming.dataloader import MUCH
 from examples.mosaic_streaming.loader_config import hashes_of
 from examples.mosaic_streaming.offline import Offline
 from examples.mosaic_streaming.resume import shards_of
+from examples.mosaic_streaming.saved import own_checkpoints
 
 MANY_PASSES = 4
 """Beyond so many over the same text, one more teaches next to nothing.
@@ -36,6 +38,8 @@ def advice(offline: Offline, plan: Mapping[str, Any]) -> list[str]:
         *of_streams(offline, plan),
         *of_caches(offline, plan),
         *of_job(offline),
+        *of_validation(offline, plan),
+        *of_own_checkpoints(offline.job_config, plan["resume"] is not None),
     ]
 
 
@@ -65,7 +69,7 @@ def of_streams(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
     """What is read too often, unchecked, or cut off."""
     hashes = hashes_of(offline.config["dataset"])
     for number, stream in enumerate(plan["streams"]):
-        passes = stream["passes"] * plan["run"]["epochs"]
+        passes = stream["passes"] * (plan["run"]["epochs"] or 0)
         if passes > MANY_PASSES:
             yield (
                 f"{stream['name']} is read {passes:.1f} times: beyond about {MANY_PASSES} passes, the same text "
@@ -151,3 +155,20 @@ def of_job(offline: Offline) -> Iterator[str]:
         )
     if "dataloader" in checkpoint.exclude_from_loading:
         yield "checkpoint.exclude_from_loading has dataloader: each start reads the streams from their beginning."
+
+
+def of_validation(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What makes the loss of validation tell less."""
+    trained = {stream["source"] for stream in plan["streams"]}
+    same = [stream["source"] for stream in (plan["validation"] or {"streams": []})["streams"]]
+    if same := [source for source in same if source in trained]:
+        yield f"Training reads the same as validation: {', '.join(same)}. The loss will tell less."
+
+
+def of_own_checkpoints(job_config: JobConfig, reads_one: bool) -> Iterator[str]:
+    """That a job has checkpoints, where a report is of a run that begins."""
+    if not reads_one and (folder := own_checkpoints(job_config)):
+        yield (
+            f"This is a run that begins, and has had these settings in each step. {folder} has checkpoints: with "
+            f"--checkpoint {folder} it is the run that goes on from them."
+        )

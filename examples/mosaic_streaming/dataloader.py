@@ -21,6 +21,7 @@ from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
 from examples.mosaic_streaming.faults import CheckedDataset
 from examples.mosaic_streaming.fetch import CheckedStream
 from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
+from examples.mosaic_streaming.history import Segment, go_on
 from examples.mosaic_streaming.order import Order, global_batch, start_at, whole
 from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.peers import check_peers
@@ -141,12 +142,15 @@ class MosaicDataLoader(BaseDataLoader):
         self._path = path
         self._steps_of_run = steps
         self._open_store = open_store
-        self._global_batch_size_before = order.global_batch_size
-        """That of the last steps before this start."""
+        self._global_batch_sizes = {order.global_batch_size}
+        """Of all steps, as far as they are known."""
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
         self._epoch = 0
         self._sample_in_epoch = 0
         """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
+        self._steps_read = 0
+        """Since the streams' beginning, as far as it is known: those of `_segments`."""
+        self._segments: tuple[Segment, ...] = (Segment(0, 0, 0, order.global_batch_size),)
         self._steps = self._left_out = self._packed = 0
         """Since the start: steps, and tokens of this rank's samples that packing has left out, and that it has not."""
         self._counter = Counter(form, order.local_batch_size)
@@ -182,6 +186,7 @@ class MosaicDataLoader(BaseDataLoader):
                         if not targets:
                             self._check_others()
                         self._sample_in_epoch += self._order.global_batch_size
+                        self._steps_read += 1
                         self._counter.add_step(self._order.global_batch_size)
                     yield titan_batch
             self._log_end()
@@ -209,7 +214,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def _whole_run(self) -> str:
         """What all steps of a run read that has one global batch size; of another, nothing is said."""
-        if self._global_batch_size_before != self._order.global_batch_size:
+        if len(self._global_batch_sizes) > 1:
             return ""
         samples = self._steps_of_run * self._order.global_batch_size
         return (
@@ -309,7 +314,8 @@ class MosaicDataLoader(BaseDataLoader):
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        return pack(State(*self._next_position(), self._order.global_batch_size, self._data, self._counter.seen()))
+        size, seen = self._order.global_batch_size, self._counter.seen()
+        return pack(State(*self._next_position(), size, self._data, seen, self._steps_read, self._segments))
 
     def _next_position(self) -> tuple[int, int]:
         """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
@@ -328,12 +334,17 @@ class MosaicDataLoader(BaseDataLoader):
         check_position(state, self._dataset.epoch_size)
         self._counter.go_on(state.seen or self._seen_before(state))
         self._epoch, self._sample_in_epoch = self._next_position()
-        self._global_batch_size_before = state.global_batch_size
-        if is_rank_0() and state.global_batch_size != self._order.global_batch_size:
-            logger.warning(
-                f"The global batch changes from {state.global_batch_size} to {self._order.global_batch_size} samples: "
-                "the same samples follow, in other batches."
-            )
+        self._steps_read, self._segments = state.steps, state.segments
+        sizes = {segment.global_batch_size for segment in state.segments}
+        self._global_batch_sizes = {self._order.global_batch_size} | sizes
+        if state.global_batch_size != self._order.global_batch_size:
+            here = Segment(self._steps_read, self._epoch, self._sample_in_epoch, self._order.global_batch_size)
+            self._segments = go_on(self._segments, here)
+            if is_rank_0():
+                logger.warning(
+                    f"The global batch changes from {state.global_batch_size} to {self._order.global_batch_size} "
+                    "samples: the same samples follow, in other batches."
+                )
         self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
 
     def _seen_before(self, state: State) -> Seen:

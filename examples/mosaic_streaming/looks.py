@@ -11,14 +11,15 @@ import rich.progress
 from rich.console import Console
 
 from examples.mosaic_streaming import plots, printing
-from examples.mosaic_streaming.advice import advice
+from examples.mosaic_streaming.advice import advice, of_own_checkpoints
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.history import History
 from examples.mosaic_streaming.ledger import ledger, shares_over_steps
-from examples.mosaic_streaming.offline import BEGINNING, NoRowError, Offline
+from examples.mosaic_streaming.offline import NoRowError, Offline, open_validation
 from examples.mosaic_streaming.plan import plan, resume_section
 from examples.mosaic_streaming.resume import check_same_data
 from examples.mosaic_streaming.rows import KINDS, Row, rows_of
-from examples.mosaic_streaming.saved import Saved, read_checkpoint
+from examples.mosaic_streaming.saved import Saved, checkpoint_of_start, history_of_start
 
 ASIDE = Console(stderr=True)
 """Where progress is shown, if somebody looks."""
@@ -45,7 +46,18 @@ def tell(report: Any, flags: Namespace, print_tables: Callable[[Console], None])
 
 
 def show(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
-    """Rows as the model sees them."""
+    """Rows as the model sees them.
+
+    Raises:
+        ConfigError: those of validation are asked for, and the job reads none.
+    """
+    if flags.validation:
+        if not (of_validation := open_validation(offline)):
+            raise ConfigError(
+                "--validation, but the job reads no validation streams: name their file with "
+                "--mosaic-validation-config, and set validation.enable to true."
+            )
+        offline = of_validation
     report = []
     for samples, count in groups(offline, flags):
         try:
@@ -99,11 +111,13 @@ def show_plan(offline: Offline, flags: Namespace, titan_flags: list[str]) -> Non
     Raises:
         ConfigError: the checkpoint was written on other data, and a start would load it.
     """
-    saved = read_checkpoint(flags.checkpoint) if flags.checkpoint else None
-    report = plan(offline, flags.config, titan_flags, watched)
-    report |= {"resume": resume_section(offline, saved) if saved else None, "warnings": advice(offline, report)}
+    saved = checkpoint_of_start(offline.job_config, flags.checkpoint)
+    history = history_of_start(offline, saved)
+    report = plan(offline, history, flags.config, titan_flags, watched)
+    report["resume"] = resume_section(offline, saved, history) if saved else None
+    report["warnings"] = advice(offline, report)
     tell(report, flags, lambda console: printing.print_plan(console, report))
-    if saved and report["resume"]["streams_are_loaded"]:
+    if saved and saved.state and report["resume"]["streams_are_loaded"]:
         check_same_data(saved.state.data, offline.streams.data, offline.streams.path)
 
 
@@ -117,32 +131,44 @@ def layout_of_report(offline: Offline) -> dict[str, int]:
     }
 
 
-def on_its_data(offline: Offline, checkpoint: str) -> Saved:
-    """A checkpoint that was written on these streams.
+def known_history(offline: Offline, saved: Saved | None, of_start: bool = True) -> History:
+    """What a run has read and, of a start, will read.
+
+    Args:
+        offline: the streams.
+        saved: its checkpoint; none for a run that begins.
+        of_start: whether the run goes on from there, with the job's settings.
 
     Raises:
-        ConfigError: it was written on other data.
+        ConfigError: the checkpoint was written on other data.
     """
-    saved = read_checkpoint(checkpoint)
-    check_same_data(saved.state.data, offline.streams.data, offline.streams.path)
-    return saved
+    history = history_of_start(offline, saved) if of_start or not saved else saved.history(offline)
+    if history is None:
+        assert saved
+        if not saved.state:
+            raise ConfigError(f"--checkpoint {saved.folder} has no dataloader state that can be read.")
+        check_same_data(saved.state.data, offline.streams.data, offline.streams.path)
+    assert history
+    return history
 
 
 def step(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
-    """The samples of global batches; with a checkpoint, of the run that goes on from it."""
-    saved = on_its_data(offline, flags.checkpoint) if flags.checkpoint else None
-    start, dp_ranks = saved.position(offline) if saved else BEGINNING, range(offline.layout.dp_world_size)
+    """The samples of global batches; with a checkpoint, of the run that has come to it and goes on from it."""
+    saved, dp_ranks = checkpoint_of_start(offline.job_config, flags.checkpoint), range(offline.layout.dp_world_size)
+    history = known_history(offline, saved)
     if flags.dp_rank not in [None, *dp_ranks]:
         raise ConfigError(f"--dp-rank {flags.dp_rank}, but on these ranks there are 0 to {dp_ranks[-1]}.")
     samples: list[dict[str, Any]] = []
     for number in watched(flags.steps, "Reading steps"):
-        for dp_rank, batches in enumerate(offline.global_batch(number, start).tolist()):
+        for dp_rank, batches in enumerate(offline.global_batch(number, history).tolist()):
             if flags.dp_rank in (None, dp_rank):
                 samples += samples_of(offline, flags, number, dp_rank, batches)
     report = layout_of_report(offline) | {
-        "global_batch_size_before": saved.state.global_batch_size if saved else None,
+        "global_batch_size_before": saved.state.global_batch_size if saved and saved.state else None,
+        "segments": [segment._asdict() for segment in history.segments],
         "packed": offline.streams.order.packed,
         "samples": samples,
+        "warnings": list(of_own_checkpoints(offline.job_config, saved is not None)),
     }
     tell(report, flags, lambda console: printing.print_steps(console, report, flags.full, bool(flags.find)))
 
@@ -168,18 +194,18 @@ def content_of(offline: Offline, sample: int) -> dict[str, str]:
 
 
 def show_ledger(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
-    """What each stream was asked for and has given."""
-    if flags.checkpoint:
-        saved = on_its_data(offline, flags.checkpoint)
-        offline = saved.as_written(offline)  # what an epoch leaves out depends on the global batch
-        until, seen = saved.position(offline), saved.state.seen
-    else:
-        until, seen = offline.position(flags.step or offline.job_config.training.steps), None
-    report = layout_of_report(offline) | ledger(offline, until, watched)
-    report["samples_by_checkpoint"] = seen.samples if seen else None
+    """What each stream was asked for and has given, up to a step or a checkpoint."""
+    saved = checkpoint_of_start(offline.job_config, flags.checkpoint)
+    is_past = bool(saved and flags.checkpoint and not flags.step)
+    history = known_history(offline, saved, of_start=not is_past)
+    until = saved.step if saved and is_past else flags.step or offline.job_config.training.steps
+    report = layout_of_report(offline) | ledger(offline, history, until, watched)
+    report["global_batch_size"] = history.segment(max(until, history.segments[0].step + 1)).global_batch_size
+    report["samples_by_checkpoint"] = saved.state.seen.samples if saved and saved.state and saved.state.seen else None
+    report["warnings"] = list(of_own_checkpoints(offline.job_config, saved is not None))
     tell(report, flags, lambda console: printing.print_ledger(console, report))
     if flags.plot:
-        steps, shares = shares_over_steps(offline, until, watched)
+        steps, shares = shares_over_steps(offline, history, until, watched)
         asked = [stream["share_asked"] for stream in report["streams"]]
         plots.plot_shares(flags.plot, offline.streams.names, steps, shares, asked)
 

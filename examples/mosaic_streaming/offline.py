@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from streaming import StreamingDataset
 from streaming.base.world import World
 from torchtitan.config import JobConfig
 from transformers import PreTrainedTokenizerBase
@@ -30,13 +31,15 @@ from examples.mosaic_streaming.batch import is_padding
 from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
+from examples.mosaic_streaming.history import History, Segment
 from examples.mosaic_streaming.job import new_number
 from examples.mosaic_streaming.job_config import check_job, import_custom, parallel_dims
 from examples.mosaic_streaming.loader_config import WITHOUT_WORKERS, Config, is_local, streams_of
 from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
+from examples.mosaic_streaming.order import Order
 from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.rounds import resolve_validation
-from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams
+from examples.mosaic_streaming.streams import Streams, batch_format, build_loader, fill_in_ratio, open_streams
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -87,14 +90,6 @@ class Layout:
         return sample_world(0, dp, dp_ranks_per_node(self.world_size, dp, pp, self.ranks_per_node))
 
 
-class Position(NamedTuple):
-    """Where in the data a run is: optimizer steps done, epoch, and samples of it that have been read."""
-
-    step: int
-    epoch: int
-    sample_in_epoch: int
-
-
 class Place(NamedTuple):
     """Where a sample lies: its stream, its number there, its shard's file and its number in that."""
 
@@ -102,9 +97,6 @@ class Place(NamedTuple):
     sample_of_stream: int
     shard: str
     sample_of_shard: int
-
-
-BEGINNING = Position(0, 0, 0)
 
 
 class NoRowError(DataError):
@@ -122,6 +114,8 @@ class Offline:
         config: the resolved loader configuration that a job would have; `streams` has other caches.
         streams: ready to be read.
         tokenizer: the model's.
+        folder: of this process, for what it fetches.
+        validation: the file of the validation streams, where the job reads them.
     """
 
     job_config: JobConfig
@@ -130,6 +124,8 @@ class Offline:
     config: Config
     streams: Streams
     tokenizer: PreTrainedTokenizerBase
+    folder: str
+    validation: LoaderFile | None
     _epoch: int = -1
     _in_order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -143,14 +139,10 @@ class Offline:
         """The first sample of each stream, int64 [streams]."""
         return self.streams.dataset.sample_offset_per_stream
 
-    def position(self, step: int, start: Position = BEGINNING) -> Position:
-        """Where the next batch of a run is that has started somewhere and has done a number of steps in all."""
-        order, steps = self.streams.order, step - start.step
-        first = order.left(start.sample_in_epoch) // order.global_batch_size
-        if steps < first:
-            return Position(step, start.epoch, start.sample_in_epoch + steps * order.global_batch_size)
-        epochs, rest = divmod(steps - first, self.steps_per_epoch)
-        return Position(step, start.epoch + 1 + epochs, rest * order.global_batch_size)
+    def from_beginning(self) -> History:
+        """What a run reads that begins with the present settings, and goes on with them."""
+        order = self.streams.order
+        return History(order, (Segment(0, 0, 0, order.global_batch_size),))
 
     def in_order(self, epoch: int) -> NDArray[np.int64]:
         """Ids of the samples of an epoch, int64 [samples], also of those that fill no global batch; keeps the last.
@@ -165,29 +157,31 @@ class Offline:
             self._in_order = order(self.streams.dataset, World(1, 1, 1, 0), epoch, 0).reshape(-1)
         return self._in_order
 
-    def global_batch(self, step: int, start: Position = BEGINNING) -> NDArray[np.int64]:
-        """What each dp rank reads in a step.
+    def global_batch(self, step: int, history: History | None = None) -> NDArray[np.int64]:
+        """What each dp rank of this layout reads in a step.
 
         Args:
             step: counted from 1.
-            start: where a run in this layout has started.
+            history: of the run; without, it has begun with the present settings.
 
         Returns:
             int64 [dp ranks, batches, samples of a batch].
 
         Raises:
-            ConfigError: the run starts later.
+            ConfigError: the step is not known, or this layout can't share out its global batch.
         """
-        if step <= start.step:
+        order, dp = self.streams.order, self.layout.dp_world_size
+        part = (history or self.from_beginning()).batch(step)
+        if part.global_batch_size % (order.local_batch_size * dp):
             raise ConfigError(
-                f"Step {step} was read before the checkpoint, after which step {start.step + 1} follows. Look it up "
-                "without --checkpoint, or with an earlier one."
+                f"Step {step} has a global batch of {part.global_batch_size} samples, which {dp} dp ranks with "
+                f"batches of {order.local_batch_size} can't share. Give the run's own --world-size and "
+                "training.local_batch_size of that time."
             )
-        order = self.streams.order
-        _, epoch, sample = self.position(step - 1, start)
-        samples = self.in_order(epoch)[sample : sample + order.global_batch_size]
-        dealt = deal(samples, self.layout.world(), order.local_batch_size, order.together)
-        return dealt.reshape(self.layout.dp_world_size, -1, order.local_batch_size)
+        samples = self.in_order(part.epoch)[part.begin : part.end]
+        return deal(samples, self.layout.world(), order.local_batch_size, order.together).reshape(
+            dp, -1, order.local_batch_size
+        )
 
     def stream_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers of the streams that samples are of, of the same shape."""
@@ -288,7 +282,8 @@ def open_offline(
     spec.register(job_config.model.name, train)
     dp_world_size, titan_tokenizer = layout.dp_world_size, build_tokenizer(job_config)
     config, tokenizer, global_batches = settle(job_config, train, titan_tokenizer, dp_world_size, world_size)
-    if validation and job_config.validation.enable:
+    validation = validation if job_config.validation.enable else None
+    if validation:
         resolve_validation(job_config, world_size // dp_world_size, validation, train)
     remove_stale()
     with own_folder() as folder:
@@ -306,7 +301,31 @@ def open_offline(
             global_batches=global_batches,
         )
         streams.dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration would
-        yield Offline(job_config, layout, train, config, streams, tokenizer)
+        yield Offline(job_config, layout, train, config, streams, tokenizer, folder, validation)
+
+
+def open_validation(offline: Offline) -> Offline | None:
+    """The validation streams of a job, if it has any; samples of theirs have ids of their own.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses them.
+        DataError: an index can't be had, or can't be believed.
+    """
+    job_config, file = offline.job_config, offline.validation
+    if not file:
+        return None
+    validation, dp = job_config.validation, offline.layout.dp_world_size
+    config = resolve_validation(job_config, offline.layout.world_size // dp, file, offline.given)
+    own = read_through(os.path.join(offline.folder, "validation"), config, file.path)
+    rows = validation.local_batch_size
+    loader = build_loader(own, file.path, offline.tokenizer, rows, new_number())
+    form = batch_format(
+        job_config, own, file.path, offline.tokenizer, "The preview", rows=rows, seq_len=validation.seq_len
+    )
+    assert isinstance(loader.dataset, StreamingDataset)
+    order = Order("random", rows * dp, rows, loader.dataset.epoch_size)
+    streams = Streams(own, file.path, loader, order, form, {})
+    return dataclasses.replace(offline, given=file, config=config, streams=streams, validation=None)
 
 
 def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None) -> Layout:

@@ -10,11 +10,13 @@ from numpy.typing import NDArray
 
 from examples.mosaic_streaming.build import ORDER_BYTES
 from examples.mosaic_streaming.flags import read_toml
+from examples.mosaic_streaming.history import History
 from examples.mosaic_streaming.ledger import Watched
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, has_cache, hashes_of, stream_folders, streams_of
 from examples.mosaic_streaming.mixture import mixture
-from examples.mosaic_streaming.offline import Offline
+from examples.mosaic_streaming.offline import Offline, open_validation
 from examples.mosaic_streaming.resume import shards_of
+from examples.mosaic_streaming.rounds import size_of_round
 from examples.mosaic_streaming.saved import Saved
 
 EXACT = 20_000_000
@@ -36,11 +38,14 @@ JOB_KEYS = (
 """Of the job config, what decides what is read and how."""
 
 
-def plan(offline: Offline, job_path: str, titan_flags: list[str], watched: Watched) -> dict[str, Any]:
+def plan(
+    offline: Offline, history: History | None, job_path: str, titan_flags: list[str], watched: Watched
+) -> dict[str, Any]:
     """All sections of the plan.
 
     Args:
         offline: the streams.
+        history: of the run; none where a start would be refused.
         job_path: the job config's file.
         titan_flags: those of the command line that are TorchTitan's.
         watched: shows how far it is, where it takes long.
@@ -50,7 +55,8 @@ def plan(offline: Offline, job_path: str, titan_flags: list[str], watched: Watch
     return {
         "streams": [part._asdict() | sizes_of(offline, number) for number, part in enumerate(parts)],
         "epoch": epoch_section(offline),
-        "run": run_section(offline, watched),
+        "run": run_section(offline, history, watched),
+        "validation": validation_section(offline),
         "layout": layout_section(offline),
         "needs": needs_section(offline),
         "settings": settings_section(offline, job_path, titan_flags),
@@ -81,42 +87,55 @@ def epoch_section(offline: Offline) -> dict[str, Any]:
     }
 
 
-def times(samples: int, tokens: int | None) -> int | None:
-    """Tokens of samples, where those are all of one length."""
-    return None if tokens is None else samples * tokens
+def times(samples: int | None, tokens: int | None) -> int | None:
+    """Tokens of samples, where their number is known and they are all of one length."""
+    return None if samples is None or tokens is None else samples * tokens
 
 
-def run_section(offline: Offline, watched: Watched) -> dict[str, Any]:
-    """What all steps read, and when a sample is read for the second time."""
-    steps, batch = offline.job_config.training.steps, offline.streams.order.global_batch_size
-    tokens = offline.streams.tokens_of_a_sample
-    repeat, exact = first_repeat(offline, watched)
+def run_section(offline: Offline, history: History | None, watched: Watched) -> dict[str, Any]:
+    """What all steps read, and when a sample is read for the second time; none where that isn't known."""
+    steps, tokens = offline.job_config.training.steps, offline.streams.tokens_of_a_sample
+    repeat, exact = first_repeat(offline, history, watched) if history else (None, False)
+    samples = history.samples(steps) if history else None
+    unrepeated = history.samples(repeat - 1) if history and repeat else None
     return {
         "steps": steps,
-        "global_batch_size": batch,
-        "samples": steps * batch,
-        "tokens": times(steps * batch, tokens),
-        "epochs": steps / offline.steps_per_epoch,
+        "global_batch_size": offline.streams.order.global_batch_size,
+        "since_step": history.segments[0].step if history and history.begins_anew else 0,
+        "samples": samples,
+        "tokens": times(samples, tokens),
+        "epochs": None if samples is None else samples / offline.streams.order.left(0),
         "first_repeat_step": repeat,
-        "first_repeat_tokens": times((repeat - 1) * batch, tokens),
+        "first_repeat_epoch": history.batch(repeat).epoch if history and repeat else None,
+        "first_repeat_samples": unrepeated,
+        "first_repeat_tokens": times(unrepeated, tokens),
         "first_repeat_is_exact": exact,
-        "fits": True if steps < repeat else False if exact else None,
+        "fits": None if repeat is None else True if steps < repeat else False if exact else None,
     }
 
 
-def first_repeat(offline: Offline, watched: Watched) -> tuple[int, bool]:
-    """The first step that has a sample again, and whether it is just that; else no earlier step has one."""
-    dataset, batch = offline.streams.dataset, offline.streams.order.global_batch_size
+def first_repeat(offline: Offline, history: History, watched: Watched) -> tuple[int | None, bool]:
+    """The first step that has a sample again, and whether it is just that; else no earlier step has one.
+
+    None where it isn't known what was read before.
+    """
+    if not history.begins_anew:
+        return None, False
+    dataset = offline.streams.dataset
     samples, choose = dataset.samples_per_stream, [int(stream.choose) for stream in dataset.streams]
-    within = any(chosen > size for chosen, size in zip(choose, samples, strict=True))
     if dataset.epoch_size > EXACT:
-        return 1 if within else offline.steps_per_epoch + 1, False
+        within = any(chosen > size for chosen, size in zip(choose, samples, strict=True))
+        pairs = itertools.pairwise(history.slices())
+        turn = next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end))
+        return (history.segments[0].step if within else turn) + 1, False
     seen = np.zeros(dataset.num_samples, bool)
-    for epoch in watched(itertools.count(), "looking for the first repeat"):
-        read = offline.in_order(epoch)[: offline.streams.order.left(0)]
+    parts = history.slices()
+    for _ in watched(itertools.count(), "looking for the first repeat"):
+        part = next(parts)
+        read = offline.in_order(part.epoch)[part.begin : part.end]
         again = np.flatnonzero(seen[read] | is_again(read, dataset.num_samples))
         if again.size:
-            return offline.steps_per_epoch * epoch + int(again[0]) // batch + 1, True
+            return part.step + int(again[0]) // part.global_batch_size + 1, True
         seen[read] = True
     raise AssertionError
 
@@ -131,6 +150,25 @@ def is_again(samples: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
     first = np.zeros(size, np.int64)
     first[samples[::-1]] = np.arange(samples.size)[::-1]
     return first[samples] != np.arange(samples.size)
+
+
+def validation_section(offline: Offline) -> dict[str, Any] | None:
+    """The validation streams, and what a round reads of them; none where the job reads none."""
+    if not (opened := open_validation(offline)):
+        return None
+    settings, order, dataset = offline.job_config.validation, opened.streams.order, opened.streams.dataset
+    batches, samples = size_of_round(dataset.epoch_size, order.global_batch_size, settings.steps)
+    streams = [
+        {"name": name, "samples": int(dataset.samples_per_stream[number])} | sizes_of(opened, number)
+        for number, name in enumerate(opened.streams.names)
+    ]
+    return {
+        "streams": streams,
+        "samples": dataset.epoch_size,
+        "round": {"batches": batches, "samples": samples, "global_batch_size": order.global_batch_size},
+        "seq_len": settings.seq_len,
+        "freq": settings.freq,
+    }
 
 
 def layout_section(offline: Offline) -> dict[str, Any]:
@@ -245,18 +283,25 @@ def checks(offline: Offline) -> list[str]:
     return found
 
 
-def resume_section(offline: Offline, saved: Saved) -> dict[str, Any]:
+def resume_section(offline: Offline, saved: Saved, history: History | None) -> dict[str, Any]:
     """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
-    position, differences = saved.position(offline), saved.differences(offline)
     order, checkpoint = offline.streams.order, offline.job_config.checkpoint
-    saved_batch = saved.state.global_batch_size
+    state, differences = saved.state, saved.differences(offline)
+    anew = "dataloader" in checkpoint.exclude_from_loading
+    done = 0 if "train_state" in checkpoint.exclude_from_loading else saved.step
+    epoch, sample = history.position(done)[1:] if history else state[:2] if state else (0, 0)
+    saved_batch = state and state.global_batch_size
     return {
         "checkpoint": saved.folder,
-        **position._asdict(),
-        "steps_left_in_epoch": order.left(position.sample_in_epoch) // order.global_batch_size,
-        "steps_left": max(0, offline.job_config.training.steps - saved.step),
+        "step": saved.step,
+        "epoch": epoch,
+        "sample_in_epoch": sample,
+        "steps_left_in_epoch": order.left(sample) // order.global_batch_size if history else None,
+        "steps_done": done,
+        "steps_left": max(0, offline.job_config.training.steps - done),
         "is_loaded": checkpoint.enable,
-        "streams_are_loaded": checkpoint.enable and "dataloader" not in checkpoint.exclude_from_loading,
+        "streams_are_loaded": checkpoint.enable and not anew,
+        "begins_anew": anew,
         "differences": [dict(zip(("setting", "checkpoint", "now"), row, strict=True)) for row in differences],
         "order_survives": not differences,
         "global_batch_size": {"checkpoint": saved_batch, "now": order.global_batch_size},

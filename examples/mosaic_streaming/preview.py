@@ -35,7 +35,7 @@ COMMANDS = {
 }
 
 
-CHECKPOINT = "of the run: a step's folder, or that of all steps for the last"
+CHECKPOINT = "of the run: a step's folder, or that of all steps for the one that a start loads"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,6 +115,7 @@ def add_show(command: argparse.ArgumentParser) -> None:
     which = command.add_mutually_exclusive_group()
     which.add_argument("--stream", metavar="NAME", help="of this stream alone")
     which.add_argument("--sample", type=int, action="append", metavar="ID", help="of this sample, as `step` names it")
+    command.add_argument("--validation", action="store_true", help="of the validation streams")
     command.add_argument("--full", action="store_true", help="whole texts and all ids")
     command.add_argument("--plot", metavar="FILE.png", help="draw the lengths of documents")
 
@@ -136,9 +137,10 @@ def add_step(command: argparse.ArgumentParser) -> None:
 
 def add_ledger(command: argparse.ArgumentParser) -> None:
     """The flags of `ledger`."""
-    until = command.add_mutually_exclusive_group()
-    until.add_argument("--step", type=positive, metavar="N", help="up to this step (default: training.steps)")
-    until.add_argument("--checkpoint", metavar="PATH", help=CHECKPOINT)
+    command.add_argument(
+        "--step", type=positive, metavar="N", help="up to this step (default: that of --checkpoint, or training.steps)"
+    )
+    command.add_argument("--checkpoint", metavar="PATH", help=CHECKPOINT)
     command.add_argument("--plot", metavar="FILE.png", help="draw the streams' shares over steps")
 
 

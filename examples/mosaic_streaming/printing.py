@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from examples.mosaic_streaming.batch import BatchFormat
+from examples.mosaic_streaming.history import Segment
 from examples.mosaic_streaming.rows import CONTEXT, TARGET
 
 WIDTH = 140
@@ -107,6 +108,9 @@ def print_plan(out: Console, plan: dict[str, Any]) -> None:
     for section in (print_streams, print_run, print_layout, print_needs, print_settings):
         section(out, plan)
         out.print()
+    if plan["validation"]:
+        print_validation(out, plan["validation"])
+        out.print()
     out.print(Text("Checks", style="bold"))
     for check in plan["checks"]:
         out.print(f"  ✓ {check}")
@@ -128,6 +132,10 @@ def print_streams(out: Console, plan: dict[str, Any]) -> None:
         shares = [f"{stream['share_asked']:.2%}", f"{stream['share']:.2%}", f"{stream['passes']:.3f}"]
         shown.add_row(stream["name"], *counts, size(stream["bytes"]), *shares, stream["source"])
     out.print(shown)
+    if any(stream["passes"] < 1 for stream in plan["streams"]):
+        out.print(
+            "  passes/epoch below 1: an epoch leaves out the rest of the stream; each epoch draws from all of it."
+        )
 
 
 def print_run(out: Console, plan: dict[str, Any]) -> None:
@@ -139,13 +147,49 @@ def print_run(out: Console, plan: dict[str, Any]) -> None:
     fits = {True: "no sample twice", False: "some samples more than once", None: "repeats were not looked for"}[
         run["fits"]
     ]
+    epochs = "" if run["epochs"] is None else f"{run['epochs']:.3g} epochs"
     counts = [number(run[key]) for key in ("steps", "samples", "tokens")]
-    shown.add_row("training.steps", *counts, f"{run['epochs']:.3g} epochs: {fits}")
-    repeat = run["first_repeat_step"] - 1
-    word = "until the first repeat" if run["first_repeat_is_exact"] else "at least, until the first repeat"
-    counts = [number(repeat), number(repeat * run["global_batch_size"]), number(run["first_repeat_tokens"])]
-    shown.add_row("without repeats", *counts, word)
+    shown.add_row("training.steps", *counts, ": ".join(filter(None, [epochs, fits])))
+    if run["first_repeat_step"]:
+        counts = [number(run["first_repeat_step"] - 1)]
+        counts += [number(run[f"first_repeat_{unit}"]) for unit in ("samples", "tokens")]
+        shown.add_row("without repeats", *counts, until_repeat(run))
     out.print(shown)
+    if not run["first_repeat_step"]:
+        is_refused = plan["resume"] and not plan["resume"]["order_survives"]
+        unknown = "the checkpoint, of an earlier version of this code, doesn't say what was read in which step"
+        reason = "a start would be refused" if is_refused else unknown
+        out.print(Text(f"  Not known, as {reason}.", style="yellow"))
+    if since := run["since_step"]:
+        text = f"Samples, tokens and repeats since the streams began anew after step {since:,}."
+        out.print(
+            f"  {text}" if since > 0 else f"  Samples and tokens of {-since:,} steps before step 1 are counted, too."
+        )
+
+
+def until_repeat(run: dict[str, Any]) -> str:
+    """What ends the steps without repeats."""
+    if not run["first_repeat_is_exact"]:
+        return "at least, until the first repeat"
+    step, epoch = run["first_repeat_step"], run["first_repeat_epoch"]
+    goes_again = ", which goes through the streams again" if epoch else ""
+    return f"until the first repeat, in step {step:,}, of epoch {epoch}{goes_again}"
+
+
+def print_validation(out: Console, validation: dict[str, Any]) -> None:
+    """The validation streams, and what a round reads."""
+    right = ["samples", "shards", "size"]
+    shown = table("Validation", "stream", *right, "source", numbers=right)
+    for stream in validation["streams"]:
+        counts = [number(stream[key]) for key in ("samples", "shards")]
+        shown.add_row(stream["name"], *counts, size(stream["bytes"]), stream["source"])
+    out.print(shown)
+    part = validation["round"]
+    out.print(
+        f"  A round, after step 1 and each {many(validation['freq'], 'step')}: {part['samples']:,} of "
+        f"{many(validation['samples'], 'sample')}, in {many(part['batches'], 'batch', 'batches')} of "
+        f"{many(part['global_batch_size'], 'row')} of {many(validation['seq_len'], 'token')}."
+    )
 
 
 def print_layout(out: Console, plan: dict[str, Any]) -> None:
@@ -199,10 +243,14 @@ def print_settings(out: Console, plan: dict[str, Any]) -> None:
 def print_resume(out: Console, resume: dict[str, Any]) -> None:
     """Where a checkpoint's run stands, and what has changed since."""
     out.print(Text("Resume", style="bold"))
-    out.print(f"  {resume['checkpoint']}: after step {resume['step']}, {resume['steps_left']} more to training.steps")
     out.print(
-        f"  The next sample is {resume['sample_in_epoch']:,} of epoch {resume['epoch']}, "
-        f"of which {resume['steps_left_in_epoch']:,} steps follow."
+        f"  {resume['checkpoint']}: after step {resume['step']}, {resume['steps_left']} more to training.steps"
+        + (", counted from 1 again (checkpoint.exclude_from_loading)" if resume["steps_done"] != resume["step"] else "")
+    )
+    follow = resume["steps_left_in_epoch"]
+    out.print(
+        f"  The next sample is {resume['sample_in_epoch']:,} of epoch {resume['epoch']}"
+        + ("." if follow is None else f", of which {follow:,} steps follow.")
     )
     batch = resume["global_batch_size"]
     if not resume["order_survives"]:
@@ -210,6 +258,8 @@ def print_resume(out: Console, resume: dict[str, Any]) -> None:
         for difference in resume["differences"]:
             shown.add_row(f"  {difference['setting']}", difference["checkpoint"], difference["now"])
         out.print(shown, style="red")
+    elif resume["begins_anew"]:
+        pass
     elif resume["same_batches"]:
         out.print(Text("  Nothing has changed: the same global batches follow.", style="green"))
     else:
@@ -217,10 +267,10 @@ def print_resume(out: Console, resume: dict[str, Any]) -> None:
         out.print(Text(f"  The order survives: the same samples follow, {sizes}.", style="green"))
     if not resume["is_loaded"]:
         out.print(Text("  checkpoint.enable = false: a start would not load it.", style="yellow"))
-    elif not resume["streams_are_loaded"]:
+    if resume["begins_anew"]:
         text = "  checkpoint.exclude_from_loading: the streams would start from their beginning."
         out.print(Text(text, style="yellow"))
-    elif not resume["order_survives"]:
+    elif resume["streams_are_loaded"] and not resume["order_survives"]:
         out.print(Text("  A start would be refused, with the reason at the end.", style="red"))
 
 
@@ -232,12 +282,22 @@ def print_layout_of(out: Console, report: dict[str, Any]) -> None:
     )
 
 
+def print_warnings(out: Console, report: dict[str, Any]) -> None:
+    """What a report isn't true for."""
+    for warning in report["warnings"]:
+        out.print(Text(warning, style="yellow"))
+
+
 def print_steps(out: Console, report: dict[str, Any], full: bool, found: bool) -> None:
     """Samples of global batches, one a line."""
     print_layout_of(out, report)
-    samples, before = report["samples"], report["global_batch_size_before"]
-    if before not in (None, report["global_batch_size"]):
-        out.print(Text(f"The checkpoint was written with global batches of {before} samples.", style="yellow"))
+    samples = report["samples"]
+    print_warnings(out, report)
+    if report["segments"] != [Segment(0, 0, 0, report["global_batch_size"])._asdict()]:
+        for segment in report["segments"]:
+            first, batch = segment["step"] + 1, many(segment["global_batch_size"], "sample")
+            place = f"sample {segment['sample_in_epoch']:,} of epoch {segment['epoch']}"
+            out.print(f"From step {first:,} on, global batches of {batch}, from {place}.")
     if report["packed"]:
         out.print("A batch's samples are packed into its rows; what finds no room is left out (`show` has the rows).")
     if found:
@@ -262,6 +322,9 @@ def print_steps(out: Console, report: dict[str, Any], full: bool, found: bool) -
 def print_ledger(out: Console, ledger: dict[str, Any]) -> None:
     """What each stream was asked for and has given."""
     print_layout_of(out, ledger)
+    if ledger["since_step"] > 0:
+        out.print(f"All is counted since the streams began anew after step {ledger['since_step']:,}.")
+    print_warnings(out, ledger)
     has_tokens = "tokens" in ledger["streams"][0]
     unit = "tokens" if has_tokens else "samples"
     right = [f"{unit} asked", f"{unit} read", "difference", "asked", "share", "passes"]
@@ -272,14 +335,5 @@ def print_ledger(out: Console, ledger: dict[str, Any]) -> None:
         shares = [f"{stream['share_asked']:.2%}", f"{stream['share']:.2%}", f"{stream['passes']:.3f}"]
         shown.add_row(stream["stream"], *counts, *shares)
     out.print(shown)
-    known, read = ledger["samples_by_checkpoint"], sum(stream["samples"] for stream in ledger["streams"])
-    if known not in (None, read):
-        out.print(
-            Text(
-                f"The run has read {known:,} samples, these are {read:,}: its global batch has changed in an earlier "
-                "epoch, and with it what that left out.",
-                style="yellow",
-            )
-        )
     if not has_tokens:
         out.print("Samples differ in length, so only they are counted: shares are of samples.")

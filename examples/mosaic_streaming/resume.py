@@ -11,6 +11,7 @@ from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.history import Segment
 from examples.mosaic_streaming.loader_config import Config, streams_of
 from examples.mosaic_streaming.order import Order
 from examples.mosaic_streaming.seen import Seen
@@ -45,7 +46,9 @@ class State(NamedTuple):
         sample_in_epoch: samples of it that have been read.
         global_batch_size: samples of an optimizer step.
         data: what decides which samples come next.
-        seen: since the run's first step; none in a state of before it was saved.
+        seen: since the run's first step, or since the streams began anew; none in a state of before it was saved.
+        steps: done since then; in a run that has gone on from a state of before this was saved, since that one.
+        segments: of these steps; each start that changes the global batch begins one.
     """
 
     epoch: int
@@ -53,6 +56,8 @@ class State(NamedTuple):
     global_batch_size: int
     data: Data
     seen: Seen | None
+    steps: int
+    segments: tuple[Segment, ...]
 
 
 START_ANEW = (
@@ -149,7 +154,9 @@ def unpack(saved_state: Mapping[str, object]) -> State:
             data = saved["data"]
             if not isinstance(data, dict):
                 raise TypeError(data)
-            return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")))
+            here = Segment(0, epoch, sample_in_epoch, global_batch_size)
+            seen, steps, segments = read_seen(saved.get("seen")), *read_segments(saved, here)
+            return State(epoch, sample_in_epoch, global_batch_size, data, seen, steps, segments)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(text) from error
     raise DataError(
@@ -165,6 +172,18 @@ def read_seen(saved: Any) -> Seen | None:
     samples, tokens = (number(saved[key], MAX_SEEN) for key in ("samples", "tokens"))
     targets = saved["targets"]
     return Seen(samples, tokens, None if targets is None else number(targets, MAX_SEEN))
+
+
+def read_segments(saved: Any, here: Segment) -> tuple[int, tuple[Segment, ...]]:
+    """The steps done and their segments, as they are saved; where they aren't, what is known begins here."""
+    if "segments" not in saved:
+        return 0, (here,)
+    segments = tuple(Segment(*(number(value, MAX_POSITION) for value in segment)) for segment in saved["segments"])
+    steps, begins = number(saved["steps"], MAX_POSITION), [segment.step for segment in segments]
+    sizes = [segment.global_batch_size for segment in segments]
+    if begins[:1] != [0] or sorted({*begins}) != begins or begins[-1] > steps or not all(sizes):
+        raise ValueError(segments)
+    return steps, segments
 
 
 def number(value: Any, limit: int, least: int = 0) -> int:

@@ -172,12 +172,10 @@ def build_rounds(
     assert isinstance(dataset, StreamingDataset)
     dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
     global_batch_size = validation.local_batch_size * dp_world_size
-    whole = -(-dataset.epoch_size // global_batch_size)
-    batches = whole if validation.steps == -1 else min(validation.steps, whole)
-    samples = min(dataset.epoch_size, batches * global_batch_size)
+    batches, samples = size_of_round(dataset.epoch_size, global_batch_size, validation.steps)
     set_round(dataset, validation.local_batch_size, global_batch_size, samples)
     if is_rank_0():
-        least = "" if validation.steps <= whole else f"; validation.steps = {validation.steps} would need more"
+        least = "" if validation.steps <= batches else f"; validation.steps = {validation.steps} would need more"
         logger.info(
             f"A validation round reads {samples:,} of {dataset.epoch_size:,} samples, in {batches} batches of "
             f"{global_batch_size}{least}."
@@ -192,6 +190,13 @@ def build_rounds(
         seq_len=validation.seq_len,
     )
     return Rounds(loader, form, batches, dp_rank, path)
+
+
+def size_of_round(epoch_size: int, global_batch_size: int, steps: int) -> tuple[int, int]:
+    """Batches of all ranks together in a validation round, and samples; `steps` is `validation.steps`."""
+    whole = -(-epoch_size // global_batch_size)
+    batches = whole if steps == -1 else min(steps, whole)
+    return batches, min(epoch_size, batches * global_batch_size)
 
 
 def check_validation(job_config: JobConfig) -> None:

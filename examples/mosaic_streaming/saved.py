@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data, read without a job."""
+"""What a checkpoint says of the data, and how a start goes on from it, read without a job."""
 
 import dataclasses
 import logging
@@ -8,11 +8,22 @@ from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torchtitan.config import JobConfig
+from torchtitan.config.job_config import Checkpoint
 
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.history import History, Segment, go_on
 from examples.mosaic_streaming.job_config import steps_with
-from examples.mosaic_streaming.offline import Offline, Position
-from examples.mosaic_streaming.resume import STATE_KEY, State, check_position, differences, explain_missing, unpack
+from examples.mosaic_streaming.offline import Offline
+from examples.mosaic_streaming.resume import (
+    STATE_KEY,
+    State,
+    check_position,
+    damaged,
+    differences,
+    explain_missing,
+    unpack,
+)
 
 
 def innermost(error: CheckpointException) -> str:
@@ -22,46 +33,145 @@ def innermost(error: CheckpointException) -> str:
 
 
 class Saved(NamedTuple):
-    """A checkpoint's folder, step and dataloader state."""
+    """A checkpoint's folder, step and dataloader state; none where a start that leaves it out can't read it."""
 
     folder: str
     step: int
-    state: State
-
-    def position(self, offline: Offline) -> Position:
-        """Where the next batch is, with the present global batch.
-
-        Raises:
-            DataError: there is no such place.
-        """
-        check_position(self.state, offline.streams.dataset.epoch_size)
-        here = Position(self.step, self.state.epoch, self.state.sample_in_epoch)
-        is_read = offline.streams.order.left(here.sample_in_epoch) == 0
-        return Position(self.step, here.epoch + 1, 0) if is_read else here
-
-    def as_written(self, offline: Offline) -> Offline:
-        """The streams with the global batch of the run that wrote it, in place of the present one."""
-        order = dataclasses.replace(offline.streams.order, global_batch_size=self.state.global_batch_size)
-        return dataclasses.replace(offline, streams=dataclasses.replace(offline.streams, order=order))
+    state: State | None
 
     def differences(self, offline: Offline) -> list[list[str]]:
         """What is not as it was when the checkpoint was written: setting, value then, value now."""
-        return differences(self.state.data, offline.streams.data)
+        return differences(self.state.data, offline.streams.data) if self.state else []
+
+    def history(self, offline: Offline) -> History | None:
+        """What its run has read, up to its step; none where that was other data, or isn't known.
+
+        Raises:
+            DataError: the state is damaged.
+        """
+        if not self.state or self.differences(offline):
+            return None
+        state, order = self.state, offline.streams.order
+        check_position(state, offline.streams.dataset.epoch_size)
+        shift = self.step - state.steps
+        segments = tuple(segment._replace(step=segment.step + shift) for segment in state.segments)
+        history = History(order, segments)
+        fits = all(history.left(0, segment.global_batch_size) for segment in segments)
+        if not fits or history.position(self.step) != (self.step, state.epoch, state.sample_in_epoch):
+            raise damaged(f"after {state.steps:,} steps, its position is not that of {list(state.segments)}")
+        read = history.samples(self.step)
+        before = state.seen.samples - read if state.seen and read is not None else None
+        if before and history.begins_anew:
+            raise damaged(f"{before:,} samples more read than {state.steps:,} steps have")
+        return dataclasses.replace(history, samples_before=before)
 
 
-def read_checkpoint(path: str) -> Saved:
-    """Read a checkpoint of TorchTitan's, or of several in a folder the last.
+def history_of_start(offline: Offline, saved: Saved | None) -> History | None:
+    """What a run has read and will read that a start with the job's settings begins, or goes on with.
+
+    Args:
+        offline: the streams.
+        saved: the checkpoint that it loads, also where `checkpoint.enable` is false; none for a run that begins.
+
+    Returns:
+        none where the start would be refused, as the checkpoint was written on other data.
+    """
+    if saved is None:
+        return offline.from_beginning()
+    order, excluded = offline.streams.order, offline.job_config.checkpoint.exclude_from_loading
+    known = saved.history(offline)
+    step = 0 if "train_state" in excluded else saved.step
+    if "dataloader" in excluded:
+        here, known = Segment(step, 0, 0, order.global_batch_size), known if known and known.begins_anew else None
+    elif known:
+        _, epoch, sample = known.position(saved.step)
+        place = (epoch, sample) if order.left(sample) else (epoch + 1, 0)
+        here = Segment(step, *place, order.global_batch_size)
+    else:
+        return None
+    if not known:
+        return History(order, (here,))
+    segments = tuple(segment._replace(step=segment.step + step - saved.step) for segment in known.segments)
+    if "dataloader" in excluded or segments[-1].global_batch_size != order.global_batch_size:
+        segments = go_on(segments, here)
+    return dataclasses.replace(known, segments=segments)
+
+
+def own_checkpoints(job_config: JobConfig) -> str | None:
+    """The folder of a job's own checkpoints, if there are finished ones that a start would load."""
+    folder = os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)
+    return folder if job_config.checkpoint.enable and steps_with(folder, ".metadata") else None
+
+
+def checkpoint_of_start(job_config: JobConfig, path: str | None) -> Saved | None:
+    """The checkpoint that a start loads.
+
+    Args:
+        job_config: the whole job.
+        path: what the user has named; without, the job's own where its settings say how to load them.
+
+    Raises:
+        ConfigError, DataError: as `read_checkpoint`.
+    """
+    settings = job_config.checkpoint
+    if not path and (settings.load_step != -1 or {"dataloader", "train_state"} & {*settings.exclude_from_loading}):
+        path = own_checkpoints(job_config)
+    return read_checkpoint(path, settings) if path else None
+
+
+def read_checkpoint(path: str, settings: Checkpoint) -> Saved:
+    """Read a checkpoint of TorchTitan's, or of several in a folder the one that a start loads.
+
+    Args:
+        path: of its folder, or of that of all steps.
+        settings: of the job; `load_step` chooses, and what `exclude_from_loading` has needn't be there.
 
     Raises:
         ConfigError: there is none, or it has no dataloader state.
         DataError: the state is damaged.
     """
-    folder = path
-    if not os.path.isfile(os.path.join(path, ".metadata")):
-        if not (steps := steps_with(path, ".metadata")):
-            raise ConfigError(f"--checkpoint {path} is no finished checkpoint, and has none in it.")
-        folder = os.path.join(path, f"step-{max(steps)}")
+    folder = step_folder(path, settings.load_step)
     content: dict[str, Any] = {"dataloader": {STATE_KEY: ""}, "train_state": {"step": 0}}
+    state = None
+    try:
+        load(folder, content)
+        state = unpack(content["dataloader"])
+    except (ConfigError, DataError):
+        if "dataloader" not in settings.exclude_from_loading:
+            raise
+        load(folder, {"train_state": content["train_state"]})
+    step = int(content["train_state"]["step"])
+    if settings.load_step not in (-1, step):
+        raise ConfigError(
+            f"--checkpoint {folder} is of step {step}, but a start loads checkpoint.load_step = {settings.load_step}. "
+            "Name one step in both, or give the folder of all steps."
+        )
+    return Saved(folder, step, state)
+
+
+def step_folder(path: str, load_step: int) -> str:
+    """The folder of a checkpoint, given that or the one of all steps.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if os.path.isfile(os.path.join(path, ".metadata")):
+        return path
+    if not (steps := steps_with(path, ".metadata")):
+        raise ConfigError(f"--checkpoint {path} is no finished checkpoint, and has none in it.")
+    step = max(steps) if load_step == -1 else load_step
+    if step not in steps:
+        found = ", ".join(map(str, sorted(steps)))
+        raise ConfigError(f"checkpoint.load_step = {load_step}, but --checkpoint {path} has finished steps: {found}.")
+    return os.path.join(path, f"step-{step}")
+
+
+def load(folder: str, content: dict[str, Any]) -> None:
+    """Fill in what a checkpoint has for these keys.
+
+    Raises:
+        ConfigError: one is missing, or can't be read.
+    """
     logging.disable(logging.WARNING)  # tracebacks of what is said in a line here
     try:
         with warnings.catch_warnings(action="ignore"):  # that there is no process group
@@ -71,4 +181,3 @@ def read_checkpoint(path: str) -> Saved:
         raise ConfigError(f"--checkpoint {folder}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return Saved(folder, int(content["train_state"]["step"]), unpack(content["dataloader"]))

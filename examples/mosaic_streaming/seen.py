@@ -33,7 +33,7 @@ class Progress(NamedTuple):
     Attributes:
         epoch: of the streams.
         share: of the epoch that has been read, 0 to 1.
-        seen: since the run's first step.
+        seen: since the run's first step, or since its streams began anew.
         padding: share of this rank's inputs, since the last look.
         fetched: by this rank's machine, since this start.
         cache: bytes of shards that this machine's caches hold.
@@ -110,7 +110,10 @@ class Counter:
         self._counted = (samples + self._samples, targets + int(total) // peers)
 
     def seen(self) -> Seen:
-        """What all ranks have read since the run's first step: the same on each rank, without a collective."""
+        """What all ranks have read since the run's first step, or since its streams began anew.
+
+        It is the same on each rank, without a collective.
+        """
         samples = self._before.samples + self._samples
         tokens = self._before.tokens + self.tokens(self._samples)
         counted, targets = self._counted

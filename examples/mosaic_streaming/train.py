@@ -77,7 +77,8 @@ def run(job_config: "JobConfig", validates: bool) -> None:
             logger.warning("validation.enable = false: the validation streams are not read.")
         if "dataloader" in job_config.checkpoint.exclude_from_loading:
             logger.warning(
-                "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again."
+                "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
+                "samples, tokens and targets are counted from there."
             )
     handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
     trainer = None
