@@ -39,6 +39,7 @@ from tests.jobs import command, logged, losses, train, write_files
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import SEQ_LEN, TOKENIZER, build_loader, job, loader_config, sample_tokens, write_tokens
+from tests.tokenizing import derive
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
 SEQUENCE_ID = torch.tensor(ROWS)
@@ -176,6 +177,22 @@ def test_varlen_under_pipeline_parallelism_is_refused() -> None:
     check_attention(args, "8B_varlen", 1)
     with pytest.raises(ConfigError, match="has varlen attention, whose masks pipeline parallelism"):
         check_attention(args, "8B_varlen", 2)
+
+
+def test_tokenizer_without_an_eos_is_refused_where_masks_need_one(tmp_path: Path) -> None:
+    config = job()
+    config.model.hf_assets_path = str(derive(tmp_path / "assets", eos_token=None))
+    write_tokens(tmp_path / "stream", [[20] * (SEQ_LEN + 1)] * 4)
+
+    def build() -> None:
+        build_loader(loader_config(tmp_path / "stream"), config)
+
+    run_rank_values(build)
+    config.model.flavor = "debugmodel_varlen_attn"
+    with pytest.raises(
+        AssertionError, match=r"ConfigError: model.flavor = .*/assets' has none. Set `eos_token` in its"
+    ):
+        run_rank_values(build)
 
 
 @pytest.mark.parametrize(("key", "token"), [("eos_token_id", 0), ("bos_token_id", 1)])

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.cache import is_url
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.documents import check_attention, no_masks
+from examples.mosaic_streaming.documents import check_attention, check_eos, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line, open_store
@@ -116,15 +116,14 @@ def settle(
     Raises:
         ConfigError: it doesn't.
     """
-    accumulation = accumulation_steps(job_config, dp_world_size)
+    accumulation, model = accumulation_steps(job_config, dp_world_size), job_config.model
     check_model(job_config, tokenizer)
     check_training(job_config, world_size)
     config = resolve_training(job_config, file.config, file.path, world_size // dp_world_size)
-    return (
-        config,
-        build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer),
-        accumulation * dp_world_size,
-    )
+    transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
+    model_args = get_train_spec(model.name).model_args[model.flavor]
+    check_eos(model_args, model.flavor, tokenizer.eos_id, model.hf_assets_path)
+    return config, transformers_tokenizer, accumulation * dp_world_size
 
 
 def place(job_config: JobConfig, dp_rank: int, dp_world_size: int) -> World:

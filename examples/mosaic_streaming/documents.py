@@ -94,6 +94,22 @@ def check_attention(model_args: BaseModelArgs, flavor: str, pp: int) -> None:
         )
 
 
+def check_eos(model_args: BaseModelArgs, flavor: str, eos_id: int | None, path: str) -> None:
+    """Raise ConfigError for a flavor that keeps attention within documents, and a tokenizer without an EOS.
+
+    Args:
+        model_args: the flavor's.
+        flavor: its name.
+        eos_id: of TorchTitan's tokenizer, from which its masks tell where documents end.
+        path: `model.hf_assets_path`.
+    """
+    if masks_documents(model_args) and eos_id is None:
+        raise ConfigError(
+            f"model.flavor = {flavor!r} keeps attention within documents, which end with EOS, but the tokenizer in "
+            f"model.hf_assets_path = {path!r} has none. Set `eos_token` in its tokenizer_config.json."
+        )
+
+
 def no_masks(documents: str, model: str, flavors: Mapping[str, BaseModelArgs], flavor: str) -> str:
     """What it means that a flavor doesn't keep attention within documents, and which flavors do.
 

@@ -172,9 +172,22 @@ def build_loader(
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{path} does not stream: give `dataset` a `remote` or `streams`.")
     check_dataset(loader.dataset, [stream_label(name, path) for name in streams_of(config["dataset"])])
+    check_pad_token(config["name"], loader.dataset, tokenizer)
     leave_out_unused(loader)
     keep_locks_together(loader.dataset)
     return loader
+
+
+def check_pad_token(name: str, dataset: StreamingDataset, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for text that is tokenized as it is read, and a tokenizer without a padding token.
+
+    Source: llm-foundry 0.22.0, data/text_data.py, refuses it at the first sample.
+    """
+    if name == "text" and tokenizer.pad_token is None and "text" in getattr(dataset.shards[0], "column_names", []):
+        raise ConfigError(
+            f"The tokenizer in model.hf_assets_path = {tokenizer.name_or_path!r} has no padding token, which text that "
+            "is tokenized as it is read needs. Set `pad_token` in its tokenizer_config.json; it may be the `eos_token`."
+        )
 
 
 def batch_format(
