@@ -141,7 +141,7 @@ def test_a_collator_of_someone_elses_stays(tmp_path: Path) -> None:
             pass
 
     loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
-    collate.leave_out_unused(loader)
+    collate.leave_out_unused(loader, is_text=True)
     assert isinstance(loader.collate_fn, Own) and not loader.dataset.as_written  # type: ignore[attr-defined]
 
 

@@ -60,7 +60,7 @@ def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
         a model that keeps attention within documents, with `sequence_id` and `positions`, of the same shape.
 
     Raises:
-        DataError: the shape differs from `[rows, max_seq_len]`, or an id is not one of the model's.
+        DataError: a tensor is missing, the shape differs from `[rows, max_seq_len]`, or an id is not the model's.
 
     Source: llm-foundry's labels are not shifted, TorchTitan's are (llm-foundry 0.22.0 data/text_data.py,
     torchtitan 0.2.2 hf_datasets/text_datasets.py).
@@ -70,6 +70,7 @@ def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
 
 def convert(batch: Mapping[str, Any], form: BatchFormat) -> tuple[TitanBatch, Tensor | None]:
     """What `to_titan_batch` returns, and what `is_padding` does of the rows."""
+    check_keys(batch, form)
     ids = batch["input_ids"]
     check_shape(ids, form)
     check_ids(ids, form)
@@ -82,7 +83,7 @@ def convert(batch: Mapping[str, Any], form: BatchFormat) -> tuple[TitanBatch, Te
         labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
     inputs = {"input": to_int64(ids[:, : form.seq_len])}
     labels = to_int64(labels)  # never the ids' own memory
-    return (inputs | document_inputs(batch, form), labels), padding
+    return (inputs | document_inputs(batch, padding, form), labels), padding
 
 
 def to_int64(tensor: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def to_int64(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.numpy().astype(np.int64, order="C"))
 
 
-def document_inputs(batch: Mapping[str, Any], form: BatchFormat) -> dict[str, Tensor]:
+def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, form: BatchFormat) -> dict[str, Tensor]:
     """The documents of the rows, and positions in them, for a model that asks for them.
 
     A row that says nothing of its documents is one, where it is an example: TorchTitan would take each EOS in a chat
@@ -98,7 +99,7 @@ def document_inputs(batch: Mapping[str, Any], form: BatchFormat) -> dict[str, Te
     """
     sequence_id = batch.get(SEQUENCE_ID)
     if sequence_id is None and not form.labels_are_ids:
-        sequence_id = batch["attention_mask"] - 1
+        sequence_id = torch.zeros_like(batch["input_ids"]) if padding is None else -padding.long()
     if sequence_id is None or not form.documents:
         return {}
     sequence_id = to_int64(sequence_id[:, : form.seq_len])
@@ -121,6 +122,23 @@ def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) ->
     if form.pad_id == form.eos_id:
         run &= torch.nn.functional.pad(run[:, :-1], (1, 0), value=False)
     return run
+
+
+def check_keys(batch: Mapping[str, Any], form: BatchFormat) -> None:
+    """Raise DataError unless a batch has all that is taken from it, as tensors of one shape.
+
+    llm-foundry's own have; those of a loader that a user has registered may not.
+    """
+    needed = ("input_ids",) if form.labels_are_ids else ("input_ids", "labels")
+    missing = [key for key in needed if not isinstance(batch.get(key), Tensor)]
+    if missing:
+        raise DataError(
+            f"A batch has no tensor {' nor '.join(missing)}, but: {', '.join(batch)}. Have the loader make them: ids, "
+            f"and as labels the same ids, with {IGNORE_INDEX} for what is not to be learned. {form.origin}"
+        )
+    shapes = {key: list(batch[key].shape) for key in (*needed, "attention_mask", SEQUENCE_ID) if key in batch}
+    if any(shape != shapes["input_ids"] for shape in shapes.values()):
+        raise DataError(f"A batch has tensors of several shapes, expected one: {shapes}. {form.origin}")
 
 
 def check_shape(ids: Tensor, form: BatchFormat) -> None:

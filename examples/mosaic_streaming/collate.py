@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForLanguageModeling
 
+from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.faults import CheckedDataset
 
 PIPE_BYTES = 1 << 20
@@ -32,14 +33,22 @@ class Pipe:
     def __init__(self, collator: Callable[[list[Any]], Mapping[str, Any]]) -> None:
         self._collator = collator
 
-    def __call__(self, samples: list[Any]) -> dict[str, Any]:
+    def __call__(self, samples: list[Any]) -> Any:
         batch = self._collator(samples)
+        if not isinstance(batch, Mapping):
+            return batch
         small = {key for key, value in batch.items() if isinstance(value, torch.Tensor) and value.nbytes <= PIPE_BYTES}
         return {key: value.numpy() if key in small else value for key, value in batch.items()}
 
 
-def as_tensors(batch: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch whose arrays are tensors."""
+def as_tensors(batch: Any) -> dict[str, Any]:
+    """A batch whose arrays are tensors.
+
+    Raises:
+        DataError: it is no dict, of a loader that a user has registered.
+    """
+    if not isinstance(batch, Mapping):
+        raise DataError(f"A batch of the loader is a {type(batch).__name__}, expected a dict of tensors.")
     return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
 
 
@@ -69,14 +78,19 @@ def stack(samples: Sequence[NDArray[Any]]) -> NDArray[Any]:
     return np.concatenate(samples, dtype=dtype, casting="unsafe").reshape(len(samples), -1)
 
 
-def leave_out_unused(loader: DataLoader[Any]) -> None:
-    """Have a loader make only what TorchTitan gets of a batch; collators that aren't llm-foundry's own stay."""
+def leave_out_unused(loader: DataLoader[Any], is_text: bool) -> None:
+    """Have a loader make only what TorchTitan gets of a batch; collators that aren't llm-foundry's own stay.
+
+    Args:
+        loader: llm-foundry's, or one that a user has registered.
+        is_text: whether it is llm-foundry's for text, whose labels are its ids.
+    """
     dataset, collator = loader.dataset, cast(Any, loader.collate_fn)
     assert isinstance(dataset, CheckedDataset)
     if type(collator) is LossGeneratingTokensCollatorWrapper:
         loader.collate_fn = collator = collator.base_collator
     base = collator.base_collator if type(collator) is ConcatenatedSequenceCollatorWrapper else collator
-    if type(base) is not DataCollatorForLanguageModeling or base.mlm:
+    if not is_text or type(base) is not DataCollatorForLanguageModeling or base.mlm:
         return
     dataset.as_written = True
     if base is collator:

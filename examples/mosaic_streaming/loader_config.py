@@ -4,7 +4,7 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmfoundry import registry
@@ -130,11 +130,11 @@ def check_keys(config: Config, path: str) -> None:
         raise ConfigError(f"name = {name!r} in {path}, expected one of: {', '.join(loaders)}.")
     if not isinstance(dataset, dict):
         raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
-    builder = inspect.signature(registry.dataloaders.get(name)).parameters
     streams = dataset.get("streams", {})
     if not isinstance(streams, dict) or not all(isinstance(stream, dict) for stream in streams.values()):
         raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
-    wrong = unknown(config, "", ["name", *builder], DATASET_KEYS.get(name, []))
+    known = ["name", *(key for key in config if takes(name, key)), *arguments_of(name)]
+    wrong = unknown(config, "", known, DATASET_KEYS.get(name, []))
     wrong += unknown(dataset, "dataset.", DATASET_KEYS.get(name, list(dataset)))
     for stream, settings in streams.items():
         wrong += unknown(settings, f"dataset.streams.{stream}.", list(inspect.signature(Stream).parameters))
@@ -147,7 +147,7 @@ def check_keys(config: Config, path: str) -> None:
         wrong += wrong_values(settings, f"dataset.streams.{stream}.", hints, path)
     if wrong:
         raise ConfigError(" ".join(wrong))
-    check_packing(dataset, path)
+    check_packing(name, dataset, path)
     if name == "finetuning" and not (dataset.get("remote") or streams or "hf_name" in dataset):
         raise ConfigError(
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
@@ -158,7 +158,18 @@ def check_keys(config: Config, path: str) -> None:
             raise ConfigError(f"dataset.{key} = {choice!r} in {path}, expected one of: {', '.join(choices)}.")
 
 
-def check_packing(dataset: Config, path: str) -> None:
+def arguments_of(name: str) -> Mapping[str, inspect.Parameter]:
+    """What a loader's builder takes, by its name in llm-foundry's registry."""
+    return inspect.signature(registry.dataloaders.get(name)).parameters
+
+
+def takes(name: str, key: str) -> bool:
+    """Whether a loader's builder takes an argument; a user's may take fewer than llm-foundry's, or any."""
+    arguments = arguments_of(name)
+    return key in arguments or any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+
+
+def check_packing(name: str, dataset: Config, path: str) -> None:
     """Raise ConfigError for packing that is no packing, or that no resume could repeat; fill in what can be repeated.
 
     Source: llm-foundry's own default keeps all that didn't fit in the memory of a worker (0.22.0, data/packing.py).
@@ -171,6 +182,10 @@ def check_packing(dataset: Config, path: str) -> None:
         )
     if ratio == 1:  # as llm-foundry has it, no packing
         return
+    if ratio == "auto" and name != "finetuning":
+        raise ConfigError(
+            f'dataset.packing_ratio = "auto" in {path} is for name = "finetuning", not {name!r}. Give a number.'
+        )
     if ratio == "auto" and (method := dataset.get("batching_method", "random")) != "random":
         raise ConfigError(
             f'dataset.packing_ratio = "auto" with dataset.batching_method = {method!r} in {path}: it is chosen for '

@@ -27,8 +27,9 @@ from torchtitan.config import JobConfig
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming import spec
-from examples.mosaic_streaming.batch import is_padding
+from examples.mosaic_streaming.batch import check_keys, is_padding
 from examples.mosaic_streaming.build import check_memory, settle
+from examples.mosaic_streaming.collate import as_tensors
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.history import History, Segment
@@ -217,6 +218,8 @@ class Offline:
             for sample in samples if len(samples) > 1 else []:
                 self.collate([sample])  # which one is it?
             raise NoRowError(f"Sample {samples[0]} makes no row, and training would stop there: {error}") from error
+        batch = as_tensors(batch)
+        check_keys(batch, self.streams.form)
         return batch
 
     def read(self, sample: int) -> Any:

@@ -5,6 +5,8 @@ from typing import Any
 from llmfoundry.data.packing import BinPackCollator
 from torch.utils.data import DataLoader
 
+from examples.mosaic_streaming.errors import ConfigError
+
 LEFT_OUT, PACKED = "tokens_left_out", "tokens_packed"
 """Keys of a batch: of its samples' tokens, how many found no room in its rows, and how many did."""
 
@@ -29,8 +31,17 @@ class CountingPacker:
 
 
 def count_left_out(loader: DataLoader[Any]) -> bool:
-    """Have a loader count what its packing leaves out; return whether it packs."""
+    """Have a loader count what its packing leaves out; return whether it packs.
+
+    Raises:
+        ConfigError: a loader that a user has registered keeps what didn't fit.
+    """
     if not isinstance(loader.collate_fn, BinPackCollator):
         return False
+    if loader.collate_fn.max_leftover_bins_to_keep != 0:
+        raise ConfigError(
+            "The loader packs with a BinPackCollator that keeps what didn't fit in the memory of its worker, where a "
+            "restart loses it. Give it max_leftover_bins_to_keep=0."
+        )
     loader.collate_fn = CountingPacker(loader.collate_fn)
     return True

@@ -14,7 +14,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.config import JobConfig
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, to_titan_batch
+from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, check_keys, to_titan_batch
 from examples.mosaic_streaming.build import place
 from examples.mosaic_streaming.cache import check_folders
 from examples.mosaic_streaming.dataloader import Batches
@@ -94,6 +94,8 @@ def fill_up(batch: Mapping[str, Any] | None, form: BatchFormat) -> TitanBatch:
         batch: of llm-foundry; none where this rank has no sample left.
         form: what the batch has to look like, in the end.
     """
+    if batch is not None:
+        check_keys(batch, form)
     found = 0 if batch is None else len(batch["input_ids"])
     missing = form.rows - found
     if batch is not None and (missing <= 0 or batch["input_ids"].shape[1] != form.max_seq_len):

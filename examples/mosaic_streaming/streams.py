@@ -22,7 +22,7 @@ from examples.mosaic_streaming.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.faults import check_dataset
 from examples.mosaic_streaming.job import new_number
-from examples.mosaic_streaming.loader_config import Config, resolve, stream_folders, streams_of
+from examples.mosaic_streaming.loader_config import DATASET_KEYS, Config, resolve, stream_folders, streams_of, takes
 from examples.mosaic_streaming.node import keep_locks_together, shared_memory, stream_label
 from examples.mosaic_streaming.order import Order, set_order
 from examples.mosaic_streaming.packing import count_left_out
@@ -162,18 +162,27 @@ def build_loader(
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration.
     """
+    name, streams = config["name"], streams_of(config["dataset"])
+    is_own = name not in DATASET_KEYS
+    given = {key: value for key, value in config.items() if key == "name" or takes(name, key)}
     try:
         with shared_memory(number):
             # A copy: `build_dataloader` writes into what it is given.
-            spec: DataSpec = build_dataloader(copy.deepcopy(config), tokenizer, batch_size)
+            spec: DataSpec = build_dataloader(copy.deepcopy(given), tokenizer, batch_size)
     except Exception as error:
-        raise ConfigError(f"llm-foundry refuses {path}: {type(error).__name__}: {error}") from error
-    loader = spec.dataloader
+        who = f"The loader {name!r}" if is_own else "llm-foundry"
+        raise ConfigError(f"{who} refuses {path}: {type(error).__name__}: {error}") from error
+    loader = getattr(spec, "dataloader", spec)
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{path} does not stream: give `dataset` a `remote` or `streams`.")
-    check_dataset(loader.dataset, [stream_label(name, path) for name in streams_of(config["dataset"])])
-    check_pad_token(config["name"], loader.dataset, tokenizer)
-    leave_out_unused(loader)
+    if loader.batch_size is None or len(loader.dataset.streams) != len(streams):
+        raise ConfigError(
+            f"The loader {name!r} of {path} has {len(loader.dataset.streams)} streams and batch_size = "
+            f"{loader.batch_size}, expected the {len(streams)} of the file, and a number."
+        )
+    check_dataset(loader.dataset, [stream_label(stream, path) for stream in streams])
+    check_pad_token(name, loader.dataset, tokenizer)
+    leave_out_unused(loader, name == "text")
     keep_locks_together(loader.dataset)
     return loader
 

@@ -1,5 +1,6 @@
 """The types and limits of the loader's settings: streaming takes a string for true, and a negative number for none."""
 
+import contextlib
 import os
 import typing
 from collections.abc import Mapping
@@ -36,8 +37,16 @@ WITH_UNITS = {
 
 
 def hints_of(function: Any) -> dict[str, Any]:
-    """The types of a function's arguments."""
-    return typing.get_type_hints(function)
+    """The types of a function's arguments, without those that only a type checker can resolve."""
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, AttributeError, TypeError):  # of a loader that a user has registered
+        found: dict[str, Any] = {}
+        for name, hint in getattr(function, "__annotations__", {}).items():
+            with contextlib.suppress(NameError, AttributeError, TypeError):
+                one = types.SimpleNamespace(__annotations__={name: hint})
+                found |= typing.get_type_hints(one, getattr(function, "__globals__", {}))
+        return found
 
 
 def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, Any], path: str) -> list[str]:
