@@ -2,6 +2,7 @@
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,9 @@ from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.flags import read_loader, read_loaders
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged
-from tests.ranks import run_ranks
+from tests.ranks import run_rank_values, run_ranks
+from tests.reading import write_turns
+from tests.streams import build_loader, sample_tokens
 
 YAML = """\
 variables:
@@ -93,6 +96,75 @@ def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
         runs.append((logged(ranks), validated))
     assert runs[0] == runs[1]
     assert len(runs[0][0]) == 4 and len(runs[0][1]) == 1
+
+
+FINETUNING = """\
+max_seq_len: 17
+train_loader:
+  name: finetuning
+  dataset:
+    streams:
+      local:
+        remote: ''
+        local: {stream}
+        split: train
+    shuffle: true
+    max_seq_len: ${{max_seq_len}}
+    eos_token_id: {eos}
+    packing_ratio: null
+    predownload: null
+    num_canonical_nodes: null
+    allow_pad_trimming: false
+    decoder_only_format: true
+  drop_last: true
+  pin_memory: true
+  num_workers: 0
+  prefetch_factor: 2
+  persistent_workers: true
+"""
+"""As llm-foundry's own are, with the keys of its yamls/finetune/dbrx-full-ft.yaml and b200-yamls/llama-8b-8192.yaml."""
+
+
+def read_finetuning(folder: Path, eos: int, more: str = "") -> Any:
+    """The first batch of the YAML's loader, and what a checkpoint would record of its settings."""
+    file = folder / "train.yaml"
+    file.write_text(FINETUNING.format(stream=folder / "turns", eos=eos).replace("    shuffle:", f"{more}    shuffle:"))
+
+    def read() -> Any:
+        loader = build_loader(read_loader(str(file), "train_loader").config)
+        inputs, labels = next(iter(loader))
+        return inputs["input"].tolist(), labels.tolist(), loader.state_dict()
+
+    [found] = run_rank_values(read)
+    return found
+
+
+def test_finetuning_yaml_of_llm_foundrys_is_read_with_its_eos_token_id(tmp_path: Path) -> None:
+    write_turns(tmp_path / "turns/train", 64)
+    found = read_finetuning(tmp_path, 1)
+    assert "eos_token_id" not in str(found[2])
+    assert read_finetuning(tmp_path, 1, "    bos_token_id: 0\n") == found
+    assert read_finetuning(tmp_path, 9, "    override_eos_token_id_mismatch_error: true\n") == found
+    samples = [sample_tokens(sample).tolist() for sample in range(64)]
+    inputs, labels, _ = found
+    for row, targets in zip(inputs, labels, strict=True):
+        assert [*row, targets[-1]] in samples and targets == [-100] * 3 + row[4:] + targets[-1:]
+
+
+def test_eos_token_id_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    write_turns(tmp_path / "turns/train", 64)
+    with pytest.raises(
+        AssertionError, match=r"ConfigError: dataset.eos_token_id = 0 in .*, but the tokenizer .* has 1"
+    ):
+        read_finetuning(tmp_path, 0)
+
+
+def test_name_of_a_tokenizer_is_told_its_place(tmp_path: Path) -> None:
+    write_turns(tmp_path / "turns/train", 64)
+    with pytest.raises(
+        AssertionError, match=r"tokenizer_name \(the tokenizer is that of model.hf_assets_path in the job"
+    ):
+        read_finetuning(tmp_path, 1, "    tokenizer_name: mosaicml/mpt-7b\n")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line, open_store
 from examples.mosaic_streaming.job_config import parallel_dims
-from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of
+from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.memory import memory_limit
 from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import prepare_streams
@@ -121,6 +121,7 @@ def settle(
     check_training(job_config, world_size)
     config = resolve_training(job_config, file.config, file.path, world_size // dp_world_size)
     transformers_tokenizer = build_transformers_tokenizer(model.hf_assets_path, tokenizer)
+    take_out_token_ids(config, file.path, transformers_tokenizer)
     model_args = get_train_spec(model.name).model_args[model.flavor]
     check_eos(model_args, model.flavor, tokenizer.eos_id, model.hf_assets_path)
     return config, transformers_tokenizer, accumulation * dp_world_size

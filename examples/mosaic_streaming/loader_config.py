@@ -12,6 +12,7 @@ from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
 from llmfoundry.data.finetuning import dataloader as finetuning
 from streaming import Stream, StreamingDataset
 from streaming.base import batching, partition, shuffle
+from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.cache import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.errors import ConfigError
@@ -23,17 +24,20 @@ Config = dict[str, Any]
 
 MAKE_DEMO_DATA = "python -m examples.mosaic_streaming.make_demo_data"
 
+TOKEN_IDS = [f"{name}_token_id" for name in ("eos", "bos")]
+OVERRIDES = [f"override_{key}_mismatch_error" for key in TOKEN_IDS]
+
 DATASET_KEYS = {
     "text": [
         *inspect.signature(StreamingTextDataset).parameters,
         *inspect.signature(StreamingDataset).parameters,
         # Read by the text collator. Its `mlm_probability` is left out: it masks inputs, which no causal model wants.
-        "eos_token_id",
-        "bos_token_id",
-        "override_eos_token_id_mismatch_error",
-        "override_bos_token_id_mismatch_error",
+        *TOKEN_IDS,
+        *OVERRIDES,
     ],
     "finetuning": [
+        *TOKEN_IDS,
+        *OVERRIDES,
         *inspect.signature(StreamingFinetuningDataset).parameters,
         *inspect.signature(finetuning._validate_config).parameters,
         *finetuning._ALLOWED_DATASET_KEYS,
@@ -67,6 +71,9 @@ WEIGHT_TOLERANCE = 0.01
 
 MAX_RATIO = 1000
 """Samples packed into a row, at most."""
+
+ELSEWHERE = {"tokenizer_name": "the tokenizer is that of model.hf_assets_path in the job config"}
+"""What stands in place of keys that llm-foundry's own YAMLs have."""
 
 NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
 
@@ -158,6 +165,27 @@ def check_keys(config: Config, path: str) -> None:
             raise ConfigError(f"dataset.{key} = {choice!r} in {path}, expected one of: {', '.join(choices)}.")
 
 
+def take_out_token_ids(config: Config, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Compare the token ids of a finetuning loader with the tokenizer's, as llm-foundry does, and take them out.
+
+    Nothing reads them there, but YAMLs of llm-foundry's have them, and it would hand them on to streaming, which
+    refuses them (llm-foundry 0.22.0, data/finetuning/dataloader.py).
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if config["name"] != "finetuning":
+        return
+    dataset = config["dataset"]
+    for key, override in zip(TOKEN_IDS, OVERRIDES, strict=True):
+        given, own, ignore = dataset.pop(key, None), getattr(tokenizer, key), dataset.pop(override, False)
+        if given not in (None, own) and not ignore:
+            raise ConfigError(
+                f"dataset.{key} = {given!r} in {path}, but the tokenizer in model.hf_assets_path = "
+                f"{tokenizer.name_or_path!r} has {own}. Remove the key, which nothing else reads, or set that path."
+            )
+
+
 def arguments_of(name: str) -> Mapping[str, inspect.Parameter]:
     """What a loader's builder takes, by its name in llm-foundry's registry."""
     return inspect.signature(registry.dataloaders.get(name)).parameters
@@ -207,6 +235,7 @@ def unknown(section: Config, prefix: str, known: list[str], of_dataset: Sequence
         near = difflib.get_close_matches(key, valid, n=1)
         hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
         hint = "it belongs into [dataset]" if key in of_dataset else hint
+        hint = ELSEWHERE.get(key, hint)
         found.append(f"{prefix}{key} ({hint})")
     return found
 

@@ -21,7 +21,7 @@ from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.job import new_number, on_each_node
-from examples.mosaic_streaming.loader_config import Config, folders_of, place_streams, resolve
+from examples.mosaic_streaming.loader_config import Config, folders_of, place_streams, resolve, take_out_token_ids
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import set_round
 from examples.mosaic_streaming.peers import check_peers
@@ -165,6 +165,7 @@ def build_rounds(
     """
     validation = job_config.validation
     transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
+    take_out_token_ids(config, path, transformers_tokenizer)
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
     number = new_number()

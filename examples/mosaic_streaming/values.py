@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -40,10 +41,10 @@ def hints_of(function: Any) -> dict[str, Any]:
     """The types of a function's arguments, without those that only a type checker can resolve."""
     try:
         return typing.get_type_hints(function)
-    except (NameError, AttributeError, TypeError):  # of a loader that a user has registered
+    except Exception:  # of a loader that a user has registered: Python runs what stands there
         found: dict[str, Any] = {}
         for name, hint in getattr(function, "__annotations__", {}).items():
-            with contextlib.suppress(NameError, AttributeError, TypeError):
+            with contextlib.suppress(Exception):
                 one = types.SimpleNamespace(__annotations__={name: hint})
                 found |= typing.get_type_hints(one, getattr(function, "__globals__", {}))
         return found
