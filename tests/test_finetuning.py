@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from streaming import MDSWriter
 from tokenizers import Tokenizer
 
+from tests.looking import preview
 from tests.ranks import run_rank_values
 from tests.streams import TOKENIZER, build_loader, job
+from tests.tokenizing import derive
 
 SEQ_LEN = 256
 TEMPLATE = (
@@ -200,3 +203,71 @@ def test_example_without_a_response_stops_the_run_and_is_named(tmp_path: Path, a
         AssertionError, match=r"Sample 1 in shard\.00000\.mds of the stream in .* its response is empty"
     ):
         read(folder, assets, 2)
+
+
+PARTS_TEMPLATE = TEMPLATE.replace(
+    "{{ message.content }}",
+    "{% if message.content is string %}{{ message.content }}{% else %}"
+    "{% for part in message.content %}<{{ part.text }}>{% endfor %}{% endif %}",
+)
+"""Of a tokenizer that takes parts."""
+
+
+def in_parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, PARTS_TEMPLATE, TEMPLATE.replace("content }}", "content + '' }}")])
+def test_messages_of_parts_are_written_as_their_text(tmp_path: Path, assets: Path, template: str) -> None:
+    file = assets / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    chat = [
+        {"role": "user", "content": in_parts("def f", "(x):")},
+        {"role": "assistant", "content": in_parts("return x")},
+    ]
+    plain = [{"role": "user", "content": "import os"}, {"role": "assistant", "content": "class A:"}]
+    folder = write(tmp_path / "stream", [{"messages": chat}, {"messages": plain}], "json")
+    user, assistant = ("<def f><(x):>", "<return x>") if template == PARTS_TEMPLATE else ("def f(x):", "return x")
+    assert read(folder, assets, 2) == [
+        expected([(ids(f"[user] {prompt}<|end_of_text|>[assistant] "), False), ([*ids(response), EOS], True)])
+        for prompt, response in ((user, assistant), ("import os", "class A:"))
+    ]
+
+
+def test_part_that_is_no_text_stops_the_run_and_its_sample_is_named(tmp_path: Path, assets: Path) -> None:
+    image = [{"type": "image_url", "image_url": {"url": "x.png"}}, *in_parts("what is it")]
+    chat = [{"role": "user", "content": image}, {"role": "assistant", "content": "y"}]
+    folder = write(tmp_path / "stream", [{"messages": chat}], "json")
+    with pytest.raises(
+        AssertionError, match=r"Sample 0 in shard\.00000\.mds of .* a part that is no text: .*image_url"
+    ):
+        read(folder, assets, 1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_labels_as_transformers_wants_them_stop_the_run(tmp_path: Path, assets: Path, masked: bool) -> None:
+    tokens = np.arange(20, 60, dtype=np.int32)
+    labels = np.where(np.arange(40) < 10, -100, tokens).astype(np.int32) if masked else tokens
+    samples = [{"input_ids": tokens[:4], "labels": tokens[4:]}, {"input_ids": tokens, "labels": labels}]
+    folder = write(tmp_path / "stream", samples, "ndarray:int32")
+    with pytest.raises(
+        AssertionError, match=r"Sample 1 in shard\.00000\.mds of .* its labels repeat its input_ids, or"
+    ):
+        read(folder, assets, 2)
+
+
+def test_response_that_repeats_its_prompt_is_learned_where_it_is_text(tmp_path: Path, assets: Path) -> None:
+    text = " ".join(WORDS * 4)
+    assert len(ids(text)) > 40
+    found = read(write(tmp_path / "stream", [{"prompt": text, "response": text}], "str"), assets, 1)
+    assert found == [expected([(ids(text), False), ([*ids(text), EOS], True)])]
+
+
+def test_chats_without_a_template_are_warned_of_once(files: Path, assets: Path) -> None:
+    folder = write(files / "chats", [{"messages": chat} for chat in chats(64)], "json")
+    (files / "loader.toml").write_text(f'name = "finetuning"\n[dataset]\nremote = "{folder}"\nlocal = "{folder}"\n')
+    warning = f"model.hf_assets_path = '{assets}' has no chat template: llm-foundry writes chats in a form of its own"
+    flags = (f"--model.hf_assets_path={assets}", f"--training.seq_len={SEQ_LEN}", "--training.steps=1")
+    assert "no chat template" not in str(preview(files, "plan", titan=flags)["warnings"])
+    derive(assets)
+    assert sum(warning in line for line in preview(files, "plan", titan=flags)["warnings"]) == 1

@@ -229,6 +229,12 @@ def warnings_of_rows(
             f"The chat template in model.hf_assets_path = {model.hf_assets_path!r} writes a date, and llm-foundry "
             "gives it today's: a run that goes on tomorrow reads other tokens. Remove `date_string` from the template."
         )
+    if is_text and "messages" in columns and tokenizer.chat_template is None:
+        found.append(
+            f"The tokenizer in model.hf_assets_path = {model.hf_assets_path!r} has no chat template: llm-foundry "
+            "writes chats in a form of its own (ChatML, with <|im_start|>). Set `chat_template` in "
+            "tokenizer_config.json, or put a chat_template.jinja beside it."
+        )
     return found
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from multiprocessing import queues
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, NoReturn, cast
 
 import numpy as np
+from llmfoundry.data import StreamingFinetuningDataset
 from llmfoundry.data.text_data import StreamingTextDataset
 from numpy.typing import NDArray
 from streaming import StreamingDataset
@@ -31,6 +32,7 @@ from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
 from examples.mosaic_streaming.fetched import fetched_file
 from examples.mosaic_streaming.reader import CheckedReader
+from examples.mosaic_streaming.turns import check_turns, join_parts, takes_parts
 
 AT_ONCE = 1024
 """Samples whose shards are looked up at once."""
@@ -126,13 +128,23 @@ class CheckedDataset(StreamingDataset):
     def __getitem__(self, at: Any) -> Any:
         try:
             sample = super().__getitem__(at)
-            if isinstance(sample, dict) and not all(len(turn["labels"]) for turn in sample.get("turns", ())[-1:]):
-                raise ValueError("its response is empty")  # llm-foundry would fail later, and not say which
+            if isinstance(sample, dict) and "turns" in sample:
+                check_turns(sample["turns"])
             return sample
         except DataError:
             raise
         except Exception as error:
             raise DataError(self.fault() or self._describe(at, error)) from error
+
+    def tokenize_example(self, example: Any) -> Any:
+        """The turns of an example that is text; a list of parts is joined where its chat template would print it."""
+        if isinstance(example, Mapping) and not self._takes_parts:
+            example = join_parts(example)
+        return super().tokenize_example(example)  # type: ignore[misc]
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
         """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
