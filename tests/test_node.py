@@ -127,6 +127,24 @@ def test_only_stale_memory_of_this_user_is_removed(tmp_path: Path) -> None:
             (SHM / name).unlink(missing_ok=True)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a file to another user")
+def test_what_another_user_has_put_beside_stale_memory_neither_hangs_a_start_nor_is_removed(tmp_path: Path) -> None:
+    number = FIRST_NUMBER + 4
+    pipe, theirs, stale = (SHM / f"{number}_{name}" for name in ("job", "epoch", "locals"))
+    try:
+        os.mkfifo(pipe)
+        theirs.touch()
+        for file in (pipe, theirs):
+            os.chown(file, 12345, -1)
+        stale.touch()
+        config = loader_config(write_stream(tmp_path / "stream", 40))
+        assert len(read_job(config, tmp_path / "notes", steps=2).steps) == 2
+        assert pipe.exists() and theirs.exists() and not stale.exists()
+    finally:
+        for file in (pipe, theirs, stale):
+            file.unlink(missing_ok=True)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_nothing_is_left_in_shared_memory_nor_beside_the_shards(tmp_path: Path, num_workers: int) -> None:
     stream = write_stream(tmp_path / "stream", 40)

@@ -219,7 +219,7 @@ def hold(number: int) -> None:
     """Hold shared memory of a number until this process and all that it forks have ended; the last removes it."""
     lock = SHM / _get_path(number, LOCK)
     while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         fcntl.flock(file, fcntl.LOCK_SH)
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(lock)):
@@ -235,17 +235,27 @@ def let_go(file: int, number: int) -> None:
 
 
 def remove_unused(number: int) -> None:
-    """Remove shared memory of a number, unless a living process holds it."""
+    """Remove this user's shared memory of a number, unless a living process holds it."""
     lock = SHM / _get_path(number, LOCK)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError):
-            file = stack.enter_context(open(lock, "rb"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return
+        try:  # what another user may have put there is neither followed nor waited for
+            file = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            stack.callback(os.close, file)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass
+        except OSError:  # it is held, or not ours
+            return
         for left in [*SHM.glob(_get_path(number, "*")), lock]:  # the lock again, and last
-            left.unlink(missing_ok=True)
+            if is_own(left):
+                left.unlink(missing_ok=True)
+
+
+def is_own(file: Path) -> bool:
+    """Whether a file is this user's."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.lstat().st_uid == os.getuid()
+    return False
 
 
 def remove_stale() -> None:
