@@ -4,6 +4,8 @@ import functools
 import itertools
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +88,24 @@ def test_a_few_files_stay_open_and_none_that_may_be_evicted(
         return sum(str(file.readlink()).endswith(".mds") for file in open_files())
 
     assert run_rank_values(read) == [kept]
+
+
+def test_file_is_closed_when_the_module_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when Python ends."""
+    (tmp_path / "file").write_bytes(b"content")
+    file = OpenFile(str(tmp_path / "file"))
+    links = Path("/proc/self/fd").glob("*")
+    [number] = [link for link in links if os.path.realpath(link) == str(tmp_path / "file")]
+    monkeypatch.setattr(reader, "os", None)
+    del file
+    assert not number.exists()
+
+
+@pytest.mark.long
+def test_files_that_are_open_when_python_ends_are_closed_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"content")
+    script = "import sys; from examples.mosaic_streaming.reader import kept_open; kept_open(sys.argv[1])"
+    ended = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -23,9 +23,9 @@ class OpenFile:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
         if "_descriptor" in self.__dict__:
-            os.close(self._descriptor)
+            close(self._descriptor)
 
     def sample(self, number: int) -> bytes | None:
         """The bytes of a sample of an MDS shard; none if they aren't there."""
