@@ -253,6 +253,28 @@ def test_second_iteration_is_refused(stream: Path) -> None:
     assert run_rank_values(read) == ["A MosaicDataLoader can be iterated once."]
 
 
+def test_position_is_neither_changed_while_it_is_read_nor_by_a_state_that_is_refused(stream: Path) -> None:
+    def read() -> tuple[str, bool, list[list[int]]]:
+        loader = build_loader(loader_config(stream))
+        [first] = read_samples(loader, 1)
+        saved = loader.state_dict()
+        try:
+            loader.load_state_dict(saved)
+        except RuntimeError as error:
+            told = str(error)
+        again = build_loader(loader_config(stream))
+        before = again.state_dict()
+        others: list[dict[str, Any]] = [{"data": {}}, {"sample_in_epoch": 1000}]
+        for other in others:
+            with pytest.raises((ConfigError, DataError)):
+                again.load_state_dict({"mosaic": json.dumps(json.loads(saved["mosaic"]) | other)})
+        return told, again.state_dict() == before, [first, *read_samples(again, 1)]
+
+    [(told, is_same, [first, second])] = run_rank_values(read)
+    assert told == "A MosaicDataLoader that is iterated can't load another position: build a new one."
+    assert is_same and first == second
+
+
 def test_what_llm_foundry_refuses_is_told_with_the_file(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream, eos_token_id=77)))
     assert message.startswith(

@@ -327,11 +327,14 @@ class MosaicDataLoader(BaseDataLoader):
         Raises:
             DataError: the state is damaged, or of another version.
             ConfigError: the data is not what it was when the state was saved.
+            RuntimeError: it is iterated already.
         """
+        if self._is_read:
+            raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
         state = unpack(state_dict)
-        self._epoch, self._sample_in_epoch = state.epoch, state.sample_in_epoch
         check_same_data(state.data, self._data, self._path)
         check_position(state, self._dataset.epoch_size)
+        self._epoch, self._sample_in_epoch = state.epoch, state.sample_in_epoch
         self._counter.go_on(state.seen or self._seen_before(state))
         self._epoch, self._sample_in_epoch = self._next_position()
         self._steps_read, self._segments = state.steps, state.segments
