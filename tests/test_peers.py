@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from examples.mosaic_streaming import build
-from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.errors import ConfigError, DataError
 from tests.ranks import can_make_nodes, run_rank_values
 from tests.streams import build_loader, job, mixture, write_stream
 
@@ -59,20 +58,22 @@ def test_names_of_streams_may_differ(streams: dict[str, dict[str, Any]]) -> None
 needs_nodes = pytest.mark.skipif(not can_make_nodes(), reason="no rights to namespaces, of which nodes are made")
 
 
-@needs_nodes
-def test_machines_with_unequal_numbers_of_ranks_are_told(
-    streams: dict[str, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two of four ranks think that there are two on each machine."""
-    reckon = build.dp_ranks_per_node
+def test_machines_with_unequal_numbers_of_ranks_are_told(streams: dict[str, dict[str, Any]]) -> None:
+    """Two ranks on each of two machines, and one on a third."""
+    sizes = [2, 2, 2, 2, 1]
 
-    def reckon_on_this_machine(world_size: int, dp_world_size: int, pp: int, local_world_size: int) -> int:
-        return reckon(world_size, dp_world_size, pp, 4 if int(os.environ["RANK"]) < 2 else 2)
+    def build() -> str:
+        rank = int(os.environ["RANK"])
+        os.environ |= {"LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": str(sizes[rank])}
+        try:
+            build_loader(mixture(streams))
+        except ConfigError as error:
+            return str(error)
+        return "no error"
 
-    monkeypatch.setattr(build, "dp_ranks_per_node", reckon_on_this_machine)
-    told = messages([mixture(streams)] * 4, [0, 1, 2, 3], nodes=2)
-    assert "Ranks [2, 3] don't read what rank 0 reads." in told[0]
-    assert "nodes x dp ranks on each  1 x 4   2 x 2" in told[0]
+    told = run_rank_values(build, len(sizes), timeout=30)
+    expected = "Machines have unequal numbers of ranks: 1 on that of rank 4; 2 on those of ranks 0, 2. "
+    assert told == [expected + "Start each torchrun with the same --nproc_per_node."] * 5
 
 
 @needs_nodes

@@ -21,7 +21,7 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.documents import check_attention, check_eos, no_masks
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0, open_line, open_store
+from examples.mosaic_streaming.job import check_machines, new_number, on_each_node, on_rank_0, open_line, open_store
 from examples.mosaic_streaming.job_config import parallel_dims
 from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.memory import memory_limit
@@ -65,6 +65,7 @@ def build_mosaic_dataloader(
     config, transformers_tokenizer, global_batches = settle(job_config, file, tokenizer, dp_world_size, world_size)
     number = new_number()
     open_line(number)
+    check_machines()
     on_each_node(number, lambda: prepare_streams(config, loader_config_path))
     choose = functools.partial(on_rank_0, number)
     fill_in_ratio(job_config, config, loader_config_path, transformers_tokenizer, choose)

@@ -14,7 +14,9 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
+from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import ConfigError, DataError
@@ -34,6 +36,9 @@ MOMENT = 0.01
 
 NCCL_FAULT = "exception_dump"
 """The key by which NCCL's watchdogs tell each other to abort; they write it at the root of the store."""
+
+SHOWN = 8
+"""Machines of a kind that a message names."""
 
 GRACE = 20.0
 """Seconds from the fault of one rank to the end of another that a collective won't let go."""
@@ -83,6 +88,33 @@ def unused(store: dist.Store, rank: int, world_size: int, timeout: timedelta) ->
         answered = arrived
         time.sleep(MOMENT)
     return dist.PrefixStore(name, store)
+
+
+def check_machines() -> None:
+    """Raise ConfigError, on all ranks, unless each machine has as many ranks as any other; one small collective."""
+    mine = torch.tensor([int(os.environ["LOCAL_WORLD_SIZE"])], device=device_type)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    sizes = [int(size) for size in everyone]
+    firsts, rank = [], 0
+    while rank < len(sizes):
+        firsts.append(rank)
+        rank += sizes[rank]
+    if len(set(sizes)) > 1:
+        machines = {size: [str(rank) for rank in firsts if sizes[rank] == size] for size in sorted(set(sizes))}
+        found = [
+            f"{size} on {'those of ranks' if len(ranks) > 1 else 'that of rank'} {shorten(ranks)}"
+            for size, ranks in machines.items()
+        ]
+        raise ConfigError(
+            f"Machines have unequal numbers of ranks: {'; '.join(found)}. Start each torchrun with the same "
+            "--nproc_per_node."
+        )
+
+
+def shorten(words: list[str]) -> str:
+    """The first of some words."""
+    return ", ".join(words[:SHOWN] + ["…"] * (len(words) > SHOWN))
 
 
 def new_number() -> int:
