@@ -125,6 +125,8 @@ def live_as_rank(
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
+    # pytest's hooks would keep to themselves what destructors and threads raise.
+    sys.unraisablehook, threading.excepthook = sys.__unraisablehook__, threading.__excepthook__
     per_node = world_size // nodes
     local = {"LOCAL_RANK": str(rank % per_node), "LOCAL_WORLD_SIZE": str(per_node)}
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), **local}

@@ -1,15 +1,17 @@
 """Where ranks meet that torchrun starts again: all in one part of its store, and none in one of earlier ranks."""
 
 import random
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.job import NCCL_FAULT, share, shared, unused
+from examples.mosaic_streaming.job import NCCL_FAULT, Line, new_number, share, shared, unused
 from tests.ranks import free_port, run_rank_values
 
 RANKS = 4
@@ -90,3 +92,26 @@ def test_errors_that_are_no_users_reach_all_ranks_too() -> None:
             shared(job.store(), "key")
 
     run_rank_values(fail)
+
+
+def test_ranks_that_listen_for_a_fault_ask_nothing_of_the_store() -> None:
+    """Rank 0 serves it: what its process reads meanwhile is what the others ask."""
+
+    def listen() -> int:
+        dist.init_process_group("gloo")
+        line = Line(new_number())
+        dist.barrier()
+        time.sleep(0.5)
+        counts = [reads_of_this_process(), reads_of_this_process()]
+        time.sleep(2.5)
+        counts.append(reads_of_this_process())
+        dist.barrier()
+        line.close()
+        return (counts[2] - counts[1]) - (counts[1] - counts[0])
+
+    assert run_rank_values(listen, RANKS)[0] == 0
+
+
+def reads_of_this_process() -> int:
+    """Its system calls that read, from sockets too; to ask takes some itself."""
+    return int(re.findall(r"syscr: (\d+)", Path("/proc/self/io").read_text())[0])

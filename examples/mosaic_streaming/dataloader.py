@@ -17,7 +17,7 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
 from examples.mosaic_streaming.collate import Pipe, as_tensors
-from examples.mosaic_streaming.errors import SIGNALS, DataError, is_rank_0
+from examples.mosaic_streaming.errors import SIGNALS, DataError, exit_if_stopped, is_rank_0
 from examples.mosaic_streaming.faults import CheckedDataset
 from examples.mosaic_streaming.fetch import CheckedStream
 from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
@@ -85,7 +85,7 @@ class Batches:
         lost = [
             f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
             for number, worker in enumerate(workers)
-            if worker.exitcode not in (None, 0, *(-number for number in SIGNALS))
+            if worker.exitcode not in (None, 0, *(sign for number in SIGNALS for sign in (-number, 128 + number)))
         ]
         if lost:
             lost.append("-9 is mostly for want of memory: lower num_workers, prefetch_factor or dataset.predownload in")
@@ -250,6 +250,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def _next_step(self) -> list[Mapping[str, Any]]:
         """This rank's batches of the next optimizer step; none at the end of the epoch."""
+        exit_if_stopped()
         if self._epoch_is_read():
             return []
         accumulation = self._order.global_batch_size // self._samples_per_batch

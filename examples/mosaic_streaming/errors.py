@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 WAIT_FOR_RANK_0 = 15.0
@@ -16,6 +18,15 @@ WAIT_FOR_RANK_0 = 15.0
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 """Those that torchrun passes on to its ranks' process groups."""
+
+POLL = 0.1
+"""Seconds between two looks for a signal."""
+
+stopped_by: signal.Signals | None = None
+"""The signal that ends this process; whatever fails afterwards is its doing."""
+
+hurried = False
+"""Whether a signal has come since the end began."""
 
 
 class ConfigError(ValueError):
@@ -30,17 +41,19 @@ class Line:
     """How a rank makes rank 0 say why the job stops; before ranks have met, each has to find out by itself."""
 
     def tell(self, message: str) -> bool:
-        """Tell rank 0; return whether it has spoken."""
-        if not is_rank_0():
-            time.sleep(WAIT_FOR_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 2))
-        return False
+        """Tell rank 0; return whether it has spoken: torchrun ends the others once it has."""
+        patience = WAIT_FOR_RANK_0 * (1 if os.environ.get("LOCAL_RANK") == "0" else 2)
+        end = time.monotonic() + patience
+        while not (is_rank_0() or hurried) and time.monotonic() < end:
+            time.sleep(POLL)
+        return hurried and not is_rank_0()
 
-    def is_used(self) -> bool:
-        """Whether a rank has told why it stops."""
-        return False
+    def explain(self, error: BaseException) -> str | None:
+        """How another rank's end has caused an exception here; none for a fault of this rank's own."""
+        return None
 
     def close(self) -> None:
-        """The job ends well: there is nothing more to tell."""
+        """Neither speak for others nor end with them any more."""
 
 
 line = Line()
@@ -51,17 +64,72 @@ def is_rank_0() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
+def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
+    """Have one handler for all signals that end a run."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def close_on_signals() -> None:
+    """Turn signals into exits from here on.
+
+    Python's process that removes forgotten shared memory has to outlive them, too, or the next one that is started says
+    with a traceback that it has never heard of ours. It inherits what is blocked here, and itself ignores SIGTERM and
+    SIGINT alone (Python 3.12, multiprocessing/resource_tracker.py).
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    resource_tracker.ensure_running()
+    handle_signals(exit_on_signal)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
+    """Turn a signal into an exit, so that what is ended from outside closes everything, too."""
+    global stopped_by
+    begin_end()
+    stopped_by = signal.Signals(number)
+    sys.exit(128 + number)
+
+
+def exit_if_stopped() -> None:
+    """Exit if a signal has come whose exit has been lost: some code takes any exception for its own.
+
+    Source: that of torch which saves checkpoints (torch 2.13, distributed/checkpoint/utils.py), and destructors.
+    """
+    if stopped_by is not None:
+        sys.exit(128 + stopped_by)
+
+
+def begin_end() -> None:
+    """Let nothing interrupt the closing from here on: neither a signal nor the end of workers that got it as well.
+
+    Source: torch's SIGCHLD handler raises when a worker ends early (torch 2.13, utils/data/_utils/signal_handling.py);
+    of a signal that has come already, Python prints a traceback if it has no handler any more (3.12, signalmodule.c).
+    """
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    handle_signals(hurry)
+
+
+def hurry(number: int, frame: FrameType | None) -> None:
+    """Wait no longer for rank 0."""
+    global hurried
+    hurried = True
+
+
 @contextlib.contextmanager
 def told_once() -> Iterator[None]:
     """Within it, a user's error ends the job in one line; what it makes of other ranks is left unsaid."""
     try:
         yield
-    except (ConfigError, DataError) as error:
-        stop(error)
-    except Exception:
-        if not line.is_used():
+    except BaseException as error:  # also what torch raises of checkpoints
+        begin_end()
+        exit_if_stopped()
+        if isinstance(error, ConfigError | DataError):
+            stop(error)
+        reason = line.explain(error)
+        if reason is None:
             raise
-        report("Ended with the rank that says why.")  # a collective has lost it
+        report(reason)
         sys.exit(1)
 
 
@@ -72,7 +140,6 @@ def stop(error: ConfigError | DataError) -> NoReturn:
     word: the others wait. One that is still alive after the wait failed alone, and speaks for itself.
     """
     message = f"{type(error).__name__}: {error}"
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))
     if not is_rank_0():
         report("Ended with rank 0.")
     if not line.tell(message):

@@ -1,5 +1,6 @@
 """What the ranks of a job tell each other aside from training: whether they are ready, and why one stops."""
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -25,14 +26,11 @@ from examples.mosaic_streaming.node import FIRST_NUMBER
 FAULT, TOLD = "fault", "told"
 """Keys of the store: why the job stops, and that rank 0 has said it."""
 
-PATIENCE = timedelta(seconds=5)
-"""How long a rank waits for a key before it asks again; in between it can be interrupted."""
+MOMENT, PATIENCE = 0.01, 5.0
+"""The fewest and the most seconds between two looks for what others do."""
 
-INTERVAL = 1.0
-"""Seconds between two looks for a fault."""
-
-MOMENT = 0.01
-"""Seconds between two looks for ranks that have arrived."""
+FOR_EVER = timedelta(days=20)
+"""As long as a store can be waited for: it counts milliseconds in 32 bits, and when time is up, it warns."""
 
 NCCL_FAULT = "exception_dump"
 """The key by which NCCL's watchdogs tell each other to abort; they write it at the root of the store."""
@@ -132,13 +130,16 @@ def open_store(number: int) -> dist.Store:
 
 
 def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str | None:
-    """The value of a key once somebody has set it; none if nobody does in time."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait([key], PATIENCE)
-            return str(store.get(key).decode())
-    return None
+    """The value of a key once somebody has set it; none if nobody does in time.
+
+    The longer it takes, the less often it asks: unlike `Store.wait`, signals interrupt it, and nothing is warned of.
+    """
+    begin = time.monotonic()
+    while not store.check([key]):
+        if (waited := time.monotonic() - begin) > seconds:
+            return None
+        time.sleep(min(PATIENCE, MOMENT + waited / 10))
+    return str(store.get(key).decode())
 
 
 def on_each_node(number: int, prepare: Callable[[], None]) -> None:
@@ -189,47 +190,74 @@ def shared(store: dist.Store, key: str) -> Any:
 class Line(errors.Line):
     """The line by which any rank makes rank 0 say why the job stops.
 
+    Each rank waits for a key of its own, which whoever tells a fault sets: until then, nothing is asked of the store.
+
     Args:
         number: of the job.
     """
 
     def __init__(self, number: int) -> None:
-        self._store = open_store(number)
-        self._closed = threading.Event()
+        self._store, self._key = open_store(number), wake_up(dist.get_rank())
+        self._is_closed, self._has_heard = threading.Event(), False
         self._listener = threading.Thread(target=self._listen, args=[open_store(number)], daemon=True)
         self._listener.start()
+        atexit.register(self.close)  # a thread that is inside of `wait` when Python ends aborts the process
 
     def _listen(self, store: dist.Store) -> None:
-        """Wait until a rank stops; end this one some time later, if nothing else does.
-
-        It asks again and again: a thread that is inside of `wait` when Python ends aborts the process.
-        """
+        """Wait until a rank stops; end this one some time later, if nothing else does."""
         with contextlib.suppress(Exception):  # the store ends with the job
-            while not store.check([FAULT]):
-                if self._closed.wait(INTERVAL):
-                    return
-            if errors.is_rank_0():
+            while not (self._has_heard or self._is_closed.is_set()):
+                with contextlib.suppress(dist.DistStoreError):  # nobody has set it in time
+                    store.wait([self._key], FOR_EVER)
+                    self._has_heard = not self._is_closed.is_set()
+            if self._has_heard and errors.is_rank_0():
                 errors.say(store.get(FAULT).decode())
                 store.set(TOLD, "")
-            time.sleep(GRACE)
-            os._exit(1)
+            if not self._is_closed.wait(GRACE):
+                os._exit(1)
 
     def close(self) -> None:
-        """Listen no longer."""
-        self._closed.set()
-        self._listener.join()
+        self._is_closed.set()
+        if self._listener.is_alive():  # it ends with the store
+            with contextlib.suppress(Exception):
+                self._store.set(self._key, "")
+            self._listener.join(PATIENCE)
 
     def tell(self, message: str) -> bool:
         with contextlib.suppress(Exception):
             self._store.compare_set(FAULT, "", message)
+            keys = [wake_up(rank) for rank in range(dist.get_world_size())]
+            self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]  # not in torch 2.13's stub
             return wait_for(self._store, TOLD, errors.WAIT_FOR_RANK_0) is not None
-        return False
+        return self._has_heard  # and so has rank 0, whose end may be that of the store
 
-    def is_used(self) -> bool:
+    def explain(self, error: BaseException) -> str | None:
+        if not is_of_a_connection(error):
+            return None
         try:
-            return bool(self._store.check([FAULT]))
+            if self._has_heard or self._store.check([FAULT]):
+                return "Ended with the rank that says why."
+            return None
         except Exception:
-            return True  # the store ends with the job: another rank has ended first
+            reason = f"Rank 0's store is gone, and with it the reason: {str(error).splitlines()[0]}"
+            if os.environ["LOCAL_RANK"] == "0":
+                errors.say(reason)
+            return reason
+
+
+def wake_up(rank: int) -> str:
+    """The key that a rank's listener waits for."""
+    return f"wake up {rank}"
+
+
+def is_of_a_connection(error: BaseException) -> bool:
+    """Whether an exception is of a collective or the store, or raised from one, and so may be another rank's doing.
+
+    Source: errors of gloo have no class of their own, but name its sources (torch 2.13).
+    """
+    if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error)):
+        return True
+    return error.__cause__ is not None and is_of_a_connection(error.__cause__)
 
 
 def open_line(number: int) -> None:

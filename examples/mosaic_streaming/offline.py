@@ -30,7 +30,7 @@ from examples.mosaic_streaming import spec
 from examples.mosaic_streaming.batch import check_keys, is_padding
 from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.collate import as_tensors
-from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.errors import ConfigError, DataError, begin_end
 from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.history import History, Segment
 from examples.mosaic_streaming.job import new_number
@@ -368,7 +368,10 @@ def own_folder() -> Iterator[str]:
         fcntl.flock(lock, fcntl.LOCK_SH)
         os.rename(lock.name, f"{folder}/{LOCK}")  # nobody sees it unlocked
         try:
-            yield folder
+            try:
+                yield folder
+            finally:
+                begin_end()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -8,10 +8,10 @@ import sys
 import warnings
 
 from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.errors import exit_on_signal, handle_signals
 from examples.mosaic_streaming.flags import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
 from examples.mosaic_streaming.imports import import_llm_foundry
 from examples.mosaic_streaming.job_config import load_job_config
-from examples.mosaic_streaming.train import exit_on_signal, handle_signals
 
 USAGE = """\
 Look at the data of a job, with the job's own files and flags. No GPU, any number of ranks.
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         log_aside()
         import_llm_foundry()
-        handle_signals(exit_on_signal)  # again: the import of composer sets its own
+        errors.close_on_signals()  # again: the import of composer sets its own
         from examples.mosaic_streaming import looks
         from examples.mosaic_streaming.offline import open_offline
 

@@ -5,17 +5,14 @@ where it is needed, so that `--help` and typing errors don't wait half a minute.
 """
 
 import contextlib
-import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
-from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming import errors
-from examples.mosaic_streaming.errors import SIGNALS, ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.errors import ConfigError, DataError, handle_signals, is_rank_0
 from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
 from examples.mosaic_streaming.imports import import_llm_foundry
 from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config
@@ -32,6 +29,7 @@ PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, register the spec, train; a user's error ends in one line."""
     with errors.told_once():
+        handle_signals(signal.SIG_DFL)  # nothing has to be closed yet
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
         if not (flags.config and flags.mosaic_config):  # `-- --help`
             load_job_config(titan_flags)
@@ -47,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
 
         import_custom(job_config)
         # From the building of the loader on there is something to close.
-        before_build = functools.partial(handle_signals, exit_on_signal)
-        spec.register(job_config.model.name, train_file, validation_file, before_build)
+        spec.register(job_config.model.name, train_file, validation_file, errors.close_on_signals)
         run(job_config, validates)
 
 
@@ -83,15 +80,19 @@ def run(job_config: "JobConfig", validates: bool) -> None:
     handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
     trainer = None
     try:
-        with job.meeting_anew():
-            trainer = Trainer(job_config)
-        if job_config.checkpoint.create_seed_checkpoint:
-            trainer.checkpointer.save(curr_step=0, last_step=True)
-            logger.info("Created seed checkpoint")
-        else:
-            trainer.train()
+        try:
+            with job.meeting_anew():
+                trainer = Trainer(job_config)
+            if job_config.checkpoint.create_seed_checkpoint:
+                trainer.checkpointer.save(curr_step=0, last_step=True)
+                logger.info("Created seed checkpoint")
+            else:
+                trainer.train()
+        finally:
+            errors.begin_end()  # a signal that comes before ends in the outer `except`, as any other
     except BaseException as error:
-        ignore_signals()
+        if errors.stopped_by:
+            errors.line.close()
         refused = None if trainer and trainer.dataloader.is_read else refusal(error, job_config)
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
@@ -128,27 +129,6 @@ def close(trainer: "Trainer | None") -> None:
                 loader.close()
         finally:
             trainer.close()
-
-
-def exit_on_signal(number: int, frame: FrameType | None) -> NoReturn:
-    """Turn a signal into an exit, so that a run that is ended from outside closes everything, too."""
-    ignore_signals()
-    sys.exit(128 + number)
-
-
-def ignore_signals() -> None:
-    """Let nothing disturb the closing of a run: not another signal, nor the end of workers that got it as well.
-
-    Source: torch's SIGCHLD handler raises when a worker ends early (torch 2.13, utils/data/_utils/signal_handling.py).
-    """
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    handle_signals(signal.SIG_IGN)
-
-
-def handle_signals(handler: Callable[[int, FrameType | None], NoReturn] | signal.Handlers) -> None:
-    """Have one handler for all signals that end a run."""
-    for number in SIGNALS:
-        signal.signal(number, handler)
 
 
 if __name__ == "__main__":
