@@ -190,7 +190,7 @@ def check_checkpoints(job_config: "JobConfig") -> None:
             "TorchTitan saves models alone, and would stop when it is about to save. Set the second to true, or the "
             "first to false."
         )
-    folder = os.path.join(job_config.job.dump_folder, checkpoint.folder)
+    folder = checkpoint_folder(job_config)
     whole = steps_with(folder, ".metadata")
     in_hf = steps_with(folder, "model.safetensors.index.json") - whole
     begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
@@ -236,6 +236,39 @@ def check_initial_load(job_config: "JobConfig") -> None:
         steps = steps_with(path, ".metadata")
         hint = f" Name a step of it, such as {os.path.join(path, f'step-{max(steps)}')}." if steps else ""
         raise ConfigError(f"{key} = {path!r}, but that folder has no {expected}.{hint}")
+
+
+def checkpoint_folder(job_config: "JobConfig") -> str:
+    """Where all checkpoints of a job are."""
+    return os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)
+
+
+def next_start(job_config: "JobConfig", step: int) -> str:
+    """What the same command would do after a run that ends too early.
+
+    Args:
+        job_config: the whole job.
+        step: the last one that was trained.
+    """
+    checkpoint = job_config.checkpoint
+    if step >= job_config.training.steps:
+        return "that was the last"
+    if not checkpoint.enable:
+        return "without checkpoints (checkpoint.enable), the same command begins anew"
+    finished = steps_with(checkpoint_folder(job_config), ".metadata")
+    if not finished:
+        return "no checkpoint is finished: the same command begins anew"
+    data = ""
+    if "dataloader" in checkpoint.exclude_from_loading:
+        data = (
+            ", with the streams from their beginning again unless checkpoint.exclude_from_loading lets go of dataloader"
+        )
+    if checkpoint.load_step in (-1, max(finished)):
+        return f"the same command goes on from the checkpoint of step {max(finished)}{data}"
+    return (
+        f"the same command goes on from the checkpoint of step {checkpoint.load_step} again, and without "
+        f"checkpoint.load_step from that of step {max(finished)}{data}"
+    )
 
 
 def steps_with(folder: str, file: str) -> set[int]:

@@ -8,6 +8,7 @@ import contextlib
 import os
 import signal
 import sys
+from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import ConfigError, DataError, handle_signals, is_rank_0
 from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
 from examples.mosaic_streaming.imports import import_llm_foundry
-from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config
+from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config, next_start
 from examples.mosaic_streaming.refusals import refusal
 
 if TYPE_CHECKING:
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """Whose versions the log opens with."""
+
+SAVING = 20.0
+"""Seconds that a checkpoint in the background may take to be finished after a signal; torchrun leaves 30 in all."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -97,6 +101,8 @@ def run(job_config: "JobConfig", validates: bool) -> None:
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
+        if errors.stopped_by and trainer:
+            log_stop(trainer)
         if lost and not isinstance(error, DataError):
             raise DataError(lost) from error
         if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
@@ -129,6 +135,21 @@ def close(trainer: "Trainer | None") -> None:
                 loader.close()
         finally:
             trainer.close()
+
+
+def log_stop(trainer: "Trainer") -> None:
+    """Say on rank 0 how far a run has come that a signal ends, and what the same command would do."""
+    from torchtitan.tools.logging import logger
+
+    assert errors.stopped_by
+    if is_rank_0():
+        if saving := getattr(trainer.checkpointer, "save_future", None):  # there is none without checkpoints
+            futures.wait([saving], SAVING)
+        step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)  # it counts the one in progress
+        logger.info(
+            f"Stopped by {errors.stopped_by.name} {f'after step {step}' if step else 'before the first step'}; "
+            f"{next_start(trainer.job_config, step)}."
+        )
 
 
 if __name__ == "__main__":
