@@ -132,9 +132,15 @@ def test_error_of_another_rank_alone_is_told_by_rank_0(files: Path) -> None:
     write_loader(files, write_tokens(files / "bad", rows))
     text = (files / "loader.toml").read_text().replace("shuffle = true", "num_canonical_nodes = 1")
     (files / "loader.toml").write_text(text)
-    first, second = run_ranks(lambda: main(command(files, "--training.local_batch_size=2")), 2)
+
+    def run() -> None:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(files / f"{os.environ['RANK']}.json")
+        main(command(files, "--training.local_batch_size=2"))
+
+    first, second = run_ranks(run, 2)
     assert first.code not in (0, None) and second.code == 1
     assert first.output.count("DataError: Token id 4000 in a batch") == 1
+    assert "DataError: Token id 4000 in a batch" in (files / "0.json").read_text(), "torchrun's report has it, too"
     assert "DataError" not in second.output and "Traceback" not in first.output + second.output
 
 

@@ -129,7 +129,8 @@ def told_once() -> Iterator[None]:
         reason = line.explain(error)
         if reason is None:
             raise
-        report(reason)
+        if not is_rank_0():  # which has reported why
+            report(reason)
         sys.exit(1)
 
 

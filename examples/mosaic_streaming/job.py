@@ -199,6 +199,7 @@ class Line(errors.Line):
     def __init__(self, number: int) -> None:
         self._store, self._key = open_store(number), wake_up(dist.get_rank())
         self._is_closed, self._has_heard = threading.Event(), False
+        self._has_said = threading.Event()
         self._listener = threading.Thread(target=self._listen, args=[open_store(number)], daemon=True)
         self._listener.start()
         atexit.register(self.close)  # a thread that is inside of `wait` when Python ends aborts the process
@@ -212,6 +213,7 @@ class Line(errors.Line):
                     self._has_heard = not self._is_closed.is_set()
             if self._has_heard and errors.is_rank_0():
                 errors.say(store.get(FAULT).decode())
+                self._has_said.set()
                 store.set(TOLD, "")
             if not self._is_closed.wait(GRACE):
                 os._exit(1)
@@ -235,9 +237,11 @@ class Line(errors.Line):
         if not is_of_a_connection(error):
             return None
         try:
-            if self._has_heard or self._store.check([FAULT]):
-                return "Ended with the rank that says why."
-            return None
+            if not (self._has_heard or self._store.check([FAULT])):
+                return None
+            if errors.is_rank_0():  # whose listener has just woken up, or is about to
+                self._has_said.wait(errors.WAIT_FOR_RANK_0)
+            return "Ended with the rank that says why."
         except Exception:
             reason = f"Rank 0's store is gone, and with it the reason: {str(error).splitlines()[0]}"
             if os.environ["LOCAL_RANK"] == "0":
