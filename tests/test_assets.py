@@ -71,7 +71,7 @@ def test_missing_assets_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["meta-llama/Llama-3.1-8B", "tests/assets/tokenizer/tokenizer.json"])
 def test_path_that_is_no_folder_is_told(path: str) -> None:
-    refuse(Path(path), "is no folder on this machine. A name on the Hugging Face Hub has to be downloaded first")
+    refuse(Path(path), "it is no folder here. What is on the Hugging Face Hub has to be downloaded first")
 
 
 @pytest.mark.parametrize("name", ["MistralCommonBackend", 3])

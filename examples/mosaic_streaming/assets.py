@@ -31,7 +31,9 @@ def check_folder(path: str) -> None:
         if os.path.isdir(path):
             fault = f"has no {CONFIG}."
         else:
-            fault = "is no folder on this machine. A name on the Hugging Face Hub has to be downloaded first."
+            fault = (
+                f"has no {CONFIG}: it is no folder here. What is on the Hugging Face Hub has to be downloaded first."
+            )
     except OSError as error:
         fault = f"can't be read ({CONFIG}: {error.strerror})."
     raise ConfigError(

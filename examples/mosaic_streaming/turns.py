@@ -38,7 +38,8 @@ def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template writes the text of a message that is a list of parts, rather than the list itself."""
     try:
-        written = str(tokenizer.apply_chat_template([{"role": "user", "content": PROBE}], tokenize=False))
+        chat: Any = [{"role": "user", "content": PROBE}]
+        written = str(tokenizer.apply_chat_template(chat, tokenize=False))
     except Exception:  # a template can raise anything, and there may be none
         return False
     return PROBE[0]["text"] in written and str(PROBE) not in written
