@@ -105,7 +105,7 @@ def test_source_outlives_a_cache_of_hard_links(tmp_path: Path, train: Path) -> N
     shard = tmp_path / "cache/shard.00000.mds"
     shard.unlink()
     shard.write_bytes(b"damaged")
-    settings = {"remote": str(train), "cache_limit": 4000, "shuffle": True}
+    settings: dict[str, Any] = {"remote": str(train), "cache_limit": 4000, "shuffle": True}
     read = read_job(loader_config(mark(tmp_path / "cache"), **settings), tmp_path / "notes", steps=7)
     assert len({sample for step in read.steps for sample in step}) == 56
     assert tree(train) == before
@@ -117,7 +117,7 @@ def test_source_that_links_into_its_cache_is_refused(tmp_path: Path, train: Path
         shard.unlink()
         shard.symlink_to(tmp_path / "cache" / shard.name)
     before = tree(train)
-    settings = {"remote": str(train), "cache_limit": 4000}
+    settings: dict[str, Any] = {"remote": str(train), "cache_limit": 4000}
     stopped = read_job(loader_config(mark(tmp_path / "cache"), **settings), tmp_path / "notes", steps=7)
     assert f"shard.00000.mds of the stream in loader.toml is a link to {tmp_path}/cache/shard.0" in stopped.message
     assert tree(train) == before
