@@ -114,7 +114,7 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
     dataset |= {"packing_ratio": 2, "num_canonical_nodes": 4}
     config = {"name": "finetuning", "num_workers": 0, "dataset": dataset}
     job_config, dp_ranks = in_layout("dp 4", local=2, total=8)
-    job_config.training.seq_len = 63
+    job_config.training.seq_len = 64
 
     begins = {sample: str(sample_tokens(sample)[:8].tolist())[1:-1] for sample in range(60)}
 

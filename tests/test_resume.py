@@ -250,11 +250,12 @@ def test_other_tokens_in_as_many_samples_are_a_change(tmp_path: Path) -> None:
 def test_other_sequence_length_and_batch_of_a_device_are_a_change(tmp_path: Path) -> None:
     config = loader_config(write_stream(tmp_path, 50), batching_method="device_per_stream")
     [state] = read_steps(config, 1).states
-    message = message_of_load(config, state, local_batch_size=4, global_batch_size=8, seq_len=15)
+    shorter = loader_config(tmp_path, batching_method="device_per_stream", max_seq_len=15)
+    message = message_of_load(shorter, state, local_batch_size=4, global_batch_size=8, seq_len=14)
     rows = [line.split() for line in message.splitlines()[2:-1]]
     assert rows == [
-        ["training.seq_len", "16", "15"],
-        ["dataset.max_seq_len", "17", "16"],
+        ["training.seq_len", "16", "14"],
+        ["dataset.max_seq_len", "17", "15"],
         ["training.local_batch_size", "8", "4"],
     ]
 

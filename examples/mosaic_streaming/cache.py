@@ -115,8 +115,11 @@ def check_folders(folders: Sequence[Folder], others: Sequence[Folder] = ()) -> N
         others: of the streams of another loader in this job, which may share caches of the same source.
     """
     for number, one in enumerate(folders):
-        for other in (*folders[:number], *others):
+        for other in folders[:number]:
             if one.local and other.local and is_same(one, other):
+                refuse_same(other, one)
+        for other in others:
+            if one.is_copy and other.is_copy and one.source != other.source and is_same(one, other):
                 refuse_same(other, one)
     for one in folders:
         for other in (*folders, *others):
@@ -124,12 +127,7 @@ def check_folders(folders: Sequence[Folder], others: Sequence[Folder] = ()) -> N
 
 
 def refuse_same(one: Folder, other: Folder) -> None:
-    """Raise ConfigError for two streams in one folder: each would overwrite the other's index.
-
-    Those of two loaders may share it, if they are the same stream.
-    """
-    if one.path != other.path and one.source == other.source:
-        return
+    """Raise ConfigError for two streams in one folder: each would overwrite the other's index."""
     both = f"{one.name} in {one.path} and {other.name} in {other.path}"
     if one.is_copy and one.source == other.source:
         raise ConfigError(
