@@ -116,8 +116,19 @@ def test_file_that_is_no_json_is_refused(tmp_path: Path, content: bytes) -> None
         read_index(str(tmp_path / "index.json"), False, None)
 
 
+def test_index_without_samples_is_said_to_have_none(tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path / "empty"), columns={"tokens": "ndarray:int32"}):
+        pass
+    write_stream(tmp_path / "full", 40)
+    streams = {name: {"local": str(tmp_path / name)} for name in ("full", "empty")}
+    read = read_job({"name": "text", "dataset": {"streams": streams}}, tmp_path / "notes", 2, steps=1)
+    told = f"{tmp_path}/empty/index.json of stream 'empty' in loader.toml can't be used: it has no samples: write some,"
+    assert told in read.message and not read.steps
+
+
 def test_missing_hash_is_refused_with_those_that_there_are(index: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"no sha1 of shard\.00000\.mds \(validate_hash\); its hashes: xxh64"):
+    told = r"no sha1 of shard\.00000\.mds \(validate_hash\); its hashes: xxh64\. .* add hashes: python -m .*add_hashes"
+    with pytest.raises(FileError, match=told):
         read(index, tmp_path, validate_hash="sha1")
 
 

@@ -14,6 +14,8 @@ FILES = {"mds": ("data",), "json": ("data", "meta"), "csv": ("data", "meta"), "t
 
 MAX_BYTES = 1 << 62
 
+ADD_HASHES = "python -m examples.mosaic_streaming.add_hashes FOLDER"
+
 
 class FileError(ValueError):
     """A file is not what it has to be: the message says what it has, and what was expected."""
@@ -56,8 +58,10 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
     except (ValueError, RecursionError) as error:
         raise FileError(f"it is not JSON: {error}") from error
     shards = index.get("shards") if isinstance(index, dict) else None
-    if not isinstance(shards, list) or not shards or index.get("version") != 2:
+    if not isinstance(shards, list) or index.get("version") != 2:
         raise FileError("it is not a streaming index of version 2 with a list of shards")
+    if not shards:
+        raise FileError("it has no samples: write some, or leave the stream out")
     parts = [part for number, shard in enumerate(shards) for part in read_shard(f"shards[{number}]", shard)]
     names: set[str] = set()
     for part in parts:
@@ -65,7 +69,10 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
         names.add(part.raw.basename)
         if validate_hash and not (part.raw.hashes.get(validate_hash) and part.stored.hashes.get(validate_hash)):
             have = ", ".join(sorted(part.stored.hashes)) or "none"
-            raise FileError(f"it has no {validate_hash} of {part.stored.basename} (validate_hash); its hashes: {have}")
+            raise FileError(
+                f"it has no {validate_hash} of {part.stored.basename} (validate_hash); its hashes: {have}. Remove "
+                f"validate_hash, name a hash that it has, or add hashes: {ADD_HASHES}"
+            )
     if not allow_unsafe_types:
         refuse_pickles(shards)
     return parts
