@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -179,29 +178,13 @@ def test_setting_that_hurts_is_warned_of(
     assert [warning for warning in warnings if re.search(message, warning)], warnings
 
 
-@pytest.mark.parametrize("encoding", ["ndarray:int32", "ndarray:uint16", "bytes", "ndarray"])
-def test_samples_that_are_longer_than_rows_are_told_by_their_bytes(files: Path, encoding: str) -> None:
-    """Where bytes tell: an array without a type could be of any."""
-    shutil.rmtree(files / "stream")
-    with MDSWriter(out=str(files / "stream"), columns={"tokens": encoding}) as writer:
-        for sample in range(100):
-            tokens = sample_tokens(sample, 150)
-            tokens = (
-                tokens.astype(np.uint16)
-                if "uint16" in encoding
-                else tokens.astype(np.int64 if encoding == "bytes" else np.int32)
-            )
-            writer.write({"tokens": tokens.tobytes() if encoding == "bytes" else tokens})
-    told = [warning for warning in warned(files, validate_hash=None) if "tokens by their bytes" in warning]
-    assert len(told) == (encoding != "ndarray")
-    for warning in told:
-        assert 125 <= int(re.findall("at least ([0-9]+) tokens", warning)[0]) <= 150
-    same = ("--training.seq_len=149",)
-    assert not any("by their bytes" in warning for warning in warned(files, titan=same, validate_hash=None))
-    longer = warned(files, titan=("--training.seq_len=249",), validate_hash=None)
-    assert [
-        bool(re.search("at most 1[5-8][0-9] tokens", warning)) for warning in longer if "by their bytes" in warning
-    ] == [True] * (encoding != "ndarray")
+@pytest.mark.parametrize(("seq_len", "rest"), [(32, False), (8, True)])
+def test_lengths_with_which_no_job_starts_are_refused(files: Path, seq_len: int, rest: bool) -> None:
+    said = printed(files, "plan", titan=(f"--training.seq_len={seq_len}",), code=1)
+    assert f"17 tokens, but rows of training.seq_len = {seq_len} take {seq_len + 1} (dataset.max_seq_len)" in said
+    assert "Set training.seq_len = 16, or write samples of" in said
+    assert ("would leave out the rest" in said) == (f"dataset.max_seq_len = {seq_len + 1} in" in said) == rest
+    assert "Checked now" not in said
 
 
 @pytest.mark.parametrize(("ranges", "told"), [(5, True), (4, False)])
@@ -257,8 +240,18 @@ def test_samples_of_no_fixed_length_have_no_tokens(files: Path) -> None:
 
 def test_tables_have_all_sections(files: Path) -> None:
     said = printed(files, "plan", "--world-size=2", titan=("--checkpoint.enable", "--training.local_batch_size=1"))
-    for title in ("Streams", "Epoch and run", "Layout", "Each machine needs", "Settings", "Checks", "Warnings: "):
+    for title in (
+        "Streams",
+        "Epoch and run",
+        "Layout",
+        "Each machine needs",
+        "Settings",
+        "Checked now",
+        "Will be checked",
+        "Warnings: ",
+    ):
         assert re.search(f"^{title}", said, re.M), title
-    assert "checkpoint, when loaded" in said
-    assert "settings of all 2 ranks" in said
+    now, later = said.split("Will be checked")
+    assert "✓ first samples of each stream" in now and "✓" not in later
+    assert "· checkpoint, when loaded" in later and "settings of all 2 ranks" in later
     assert "\x1b" not in said

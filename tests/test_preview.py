@@ -138,10 +138,13 @@ def test_plan_of_a_checkpoint_of_other_data_says_what_a_start_would(stopped: Pat
         loader.write_text(before)
 
 
-def test_plan_of_a_checkpoint_minds_how_the_job_loads_it(stopped: Path) -> None:
+def test_plan_of_a_checkpoint_minds_how_the_job_loads_it(stopped: Path, request: pytest.FixtureRequest) -> None:
     """With other data, which would be refused if it were loaded."""
     checkpoint = f"--checkpoint={stopped}/outputs/checkpoint/step-12"
-    other = "--training.seq_len=8"
+    other, loader = "--training.seq_len=8", stopped / "loader.toml"
+    before = loader.read_text()
+    loader.write_text(before + "max_seq_len = 9\n")
+    request.addfinalizer(lambda: loader.write_text(before))
     said = printed(stopped, "plan", checkpoint, titan=(*CHECKPOINTS, other), code=1)
     assert "A start would be refused, with the reason at the end." in said
     said = printed(stopped, "plan", checkpoint, titan=(other,))
@@ -203,7 +206,7 @@ def test_index_alone_is_enough_for_all_but_texts(files: Path) -> None:
 
 
 @pytest.mark.long
-def test_of_a_store_only_the_index_and_the_shards_that_are_shown_are_fetched(
+def test_of_a_store_only_the_index_and_the_shards_that_are_looked_at_are_fetched(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_store() as store:
@@ -218,13 +221,15 @@ def test_of_a_store_only_the_index_and_the_shards_that_are_shown_are_fetched(
             store.clear()
             return found
 
-        for look in (["plan"], ["ledger"], ["step", "2", "--no-text"]):
+        assert preview(files, "plan")
+        assert fetched() == {"index.json", "shard.00000.mds"}
+        for look in (["ledger"], ["step", "2", "--no-text"]):
             report = preview(files, *look)  # the last is that of a step
             assert fetched() == {"index.json"}
         assert preview(files, "step", "2", "--find", "e")
         assert fetched() == {"index.json", *(sample["shard"] for sample in report["samples"])}
         [row] = preview(files, "show", "--sample=60")
-        assert fetched() == {"index.json", row["samples"][0]["shard"]}
+        assert fetched() == {"index.json", "shard.00000.mds", row["samples"][0]["shard"]}
     assert not (files / "cache").exists()
 
 

@@ -79,7 +79,7 @@ def test_prompt_is_context_and_response_is_learned(tmp_path: Path) -> None:
 
 def test_packed_row_names_the_samples_of_its_documents(tmp_path: Path) -> None:
     config = finetuning(tmp_path, 12, packing_ratio=2)
-    rows = look(config, 3, 5, 7, 9, seq_len=63)
+    rows = look(config, 3, 5, 7, 9, seq_len=64)
     assert sorted(sample for row in rows for sample in row.samples) == [3, 5, 7, 9]
     assert max(len(row.samples) for row in rows) > 1
     for row in rows:
@@ -87,7 +87,7 @@ def test_packed_row_names_the_samples_of_its_documents(tmp_path: Path) -> None:
         for sample, (prompt, response) in zip(row.samples, row.documents, strict=True):
             assert (prompt.kind, prompt.ids) == (CONTEXT, sample_tokens(sample)[:4].tolist())
             assert (response.kind, response.ids) == (TARGET, [*sample_tokens(sample)[4:].tolist(), EOS])
-        assert sum(row.lengths) + row.padding == 64
+        assert sum(row.lengths) + row.padding == 65
 
 
 def test_equal_samples_of_a_packed_batch_are_named_each_once(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_equal_samples_of_a_packed_batch_are_named_each_once(tmp_path: Path) -> 
             writer.write({"input_ids": tokens[:4], "labels": tokens[4:]})
     settings = {"remote": str(tmp_path / "twins"), "local": str(tmp_path / "cache"), "packing_ratio": 2}
     config = {"name": "finetuning", "num_workers": 0, "dataset": settings | {"num_canonical_nodes": 1}}
-    rows = look(config, 0, 1, 4, 5, seq_len=63)
+    rows = look(config, 0, 1, 4, 5, seq_len=64)
     assert sorted(sample for row in rows for sample in row.samples) == [0, 1, 4, 5]
 
 
@@ -105,7 +105,7 @@ def test_sample_is_its_tokens_without_padding(tmp_path: Path) -> None:
     def tokens(opened: Offline) -> list[list[int]]:
         return [opened.tokens(sample) for sample in (0, 1)]
 
-    found = offline(finetuning(tmp_path, 2), tokens, job(seq_len=63))
+    found = offline(finetuning(tmp_path, 2), tokens, job(seq_len=64))
     assert found == [[*sample_tokens(sample).tolist(), EOS] for sample in (0, 1)]
 
 
@@ -132,7 +132,7 @@ def test_packed_rows_are_those_of_the_first_batches(files: Path) -> None:
         'name = "finetuning"\n[dataset]\npacking_ratio = "auto"\nshuffle = true\n'
         f'remote = "{files}/turns"\nlocal = "{files}/cache"\n'
     )
-    titan = ("--training.seq_len=63",)
+    titan = ("--training.seq_len=64",)
     rows = preview(files, "show", "--rows=3", titan=titan)
     assert len(rows) == 3
     steps = preview(files, "step", "1:2", titan=titan)

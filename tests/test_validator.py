@@ -251,7 +251,8 @@ def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None
     [rank] = run_ranks(lambda: main(arguments(seeded, "--checkpoint.folder=short")))
     write_validation(seeded, "text", seeded / "held_out")
     assert rank.code == 1
-    assert f"DataError: Batch of shape [8, {SEQ_LEN}], expected [8, {SEQ_LEN + 1}]" in rank.output
+    told = f"{SEQ_LEN} tokens, but rows of validation.seq_len = {SEQ_LEN} take {SEQ_LEN + 1} (dataset.max_seq_len)."
+    assert told in rank.output and f"Set dataset.max_seq_len = {SEQ_LEN} in {seeded}/validation.toml" in rank.output
 
 
 @pytest.mark.long

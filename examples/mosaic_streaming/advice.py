@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 from streaming.base.util import bytes_to_int
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.build import warnings_of
 from examples.mosaic_streaming.dataloader import MUCH
+from examples.mosaic_streaming.index import ADD_HASHES
 from examples.mosaic_streaming.loader_config import hashes_of
 from examples.mosaic_streaming.offline import Offline
 from examples.mosaic_streaming.resume import shards_of
@@ -19,9 +19,6 @@ MANY_PASSES = 4
 
 Source: Muennighoff et al., Scaling Data-Constrained Language Models, arXiv 2305.16264.
 """
-
-PER_SHARD, PER_SAMPLE = 1024, 24
-"""Bytes of an MDS file that are no tokens, at most: its columns, and where samples begin and how long they are."""
 
 
 def advice(offline: Offline, plan: Mapping[str, Any]) -> list[str]:
@@ -66,7 +63,7 @@ def of_order(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_streams(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What is read too often, unchecked, or cut off."""
+    """What is read too often, or unchecked."""
     hashes = hashes_of(offline.config["dataset"])
     for number, stream in enumerate(plan["streams"]):
         passes = stream["passes"] * (plan["run"]["epochs"] or 0)
@@ -77,41 +74,8 @@ def of_streams(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
             )
         raw = shards_of(offline.streams.dataset, number)[0].file_pairs[0][0]
         if not hashes[number]:
-            has = (
-                f"The stream has {', '.join(raw.hashes)}"
-                if raw.hashes
-                else "Write it with hashes (streaming's MDSWriter)"
-            )
+            has = f"The stream has {', '.join(raw.hashes)}" if raw.hashes else f"Add hashes: {ADD_HASHES}"
             yield f"{stream['name']} is read without validate_hash: only sizes are compared, not contents. {has}."
-        length, most = tokens_by_bytes(offline, number)
-        if 0 < most < offline.streams.form.max_seq_len:
-            yield (
-                f"Samples of {stream['name']} have at most {most:,.0f} tokens by their bytes, and rows of the model "
-                f"{offline.streams.form.max_seq_len:,} (dataset.max_seq_len): the first batch would be refused. Lower "
-                "training.seq_len, or write samples of that length."
-            )
-        if length > offline.streams.form.max_seq_len:
-            yield (
-                f"Samples of {stream['name']} have at least {length:,.0f} tokens by their bytes, and the model reads "
-                f"the first {offline.streams.form.max_seq_len:,} (dataset.max_seq_len): the others never. Raise "
-                "training.seq_len, or write samples of that length."
-            )
-
-
-def tokens_by_bytes(offline: Offline, number: int) -> tuple[float, float]:
-    """Tokens that a stream's samples have on average, at least and at most by their bytes; 0 where those don't tell."""
-    shards = shards_of(offline.streams.dataset, number)
-    if getattr(shards[0], "column_names", None) != ["tokens"]:
-        return 0.0, 0.0
-    kind, _, dtype = shards[0].column_encodings[0].partition(":")  # type: ignore[attr-defined]
-    if kind == "bytes":
-        dtype = offline.config["dataset"].get("token_encoding_type", "int64")  # llm-foundry's default
-    if kind not in ("bytes", "ndarray") or not dtype:
-        return 0.0, 0.0
-    samples, width = sum(shard.samples for shard in shards), np.dtype(dtype.split(":")[0]).itemsize
-    size = sum(shard.file_pairs[0][0].bytes for shard in shards)
-    least = (size - PER_SHARD * len(shards)) / samples - PER_SAMPLE
-    return least / width, size / samples / width
 
 
 def of_caches(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
@@ -158,7 +122,8 @@ def of_job(offline: Offline) -> Iterator[str]:
 
 
 def of_validation(offline: Offline, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What makes the loss of validation tell less."""
+    """What a job would warn of in its validation streams."""
+    yield from (plan["validation"] or {"warnings": []})["warnings"]
     trained = {stream["source"] for stream in plan["streams"]}
     same = [stream["source"] for stream in (plan["validation"] or {"streams": []})["streams"]]
     if same := [source for source in same if source in trained]:

@@ -28,6 +28,7 @@ from examples.mosaic_streaming.memory import memory_limit
 from examples.mosaic_streaming.mixture import log_mixture
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.samples import look_at_samples
 from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
 
@@ -80,12 +81,17 @@ def build_mosaic_dataloader(
         number,
         reader=f"Rank {dist.get_rank()} (dp rank {dp_rank})",
         global_batches=global_batches,
+        may_cut="max_seq_len" in loader_config["dataset"],
     )
     check_memory(streams.dataset, loader_config_path)
+    look = functools.partial(
+        look_at_samples, streams.loader, streams.form, config, loader_config_path, transformers_tokenizer
+    )
+    looked: list[str] = on_rank_0(new_number(), look)
     streams.dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
     if is_rank_0():
         log_mixture(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
-        for warning in warnings_of(job_config, streams, transformers_tokenizer, world_size):
+        for warning in looked + warnings_of(job_config, streams, transformers_tokenizer, world_size):
             logger.warning(warning)
     return MosaicDataLoader(
         streams.loader,
@@ -155,9 +161,10 @@ def check_training(job_config: JobConfig, world_size: int) -> None:
     model, seq_len = job_config.model.name, job_config.training.seq_len
     divisor = parallel_dims(job_config, world_size).seq_len_divisor
     if model.removesuffix("_mosaic") in _supported_models and seq_len % divisor:
+        hint = f"For samples of {seq_len} tokens set {seq_len - 1}: then each label is real." if seq_len % 2 else ""
         raise ConfigError(
             f"training.seq_len = {seq_len}, but TorchTitan's models take multiples of {divisor}: 2 x tensor-parallel x "
-            "context-parallel degree. Change one of them."
+            f"context-parallel degree. {hint or 'Change one of them.'}"
         )
     is_titans = get_train_spec(model).build_optimizers_fn in (
         build_optimizers,

@@ -31,6 +31,7 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.fetch import CheckedStream, describe, make_checked
 from examples.mosaic_streaming.fetched import fetched_file
+from examples.mosaic_streaming.index import FileError
 from examples.mosaic_streaming.reader import CheckedReader
 from examples.mosaic_streaming.turns import check_turns, join_parts, takes_parts
 
@@ -44,9 +45,11 @@ class CheckedDataset(StreamingDataset):
     Attributes:
         as_written: whether samples of text that are tokens are arrays of the type that they were written in, rather
             than tensors of int64.
+        may_cut: whether samples of text that are longer than a row may lose their end.
     """
 
     as_written = False
+    may_cut = False
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -146,32 +149,53 @@ class CheckedDataset(StreamingDataset):
     def _takes_parts(self) -> bool:
         return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
 
+    def stored(self, sample_id: int) -> dict[str, Any]:
+        """The columns of a sample, as its shard has them.
+
+        Raises:
+            DataError: it can't be read.
+        """
+        try:
+            return dict(self.get_item(sample_id))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(self.fault() or self._describe(sample_id, error)) from error
+
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
         """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
         dataset = cast(StreamingTextDataset, self)
         tokens = sample["tokens"]
         if not isinstance(tokens, np.ndarray):
             tokens = np.frombuffer(tokens, dataset.token_encoding_type)
-        found = len(tokens)
-        if found > dataset.max_seq_len and not self._has_warned:
-            self._has_warned = True
-            worker = get_worker_info()
-            if is_rank_0() and (worker is None or worker.id == 0):
-                logger.warning(
-                    f"Samples have {found:,} tokens, but the model reads the first {dataset.max_seq_len:,} of each "
-                    "(dataset.max_seq_len, by default seq_len + 1), and never the others. Raise training.seq_len, or "
-                    "validation.seq_len, or write samples of that length."
-                )
+        if len(tokens) > dataset.max_seq_len:
+            self._cut(len(tokens), dataset.max_seq_len)
         if self.as_written:
             return tokens[: dataset.max_seq_len]
         return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
+
+    def _cut(self, found: int, row: int) -> None:
+        """Refuse a sample that is longer than a row, or warn once where its end may be left out."""
+        if not self.may_cut:
+            raise FileError(
+                f"it has {found:,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} tokens, or "
+                f"set dataset.max_seq_len = {row} to leave out the rest"
+            )
+        worker = get_worker_info()
+        if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
+            logger.warning(
+                f"Samples have {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
+                "and never the others."
+            )
+        self._has_warned = True
 
     def _describe(self, sample_id: int, error: Exception) -> str:
         """What failed in reading a sample."""
         shard_id, index = self.spanner[sample_id]
         stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
         file = self.shards[shard_id].file_pairs[0][0].basename
-        return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}"
+        hint = " Is dataset.token_encoding_type right?" if "buffer size must be a multiple" in str(error) else ""
+        return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
 
     def on_exception(self, future: "Future[None]") -> None:
         """Let reading end with the error of a thread; streaming raises it where nobody hears it."""
@@ -248,13 +272,13 @@ def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: T
         sys.__excepthook__(kind, error, trace)
 
 
-def check_dataset(dataset: StreamingDataset, labels: list[str]) -> None:
+def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
     """Turn a dataset that llm-foundry has made into a checked one, with its streams and readers.
 
     A class of ours can't be given to llm-foundry 0.22.0: its text loader names the one that it makes.
     """
     kind = type(dataset)
-    dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {})
+    dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
     for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
         checked = make_checked(stream, label)
         checked.tally = fetched_file(dataset._shm_prefix_int)

@@ -58,6 +58,7 @@ def show(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
                 "--mosaic-validation-config, and set validation.enable to true."
             )
         offline = of_validation
+    offline.look()
     report = []
     for samples, count in groups(offline, flags):
         try:
@@ -113,9 +114,10 @@ def show_plan(offline: Offline, flags: Namespace, titan_flags: list[str]) -> Non
     """
     saved = checkpoint_of_start(offline.job_config, flags.checkpoint)
     history = history_of_start(offline, saved)
+    looked = offline.look()
     report = plan(offline, history, flags.config, titan_flags, watched)
     report["resume"] = resume_section(offline, saved, history) if saved else None
-    report["warnings"] = advice(offline, report)
+    report["warnings"] = looked + advice(offline, report)
     tell(report, flags, lambda console: printing.print_plan(console, report))
     if saved and saved.state and report["resume"]["streams_are_loaded"]:
         check_same_data(saved.state.data, offline.streams.data, offline.streams.path)

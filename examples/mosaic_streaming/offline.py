@@ -35,11 +35,12 @@ from examples.mosaic_streaming.flags import LoaderFile
 from examples.mosaic_streaming.history import History, Segment
 from examples.mosaic_streaming.job import new_number
 from examples.mosaic_streaming.job_config import check_job, import_custom, parallel_dims
-from examples.mosaic_streaming.loader_config import WITHOUT_WORKERS, Config, is_local, streams_of
+from examples.mosaic_streaming.loader_config import WITHOUT_WORKERS, Config, is_local, streams_of, take_out_token_ids
 from examples.mosaic_streaming.node import get_index, make_stream, remove_stale, stream_label
 from examples.mosaic_streaming.order import Order
 from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from examples.mosaic_streaming.rounds import resolve_validation
+from examples.mosaic_streaming.samples import look_at_samples
 from examples.mosaic_streaming.streams import Streams, batch_format, build_loader, fill_in_ratio, open_streams
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 
@@ -117,6 +118,7 @@ class Offline:
         tokenizer: the model's.
         folder: of this process, for what it fetches.
         validation: the file of the validation streams, where the job reads them.
+        section: of the job config that has their lengths.
     """
 
     job_config: JobConfig
@@ -127,6 +129,7 @@ class Offline:
     tokenizer: PreTrainedTokenizerBase
     folder: str
     validation: LoaderFile | None
+    section: str = "training"
     _epoch: int = -1
     _in_order: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
@@ -183,6 +186,15 @@ class Offline:
         return deal(samples, self.layout.world(), order.local_batch_size, order.together).reshape(
             dp, -1, order.local_batch_size
         )
+
+    def look(self) -> list[str]:
+        """What a start would warn of in the first samples.
+
+        Raises:
+            ConfigError, DataError: it would refuse them.
+        """
+        streams = self.streams
+        return look_at_samples(streams.loader, streams.form, streams.config, streams.path, self.tokenizer, self.section)
 
     def stream_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The numbers of the streams that samples are of, of the same shape."""
@@ -302,6 +314,7 @@ def open_offline(
             new_number(),
             reader="The preview",
             global_batches=global_batches,
+            may_cut="max_seq_len" in train.config["dataset"],
         )
         streams.dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration would
         yield Offline(job_config, layout, train, config, streams, tokenizer, folder, validation)
@@ -319,16 +332,19 @@ def open_validation(offline: Offline) -> Offline | None:
         return None
     validation, dp = job_config.validation, offline.layout.dp_world_size
     config = resolve_validation(job_config, offline.layout.world_size // dp, file, offline.given)
+    take_out_token_ids(config, file.path, offline.tokenizer)
     own = read_through(os.path.join(offline.folder, "validation"), config, file.path)
-    rows = validation.local_batch_size
-    loader = build_loader(own, file.path, offline.tokenizer, rows, new_number())
+    rows, may_cut = validation.local_batch_size, "max_seq_len" in file.config["dataset"]
+    loader = build_loader(own, file.path, offline.tokenizer, rows, new_number(), may_cut)
     form = batch_format(
         job_config, own, file.path, offline.tokenizer, "The preview", rows=rows, seq_len=validation.seq_len
     )
     assert isinstance(loader.dataset, StreamingDataset)
     order = Order("random", rows * dp, rows, loader.dataset.epoch_size)
     streams = Streams(own, file.path, loader, order, form, {})
-    return dataclasses.replace(offline, given=file, config=config, streams=streams, validation=None)
+    return dataclasses.replace(
+        offline, given=file, config=config, streams=streams, validation=None, section="validation"
+    )
 
 
 def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None) -> Layout:

@@ -153,7 +153,11 @@ def is_again(samples: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
 
 
 def validation_section(offline: Offline) -> dict[str, Any] | None:
-    """The validation streams, and what a round reads of them; none where the job reads none."""
+    """The validation streams, and what a round reads of them; none where the job reads none.
+
+    Raises:
+        ConfigError, DataError: a start would refuse their first samples.
+    """
     if not (opened := open_validation(offline)):
         return None
     settings, order, dataset = offline.job_config.validation, opened.streams.order, opened.streams.dataset
@@ -168,6 +172,7 @@ def validation_section(offline: Offline) -> dict[str, Any] | None:
         "round": {"batches": batches, "samples": samples, "global_batch_size": order.global_batch_size},
         "seq_len": settings.seq_len,
         "freq": settings.freq,
+        "warnings": opened.look(),
     }
 
 
@@ -265,22 +270,25 @@ def is_given(key: str, titan_flags: list[str]) -> bool:
     return f"__{key}" in names or f"__{section}.no_{name}" in names
 
 
-def checks(offline: Offline) -> list[str]:
-    """What a job looks at before it believes its data."""
+def checks(offline: Offline) -> dict[str, list[str]]:
+    """What has been looked at just now, as at each start, and what a job looks at while it reads."""
     form, layout = offline.streams.form, offline.layout
     hashes = "".join(f", {name}" for name in sorted(filter(None, set(hashes_of(offline.config["dataset"])))))
-    found = [
-        "tokenizer: TorchTitan and transformers read the same ids from the same assets (done just now)",
-        "index of each stream: its form, files inside of its folder, no pickled columns (done just now)",
+    now = [
+        "tokenizer: TorchTitan and transformers read the same ids from the same assets",
+        "index of each stream: its form, files inside of its folder, no pickled columns, columns that a batch can have",
+        "first samples of each stream, if they are ids: their type, their length, text of this tokenizer",
+    ]
+    later = [
         f"shards, when fetched and at each start: bytes, samples{hashes}",
         f"each batch: shape [{form.rows}, {form.max_seq_len}], ids 0 to {form.vocab_size - 1:,}",
         "each epoch: as many samples as the index says",
     ]
     if layout.world_size > 1:
-        found.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
+        later.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
     if offline.job_config.checkpoint.enable:
-        found.append("checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with")
-    return found
+        later.append("checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with")
+    return {"now": now, "later": later}
 
 
 def resume_section(offline: Offline, saved: Saved, history: History | None) -> dict[str, Any]:

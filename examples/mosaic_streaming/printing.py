@@ -111,9 +111,10 @@ def print_plan(out: Console, plan: dict[str, Any]) -> None:
     if plan["validation"]:
         print_validation(out, plan["validation"])
         out.print()
-    out.print(Text("Checks", style="bold"))
-    for check in plan["checks"]:
-        out.print(f"  ✓ {check}")
+    for title, when, mark in (("Checked now", "now", "✓"), ("Will be checked", "later", "·")):
+        out.print(Text(title, style="bold"))
+        for check in plan["checks"][when]:
+            out.print(f"  {mark} {check}")
     if plan["resume"]:
         out.print()
         print_resume(out, plan["resume"])

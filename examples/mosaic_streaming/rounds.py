@@ -1,6 +1,7 @@
 """The rounds of validation: their batches, the same in each, and what their loader and the job have to agree on."""
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,11 +21,12 @@ from examples.mosaic_streaming.cache import check_folders
 from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.job import new_number, on_each_node
+from examples.mosaic_streaming.job import new_number, on_each_node, on_rank_0
 from examples.mosaic_streaming.loader_config import Config, folders_of, place_streams, resolve, take_out_token_ids
 from examples.mosaic_streaming.node import prepare_streams
 from examples.mosaic_streaming.order import set_round
 from examples.mosaic_streaming.peers import check_peers
+from examples.mosaic_streaming.samples import look_at_samples
 from examples.mosaic_streaming.streams import batch_format, build_loader
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 
@@ -148,7 +150,7 @@ def build_rounds(
     dp_rank: int,
     tokenizer: HuggingFaceTokenizer,
     config: Config,
-    path: str,
+    file: LoaderFile,
 ) -> Rounds:
     """The validation batches of one rank.
 
@@ -158,21 +160,33 @@ def build_rounds(
         dp_rank: this rank on that mesh.
         tokenizer: TorchTitan's tokenizer.
         config: the resolved loader configuration.
-        path: the file it was read from, for messages.
+        file: as it was read.
 
     Raises:
-        ConfigError: llm-foundry or streaming refuses the configuration.
+        ConfigError: llm-foundry or streaming refuses the configuration, or it doesn't fit the streams.
     """
-    validation = job_config.validation
+    validation, path = job_config.validation, file.path
     transformers_tokenizer = build_transformers_tokenizer(job_config.model.hf_assets_path, tokenizer)
     take_out_token_ids(config, path, transformers_tokenizer)
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
     number = new_number()
     on_each_node(number, lambda: prepare_streams(config, path))
-    loader = build_loader(config, path, transformers_tokenizer, validation.local_batch_size, number)
+    may_cut = "max_seq_len" in file.config["dataset"]
+    loader = build_loader(config, path, transformers_tokenizer, validation.local_batch_size, number, may_cut)
     dataset = loader.dataset
     assert isinstance(dataset, StreamingDataset)
+    form = batch_format(
+        job_config,
+        config,
+        path,
+        transformers_tokenizer,
+        f"Rank {dist.get_rank()} (dp rank {dp_rank})",
+        rows=validation.local_batch_size,
+        seq_len=validation.seq_len,
+    )
+    look = functools.partial(look_at_samples, loader, form, config, path, transformers_tokenizer, "validation")
+    looked: list[str] = on_rank_0(new_number(), look)
     dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
     global_batch_size = validation.local_batch_size * dp_world_size
     batches, samples = size_of_round(dataset.epoch_size, global_batch_size, validation.steps)
@@ -183,15 +197,8 @@ def build_rounds(
             f"A validation round reads {samples:,} of {dataset.epoch_size:,} samples, in {batches} batches of "
             f"{global_batch_size}{least}."
         )
-    form = batch_format(
-        job_config,
-        config,
-        path,
-        transformers_tokenizer,
-        f"Rank {dist.get_rank()} (dp rank {dp_rank})",
-        rows=validation.local_batch_size,
-        seq_len=validation.seq_len,
-    )
+        for warning in looked:
+            logger.warning(warning)
     return Rounds(loader, form, batches, dp_rank, path)
 
 

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.mosaic_streaming.auto_ratio import choose_ratio
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.collate import leave_out_unused
+from examples.mosaic_streaming.columns import check_columns
 from examples.mosaic_streaming.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.faults import check_dataset
@@ -117,6 +118,7 @@ def open_streams(
     *,
     reader: str,
     global_batches: int,
+    may_cut: bool,
 ) -> Streams:
     """Open streams that are ready on this machine, in the order in which they are read; all ranks call it together.
 
@@ -129,12 +131,13 @@ def open_streams(
         number: for the dataset's shared memory.
         reader: who reads them, for messages.
         global_batches: batches of all dp ranks that make a global batch.
+        may_cut: whether samples that are longer than a row may lose their end: `dataset.max_seq_len` is given.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
     """
     training = job_config.training
-    loader = build_loader(config, path, tokenizer, training.local_batch_size, number)
+    loader = build_loader(config, path, tokenizer, training.local_batch_size, number, may_cut)
     dataset, batch_size = loader.dataset, loader.batch_size
     assert batch_size is not None and isinstance(dataset, StreamingDataset)
     order = set_order(dataset, batch_size, batch_size * global_batches, count_left_out(loader))
@@ -148,7 +151,12 @@ def open_streams(
 
 
 def build_loader(
-    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, batch_size: int, number: int
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    number: int,
+    may_cut: bool = False,
 ) -> DataLoader[Any]:
     """llm-foundry's loader over streams that are ready, on all ranks together.
 
@@ -158,9 +166,10 @@ def build_loader(
         tokenizer: the model's.
         batch_size: rows of a batch, per dp rank.
         number: for the dataset's shared memory.
+        may_cut: whether samples that are longer than a row may lose their end.
 
     Raises:
-        ConfigError: llm-foundry or streaming refuses the configuration.
+        ConfigError: llm-foundry or streaming refuses the configuration, or the streams have not the right columns.
     """
     name, streams = config["name"], streams_of(config["dataset"])
     is_own = name not in DATASET_KEYS
@@ -180,7 +189,9 @@ def build_loader(
             f"The loader {name!r} of {path} has {len(loader.dataset.streams)} streams and batch_size = "
             f"{loader.batch_size}, expected the {len(streams)} of the file, and a number."
         )
-    check_dataset(loader.dataset, [stream_label(stream, path) for stream in streams])
+    labels = [stream_label(stream, path) for stream in streams]
+    check_columns(loader.dataset, name, labels, path)
+    check_dataset(loader.dataset, labels, may_cut)
     check_pad_token(name, loader.dataset, tokenizer)
     leave_out_unused(loader, name == "text")
     keep_locks_together(loader.dataset)

@@ -74,7 +74,7 @@ class MosaicValidator(BaseValidator):
             logger.warning(
                 f"Training reads the same as validation: {', '.join(sorted(seen))}. The loss will tell less."
             )
-        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, config, validation_file.path)
+        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, config, validation_file)
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:

@@ -1,0 +1,126 @@
+"""Which columns streams have, by their indexes, and whether a loader reads them, and reads them together."""
+
+from collections.abc import Mapping, Sequence
+
+from streaming import StreamingDataset
+from streaming.base.format import Reader
+
+from examples.mosaic_streaming.errors import ConfigError
+
+TEXT, IDS, LISTS = ("str", "json", "pkl"), ("ndarray", "bytes", "pkl"), ("json", "pkl")
+"""Encodings that a column can have."""
+
+FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
+    "text": [{"text": TEXT}, {"tokens": IDS}],
+    "finetuning": [
+        {"turns": LISTS},
+        {"input_ids": IDS, "labels": IDS},
+        {"messages": LISTS},
+        {"prompt": TEXT, "response": TEXT},
+        {"prompt": TEXT, "completion": TEXT},
+    ],
+}
+"""The columns that a loader reads, with their encodings; where a sample has several of these forms, the first.
+
+Source: llm-foundry 0.22.0, data/text_data.py and data/finetuning/tasks.py.
+"""
+
+ALONE = {"messages", "prompt"}
+"""Columns beside which llm-foundry takes no others than those of their form."""
+
+
+def columns_of(shard: Reader) -> dict[str, str]:
+    """The encodings of a shard's columns, by their names; JSON and CSV have text."""
+    if isinstance(columns := getattr(shard, "columns", None), dict):
+        return columns
+    return dict(zip(shard.column_names, shard.column_encodings, strict=True))  # type: ignore[attr-defined]
+
+
+def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
+    """The columns that a loader reads of a sample; none, where it reads none.
+
+    Args:
+        columns: their encodings, by their names.
+        loader: its name.
+    """
+    for form in FORMS[loader]:
+        if set(form) <= set(columns) and not (set(form) & ALONE and len(columns) > len(form)):
+            return tuple(form)
+    return ()
+
+
+def wrong_encoding(columns: Mapping[str, str], form: Sequence[str]) -> str | None:
+    """The first column of a form whose encoding can't be what its loader expects."""
+    known = {name: kinds for forms in FORMS.values() for one in forms for name, kinds in one.items()}
+    for name in form:
+        kind, _, dtype = columns[name].partition(":")
+        if kind not in known[name] or dtype.startswith("float"):
+            return name
+    return None
+
+
+def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
+    """Raise ConfigError unless a loader of llm-foundry's reads all shards of all streams, and reads them together.
+
+    Args:
+        dataset: the streams.
+        loader: its name.
+        labels: what the streams are called in messages.
+        path: the file that configures the loader, for messages.
+    """
+    if loader not in FORMS:
+        return
+    found: dict[tuple[str, ...], list[str]] = {}
+    for number, label in enumerate(labels):
+        begin = int(dataset.shard_offset_per_stream[number])
+        shards = dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]
+        kinds = {tuple(columns_of(shard).items()): shard for shard in reversed(shards)}
+        for columns, shard in reversed(kinds.items()):
+            where = f"{label}, {shard.file_pairs[0][0].basename}," if len(kinds) > 1 else label
+            form = check_form(dict(columns), loader, where, path)
+            found.setdefault(form, []).append(f"{where} has {listed(dict(columns), form)}")
+    if loader == "text" and len(found) > 1:  # the finetuning loader makes turns of each form
+        raise ConfigError(
+            f"{'; '.join(one for some in found.values() for one in some)}: a batch of the text loader has samples of "
+            f"one form. Write all with the same column, or leave some out in {path}."
+        )
+
+
+def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -> tuple[str, ...]:
+    """The columns that a loader reads of a shard.
+
+    Args:
+        columns: the shard's.
+        loader: its name.
+        where: the shard or its stream, for messages.
+        path: the file that configures the loader, for messages.
+
+    Raises:
+        ConfigError: it reads none, or can't.
+    """
+    form = form_of(columns, loader)
+    if not form:
+        others = [name for name in FORMS if form_of(columns, name)]
+        hint = f'set name = "{others[0]}" in {path}' if others else f"write it with these, or leave it out in {path}"
+        raise ConfigError(
+            f"{where} has {listed(columns, list(columns))}, but the {loader} loader reads {readable(loader)}: {hint}."
+        )
+    if wrong := wrong_encoding(columns, form):
+        expected = next(forms[wrong] for forms in FORMS[loader] if wrong in forms)
+        raise ConfigError(
+            f"{where} has {listed(columns, [wrong])}, but the {loader} loader reads that column as "
+            f"{' or '.join(expected[:2])}{' of whole numbers' if expected == IDS else ''}. Write it so."
+        )
+    return form
+
+
+def listed(columns: Mapping[str, str], names: Sequence[str]) -> str:
+    """Columns with their encodings, for a message."""
+    return ", ".join(f"`{name}` ({columns[name]})" for name in names)
+
+
+def readable(loader: str) -> str:
+    """What a loader reads, for a message."""
+    return " or ".join(
+        " and ".join(f"`{name}`" for name in form) + (" alone" if set(form) & ALONE else "") for form in FORMS[loader]
+    )
