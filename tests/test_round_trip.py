@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torchtitan.tools.logging import init_logger
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.errors import ConfigError
@@ -77,10 +77,9 @@ def without_decoder() -> Tokenizer:
     return tokenizer
 
 
-def transformers_of(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+def transformers_of(tokenizer: Tokenizer) -> Any:
     """The same for transformers."""
-    same: PreTrainedTokenizerBase = PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path="assets")
-    return same
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path="assets")
 
 
 def cut(tokenizer: Tokenizer, text: str, length: int = LENGTH) -> list[NDArray[np.int64]]:
