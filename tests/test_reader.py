@@ -101,11 +101,18 @@ def test_file_is_closed_when_the_module_is_gone(tmp_path: Path, monkeypatch: pyt
     assert not number.exists()
 
 
+ENDS = """
+import ctypes, sys
+from examples.mosaic_streaming import reader
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(reader))  # as where C refers to it: Python empties it first
+reader.kept_open(sys.argv[1])
+"""
+
+
 @pytest.mark.long
 def test_files_that_are_open_when_python_ends_are_closed_without_a_word(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
-    script = "import sys; from examples.mosaic_streaming.reader import kept_open; kept_open(sys.argv[1])"
     ended = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", ENDS, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
     )
     assert (ended.returncode, ended.stderr) == (0, "")
