@@ -126,8 +126,26 @@ def test_samples_that_may_be_cut_are_warned_of_once(tmp_path: Path, num_workers:
         config = loader_config(tmp_path / "stream", num_workers, max_seq_len=SEQ_LEN + 1)
         read_samples(build_loader(config), 4)
 
-    told = f"Samples have {2 * SEQ_LEN} tokens, but the model reads the first {SEQ_LEN + 1} of each"
+    told = f"A sample has {2 * SEQ_LEN} tokens, but the model reads the first {SEQ_LEN + 1} of each"
     assert [rank.output.count(told) for rank in run_ranks(read, 2)] == [1, 0]
+
+
+def test_texts_that_are_longer_than_a_row_are_warned_of_once(tmp_path: Path) -> None:
+    """Tokenized on the fly, where it can't be told before."""
+    text = "def long_function(x):\n    return x + x\n" * 4
+    with MDSWriter(out=str(tmp_path), columns={"text": "str"}) as writer:
+        for one in ["short\n", text, text, text]:
+            writer.write({"text": one})
+
+    def read(count: int) -> None:
+        init_logger()
+        read_samples(build_loader(loader_config(tmp_path), job(local_batch_size=1)), count)
+
+    tokens = len(AutoTokenizer.from_pretrained(TOKENIZER).encode(text))
+    told = f"A sample has {tokens} tokens, but the model reads the first {SEQ_LEN + 1} of each"
+    outputs = [run_ranks(lambda count=count: read(count))[0].output for count in (1, 4)]  # type: ignore[misc]
+    assert [output.count("A sample has") for output in outputs] == [0, 1]
+    assert told in outputs[1]
 
 
 def test_token_beyond_the_vocabulary_stops_the_run_with_streams_and_rank(tmp_path: Path) -> None:

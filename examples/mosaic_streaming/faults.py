@@ -181,10 +181,23 @@ class CheckedDataset(StreamingDataset):
                 f"it has {found:,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} tokens, or "
                 f"set dataset.max_seq_len = {row} to leave out the rest"
             )
+        self._warn_of_cut(found, row)
+
+    def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
+        """The ids of a text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
+        if not self._has_warned:
+            left_out = [part for one in getattr(tokens, "encodings", None) or () for part in one.overflowing]
+            if left_out:
+                self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
+        return tokens
+
+    def _warn_of_cut(self, found: int, row: int) -> None:
+        """Say once that samples are longer than rows."""
         worker = get_worker_info()
         if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
             logger.warning(
-                f"Samples have {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
+                f"A sample has {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
                 "and never the others."
             )
         self._has_warned = True
