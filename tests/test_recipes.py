@@ -8,13 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
 
 from examples.mosaic_streaming.build import accumulation_steps
 from examples.mosaic_streaming.documents import check_attention, masks_documents
 from examples.mosaic_streaming.flags import read_toml
-from examples.mosaic_streaming.job_config import load_job_config
+from examples.mosaic_streaming.job_config import load_job_config, parallel_dims
 from examples.mosaic_streaming.loader_config import resolve, streams_of
 from examples.mosaic_streaming.rounds import check_loader, check_validation
 from examples.mosaic_streaming.spec import text_spec
@@ -38,27 +36,12 @@ def world_size(job: Path) -> int:
     return int(nodes[1]) * 8 if nodes else int(ranks[1]) if ranks else 0
 
 
-def dims(config: JobConfig, ranks: int) -> ParallelDims:
-    """TorchTitan's layout of a job; it refuses degrees that don't come to the number of ranks."""
-    parallelism = config.parallelism
-    return ParallelDims(
-        dp_replicate=parallelism.data_parallel_replicate_degree,
-        dp_shard=parallelism.data_parallel_shard_degree,
-        cp=parallelism.context_parallel_degree,
-        tp=parallelism.tensor_parallel_degree,
-        pp=parallelism.pipeline_parallel_degree,
-        ep=parallelism.expert_parallel_degree,
-        etp=parallelism.expert_tensor_parallel_degree,
-        world_size=ranks,
-    )
-
-
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_recipe_is_one_that_trains(job: Path) -> None:
     config, ranks = load_job_config([f"--job.config_file={job}"]), world_size(job)
     spec = text_spec(config.model.name)
     model_args = spec.model_args[config.model.flavor]
-    layout = dims(config, ranks)
+    layout = parallel_dims(config, ranks)
     dp_world_size = layout.dp_replicate * layout.dp_shard
     assert dp_world_size * layout.tp * layout.pp * layout.cp == ranks
     assert accumulation_steps(config, dp_world_size) >= 1
