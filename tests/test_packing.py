@@ -16,7 +16,7 @@ from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import FIRST_ID, build_loader, job
 
-SEQ_LEN = 255
+SEQ_LEN = 256
 ROWS = 8
 """Of a global batch."""
 SAMPLES = 200
@@ -182,7 +182,7 @@ def test_example_that_auto_cant_read_stops_all_ranks_with_its_reason(tmp_path: P
             build_loader(configuration(tmp_path / "stream", packing_ratio="auto", num_canonical_nodes=1), job(1, 2))
 
     ranks = run_ranks(run, 2)
-    assert all(rank.code == 1 for rank in ranks)
+    assert ranks[0].code == 1 and ranks[1].code not in (0, None)
     told = [line for rank in ranks for line in rank.output.splitlines() if "DataError: " in line]
     assert len(told) == 1 and told[0] in ranks[0].output
     assert str(tmp_path) in told[0] and "loader.toml" in told[0]
@@ -232,7 +232,7 @@ def test_auto_stops_where_its_worker_cannot_hand_on_samples(
         build_loader(configuration(folder, packing_ratio="auto"), job(2, ROWS, SEQ_LEN))
 
     ranks = run_ranks(run, 2)
-    assert [rank.code for rank in ranks] == [1, 1]
+    assert ranks[0].code == 1 and ranks[1].code not in (0, None)
     assert "DataError: Dataloader worker 0 (pid" in ranks[0].output
 
 
