@@ -340,7 +340,7 @@ def mount(case: Case) -> None:
 def fill_disk(case: Case) -> None:
     """Something else has filled the disk but for some pages of 4 KiB."""
     mount(case)
-    other = case.cache / "other"
+    other = mark(case.cache) / "other"
     other.write_bytes(bytes(65536 - 4096 * case.draw("pages", range(SHARDS))))
     case.outcome.injected = 1
     stopped = case.stops(rf"DataError: {re.escape(str(case.cache))}.* can't be stored: No space left on device\.")

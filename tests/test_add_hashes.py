@@ -40,7 +40,7 @@ def test_stream_without_hashes_is_read_with_them_afterwards(tmp_path: Path) -> N
     os.chmod(stream / INDEX, 0o640)
     before, index = files_of(stream), index_of(stream)
     rank = run(stream)
-    assert rank.code == 0 and 'To compare, set validate_hash = "xxh64"' in rank.output
+    assert rank.code == 0 and 'at each start, set validate_hash = "xxh64"' in rank.output
     assert files_of(stream) == before and (stream / INDEX).stat().st_mode & 0o777 == 0o640
     after = index_of(stream)
     for shard in after["shards"]:

@@ -58,7 +58,7 @@ def check(*flags: str, ranks: int = 1) -> None:
         (["--training.seq_len=-16"], "training.seq_len = -16 in the job config, expected a whole number, from 1 on."),
         (["--training.seq_len=15"], "training.seq_len = 15, but TorchTitan's models take multiples of 2: "),
         (["--metrics.log_freq=0"], "metrics.log_freq = 0 in the job config, expected a whole number, from 1 on."),
-        (["--parallelism.tensor_parallel_degree=4"], "in the job config on 2 ranks: they multiply to more."),
+        (["--parallelism.tensor_parallel_degree=4"], "on 2 ranks: tensor_parallel_degree = 4 multiply to more."),
         (["--parallelism.tensor_parallel_degree=0"], "Parallelism degree should be >= 1, except for dp_shard."),
         (
             ["--parallelism.expert_parallel_degree=4"],

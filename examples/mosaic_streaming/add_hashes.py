@@ -127,8 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise DataError(f"{flags.folder}: {error}") from error
         print(
-            f"{flags.folder / INDEX} has the {flags.hash} of {size:,} bytes. To compare, set "
-            f'validate_hash = "{flags.hash}".'
+            f"{flags.folder / INDEX} has the {flags.hash} of each file ({size:,} bytes were read). To compare them at "
+            f'each start, set validate_hash = "{flags.hash}".'
         )
 
 

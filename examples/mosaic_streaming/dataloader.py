@@ -204,12 +204,13 @@ class MosaicDataLoader(BaseDataLoader):
             samples, start = self._dataset.epoch_size, self._sample_in_epoch
             left = self._order.left(start)
             before = self._counter.seen().samples
+            more = [self._whole_run(), f"{before:,} samples were read before this start." if before else ""]
             logger.log(
                 logging.INFO if start + left > (1 - MUCH) * samples else logging.WARNING,
                 f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
                 f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
-                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes). "
-                f"{self._whole_run()}{f' {before:,} samples were read before this start.' if before else ''}",
+                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes: fewer of "
+                f"them leave out less). {' '.join(filter(None, more))}",
             )
 
     def _whole_run(self) -> str:

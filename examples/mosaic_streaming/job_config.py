@@ -153,7 +153,16 @@ def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
             world_size=world_size,
         )
     except AssertionError as error:
-        problem = str(error) or "they multiply to more"
+        names = (
+            "data_parallel_replicate",
+            "data_parallel_shard",
+            "context_parallel",
+            "tensor_parallel",
+            "pipeline_parallel",
+        )
+        degrees = {f"{name}_degree": getattr(parallelism, f"{name}_degree") for name in names}
+        given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree not in (1, -1))
+        problem = str(error) or f"{given} multiply to more"
         raise ConfigError(
             f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."
         ) from error

@@ -322,7 +322,8 @@ def print_steps(out: Console, report: dict[str, Any], full: bool, found: bool) -
 
 def print_ledger(out: Console, ledger: dict[str, Any]) -> None:
     """What each stream was asked for and has given."""
-    print_layout_of(out, ledger)
+    if ledger["samples_by_checkpoint"] is None:  # or it is true for whichever ranks the run had
+        print_layout_of(out, ledger)
     if ledger["since_step"] > 0:
         out.print(f"All is counted since the streams began anew after step {ledger['since_step']:,}.")
     print_warnings(out, ledger)
