@@ -49,6 +49,8 @@ SLOTS = 3
 """Cases at a time: much of one is waiting."""
 CASE_LIMIT = 150.0
 """Seconds until a case hangs."""
+PATIENCE = 3
+"""Seconds after which a download that stalls is given up: more than a busy machine keeps a healthy one waiting."""
 STOP_LIMIT = 60.0
 """Seconds that a job may take from its last step, or its start, to its end; pauses between attempts not counted."""
 COLUMNS = ("injected", "detected", "recovered", "lost", "repeated")
@@ -218,14 +220,14 @@ def fail_at_store(case: Case, kind: str, told: str, survived: int = 1) -> None:
     if kind == "flip" or case.draw("hash", [True, False]):
         case.settings["validate_hash"] = "xxh64"
     if kind == "stall":
-        case.settings["download_timeout"] = 1
+        case.settings["download_timeout"] = PATIENCE
     fault = {"path": re.escape(file) + "$", "kind": kind, "times": times, "methods": methods, "seconds": 30.0}
     case.store.inject(fault)
     if not case.lasting:
         case.survives()
         return
     named = re.escape(f"{case.remote}/{file} of stream 'it' in loader.toml can't be had: ")
-    stopped = case.stops(rf"DataError: {named}.*({told}).* Attempts: 2 ", waited=2.0 * (kind == "stall"))
+    stopped = case.stops(rf"DataError: {named}.*({told}).* Attempts: 2 ", waited=2 * PATIENCE * (kind == "stall"))
     case.store.clear()
     case.goes_on(stopped)
 
@@ -499,7 +501,7 @@ def kill_training(case: Case, number: signal.Signals, whole_tree: bool) -> None:
 
     def kill(pids: list[int], outputs: list[Path]) -> None:
         nonlocal killed_at
-        wait_until(is_time if moment != "start" else outputs[0].exists)
+        wait_until(is_time if moment != "start" else lambda: all(output.exists() for output in outputs))
         time.sleep(late * (3 if moment == "start" else 1))
         killed_at = time.monotonic()
         case.outcome.injected = int(moment != "checkpoint" or not (checkpoints / f"step-{at}/.metadata").exists())
@@ -534,7 +536,7 @@ FAULTS: dict[str, Callable[[Case], None]] = {
     "download: 503": partial(fail_at_store, kind="503", told=r"SlowDown", survived=5),
     "download: reset": partial(fail_at_store, kind="reset", told=r"(Connection|Read|Protocol)\w*Error", survived=9),
     "download: short": partial(fail_at_store, kind="short", told=r"IncompleteRead", survived=9),
-    "download: stalled": partial(fail_at_store, kind="stall", told=r"no progress for 1 s"),
+    "download: stalled": partial(fail_at_store, kind="stall", told=rf"no progress for {PATIENCE} s"),
     "cached file damaged": partial(damage_before, cached=True),
     "local file damaged": partial(damage_before, cached=False),
     "cached files lost in use": partial(damage_in_use, cached=True),
