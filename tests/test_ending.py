@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,9 @@ def send(number: signal.Signals) -> None:
     os.killpg(0, number)
 
 
-def interrupted(function: Callable[..., Any], number: signal.Signals, steps: list[int]) -> Callable[..., Any]:
+def interrupted(
+    function: Callable[..., Any], number: signal.Signals, steps: Sequence[int] = (1,)
+) -> Callable[..., Any]:
     """A function of a closing in which a signal comes before it has begun to work, and another when it has.
 
     Before the first step it is left alone: a start, too, closes what has read the first samples.
