@@ -56,6 +56,7 @@ def run_ranks(
     *,
     nodes: int = 1,
     timeout: float = 120.0,
+    notice: float = 0.0,
     while_running: Callable[[list[int], list[Path]], None] = lambda pids, outputs: None,
 ) -> list[Rank]:
     """Call `function` in `world_size` new processes that look like torchrun's.
@@ -65,6 +66,7 @@ def run_ranks(
         world_size: number of ranks.
         nodes: machines that the ranks are spread over: each has its own shared memory and temporary folder.
         timeout: seconds until the test fails, and ranks that still run are killed.
+        notice: seconds from a rank's failure to the others' SIGTERM; torchrun looks every 0.1 s.
         while_running: called once they are started, with the ranks' pids and the files with what they print.
 
     Returns:
@@ -75,7 +77,7 @@ def run_ranks(
         pids = [fork_rank(function, rank, world_size, nodes, port, Path(folder)) for rank in range(world_size)]
         try:
             while_running(pids, [Path(folder, f"{rank}.txt") for rank in range(world_size)])
-            codes = wait_for_ranks(pids, time.monotonic() + timeout)
+            codes = wait_for_ranks(pids, time.monotonic() + timeout, notice)
             left = [group_members(pid) for pid in pids]
         finally:
             for pid in pids:
@@ -198,10 +200,10 @@ def shared_memory_of(pid: int) -> set[str]:
     return set(re.findall("/dev/shm/.*", Path(f"/proc/{pid}/maps").read_text()))
 
 
-def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:
+def wait_for_ranks(pids: list[int], deadline: float, notice: float) -> dict[int, int]:
     """Exit codes by pid. When a rank fails, the others get SIGTERM, and at last SIGKILL, as from torchrun."""
     codes: dict[int, int] = {}
-    killed_at = math.inf
+    ended_at = killed_at = math.inf
     while len(codes) < len(pids):
         assert time.monotonic() < deadline, f"{len(pids) - len(codes)} of {len(pids)} ranks hang"
         for pid in set(pids) - set(codes):
@@ -209,8 +211,10 @@ def wait_for_ranks(pids: list[int], deadline: float) -> dict[int, int]:
             if ended:
                 codes[pid] = os.waitstatus_to_exitcode(status)
                 if codes[pid]:
-                    signal_ranks(set(pids) - set(codes), signal.SIGTERM)
-                    killed_at = min(killed_at, time.monotonic() + TIME_TO_CLOSE)
+                    ended_at = min(ended_at, time.monotonic() + notice)
+        if time.monotonic() > ended_at:
+            signal_ranks(set(pids) - set(codes), signal.SIGTERM)
+            ended_at, killed_at = math.inf, min(killed_at, time.monotonic() + TIME_TO_CLOSE)
         if time.monotonic() > killed_at:
             signal_ranks(set(pids) - set(codes), signal.SIGKILL)
         time.sleep(0.02)

@@ -3,15 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import torch
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
 from streaming.base.world import World
 from torch.utils.data import DataLoader, Dataset
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.dataloader import Batches
-from examples.mosaic_streaming.faults import prepare_worker
+from examples.mosaic_streaming.dataloader import read_apart
 from examples.mosaic_streaming.loader_config import MAX_RATIO
 from examples.mosaic_streaming.order import set_order
 
@@ -68,34 +66,16 @@ def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: s
 
 
 def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> Iterator[Any]:
-    """The first samples of the first epoch, as single examples without padding; read in other processes.
-
-    A process that has fetched shards must not be forked.
-    """
+    """The first samples of the first epoch, as single examples without padding."""
     dataset = loader.dataset
     assert isinstance(dataset, StreamingDataset)
     dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
     picked = Picked(dataset, in_order[:SAMPLES].tolist())
     collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn
-    workers = max(1, loader.num_workers)
-    # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
-    reader = DataLoader(
-        picked,
-        AT_ONCE,
-        num_workers=workers,
-        collate_fn=collate,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),
-    )
-    batches = Batches(reader, origin, path)
-    batches.begin()
-    try:
-        while batch := batches.take(1):
-            padded = {key: batch[0][key] for key in ("input_ids", "labels", "attention_mask")}
-            yield from BinPackCollator._trim_batch(padded)[1]
-    finally:
-        batches.close()
+    for batch in read_apart(picked, AT_ONCE, collate, max(1, loader.num_workers), origin, path):
+        padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+        yield from BinPackCollator._trim_batch(padded)[1]
 
 
 def left_out(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:

@@ -122,8 +122,11 @@ def check_folders(folders: Sequence[Folder], others: Sequence[Folder] = ()) -> N
             if one.is_copy and other.is_copy and one.source != other.source and is_same(one, other):
                 refuse_same(other, one)
     for one in folders:
-        for other in (*folders, *others):
+        for other in folders:
             check_apart(one, other)
+        for other in others:
+            check_apart(one, other)
+            check_apart(other, one)
 
 
 def refuse_same(one: Folder, other: Folder) -> None:

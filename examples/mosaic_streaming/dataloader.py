@@ -9,16 +9,17 @@ from multiprocessing import connection
 from typing import Any, cast
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from streaming import StreamingDataset
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
 from examples.mosaic_streaming.collate import Pipe, as_tensors
 from examples.mosaic_streaming.errors import SIGNALS, DataError, exit_if_stopped, is_rank_0
-from examples.mosaic_streaming.faults import CheckedDataset
+from examples.mosaic_streaming.faults import CheckedDataset, prepare_worker
 from examples.mosaic_streaming.fetch import CheckedStream
 from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
 from examples.mosaic_streaming.history import Segment, go_on
@@ -101,6 +102,48 @@ class Batches:
         shutdown = getattr(batches, "_shutdown_workers", None)  # there are none where num_workers = 0
         if shutdown:
             shutdown()
+
+
+def read_apart(
+    dataset: Dataset[Any],
+    batch_size: int | None,
+    collate: Callable[[Any], Mapping[str, Any]],
+    workers: int,
+    origin: str,
+    path: str,
+) -> Iterator[Mapping[str, Any]]:
+    """The batches of a dataset in its order, read in other processes: one that has fetched shards must not be forked.
+
+    Args:
+        dataset: it is read once, and its workers end with that.
+        batch_size: samples of a batch; with none, each is one.
+        collate: what makes a batch of samples.
+        workers: processes, at least 1.
+        origin: the streams, for messages.
+        path: the file that configures the loader, for messages.
+
+    Raises:
+        DataError: one can't be read.
+    """
+    # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
+    batches = Batches(
+        DataLoader(
+            dataset,
+            batch_size,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=prepare_worker,
+            generator=torch.Generator(),
+        ),
+        origin,
+        path,
+    )
+    batches.begin()
+    try:
+        while batch := batches.take(1):
+            yield batch[0]
+    finally:
+        batches.close()
 
 
 class MosaicDataLoader(BaseDataLoader):

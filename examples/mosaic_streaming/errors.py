@@ -28,6 +28,9 @@ stopped_by: signal.Signals | None = None
 hurried = False
 """Whether a signal has come since the end began."""
 
+said: str | None = None
+"""Why the job stops, if this process is the one that has printed it."""
+
 
 class ConfigError(ValueError):
     """A setting is wrong: the message says what was given, what was expected and where to change it."""
@@ -129,8 +132,7 @@ def told_once() -> Iterator[None]:
         reason = line.explain(error)
         if reason is None:
             raise
-        if not is_rank_0():  # which has reported why
-            report(reason)
+        report(said or reason)
         sys.exit(1)
 
 
@@ -145,17 +147,24 @@ def stop(error: ConfigError | DataError) -> NoReturn:
         report("Ended with rank 0.")
     if not line.tell(message):
         say(message if is_rank_0() else f"[rank {os.environ['RANK']}] {message}")
+    elif said:  # for another rank
+        report(said)
     sys.exit(1)
 
 
 def say(message: str) -> None:
     """Print why the job stops, and leave it for torchrun's closing report."""
+    global said
+    said = message
     print(message, file=sys.stderr, flush=True)
     report(message)
 
 
 def report(message: str) -> None:
     """Leave a message for torchrun's closing report, in place of a traceback.
+
+    What ends a run is reported last: `Trainer.train` leaves any exception there that comes out of it, also one that
+    follows from another rank's end, while rank 0 says why in another thread.
 
     Source: the report shows the "py_callstack" of the file that TORCHELASTIC_ERROR_FILE names (torch 2.13,
     distributed/elastic/multiprocessing/errors).

@@ -129,7 +129,7 @@ def verify(stream: CheckedStream, parts: list[Part]) -> None:
     bad = [fault for _, faults in checked for fault in faults]
     if stream.validate_hash and size:
         logger.info(
-            f"Verified {size / 1e9:.3f} GB of {stream.label} by {stream.validate_hash} in "
+            f"Verified {size / 1e6:,.2f} MB of {stream.label} by {stream.validate_hash} in "
             f"{time.monotonic() - start:.1f} s."
         )
     if not bad:

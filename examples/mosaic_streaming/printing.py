@@ -198,9 +198,8 @@ def print_layout(out: Console, plan: dict[str, Any]) -> None:
     layout = plan["layout"]
     degrees = ", ".join(f"{name} {degree}" for name, degree in layout["degrees"].items())
     shown = table("Layout", "", "")
-    shown.add_row(
-        "ranks", f"{layout['world_size']} on {many(layout['nodes'], 'machine')} of {layout['ranks_per_node']}"
-    )
+    each = f", {layout['ranks_per_node']} on each" if layout["nodes"] > 1 else ""
+    shown.add_row("ranks", f"{layout['world_size']} on {many(layout['nodes'], 'machine')}{each}")
     shown.add_row("degrees", degrees)
     shown.add_row(
         "global batch",

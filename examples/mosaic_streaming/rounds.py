@@ -138,7 +138,6 @@ def resolve_validation(job_config: JobConfig, replication: int, file: LoaderFile
     train_dataset = copy.deepcopy(train_file.config["dataset"])
     place_streams(train_dataset, train_file.path)
     check_folders(folders_of(config["dataset"], file.path), folders_of(train_dataset, train_file.path))
-    check_folders(folders_of(train_dataset, train_file.path), folders_of(config["dataset"], file.path))
     config |= {"drop_last": False, "persistent_workers": config["num_workers"] > 0}
     config["dataset"]["num_canonical_nodes"] = 1  # with more, the last samples of an epoch would be left out
     return config

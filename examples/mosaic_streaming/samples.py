@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from llmfoundry.data import SUPPORTED_MDS_ENCODING_TYPES
 from numpy.typing import NDArray
 from streaming.base.format import Reader
@@ -14,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import BatchFormat
 from examples.mosaic_streaming.columns import FORMS, columns_of, form_of
-from examples.mosaic_streaming.dataloader import Batches
+from examples.mosaic_streaming.dataloader import read_apart
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.faults import CheckedDataset, prepare_worker
+from examples.mosaic_streaming.faults import CheckedDataset
 from examples.mosaic_streaming.loader_config import Config, streams_of
 from examples.mosaic_streaming.node import stream_label
 from examples.mosaic_streaming.round_trip import check_round_trip
@@ -93,9 +92,7 @@ def is_here(shard: Reader) -> bool:
 def read(
     dataset: CheckedDataset, samples: dict[int, list[int]], origin: str, path: str
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The columns of samples by the number of their stream; read in other processes.
-
-    A process that has fetched shards must not be forked.
+    """The columns of samples by the number of their stream.
 
     Args:
         dataset: the streams.
@@ -108,23 +105,10 @@ def read(
     """
     if not samples:
         return
-    # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
-    reader = DataLoader(
-        Stored(dataset, list(samples.values())),
-        batch_size=None,
-        num_workers=min(WORKERS, len(samples)),
-        collate_fn=lambda stream: stream,
-        worker_init_fn=prepare_worker,
-        generator=torch.Generator(),
-    )
-    batches = Batches(reader, origin, path)
-    batches.begin()
-    try:
-        for number in samples:
-            [stream] = batches.take(1)
-            yield number, stream["samples"]
-    finally:
-        batches.close()
+    stored, workers = Stored(dataset, list(samples.values())), min(WORKERS, len(samples))
+    batches = read_apart(stored, None, lambda stream: stream, workers, origin, path)
+    for number, batch in zip(samples, batches, strict=True):
+        yield number, batch["samples"]
 
 
 class Stored(Dataset[Any]):

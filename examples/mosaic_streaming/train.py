@@ -101,7 +101,7 @@ def run(job_config: "JobConfig", validates: bool) -> None:
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
-        if errors.stopped_by and trainer:
+        if errors.stopped_by and trainer and not errors.said:  # after a fault, torchrun sends it
             log_stop(trainer)
         if lost and not isinstance(error, DataError):
             raise DataError(lost) from error
