@@ -119,8 +119,6 @@ class Case:
         self.world_size = (1, 2)[(self.number // 4 + self.seed) % 2]
         self.loader = self.random.choice(LOADERS)
         self.shuffle = self.random.random() < 0.5 or self.kind == "shards evicted"
-        if self.kind == "local files lost in use":  # those that are open are read on: some must not be opened yet
-            self.shuffle = False
         if self.kind in KILLS:
             self.loader, self.shuffle = "text", True
 
@@ -273,7 +271,10 @@ def damage_before(case: Case, cached: bool) -> None:
 
 def damage_in_use(case: Case, cached: bool) -> None:
     """All files vanish or are cut between two steps: they are fetched again, or the job stops until they are back."""
-    how, at = case.draw("how", ["cut", "removed"]), case.draw("step", range(1, 6))
+    ways = ["cut", "removed"]
+    if case.shuffle and not cached:  # all may be open by then, and files that are removed while they are, are read on
+        ways.remove("removed")
+    how, at = case.draw("how", ways), case.draw("step", range(1, 6))
     saved = shutil.copytree(case.stream, case.folder / "saved")
     if not cached:
         case.remote = None

@@ -163,8 +163,8 @@ def say(message: str) -> None:
 def report(message: str) -> None:
     """Leave a message for torchrun's closing report, in place of a traceback.
 
-    What ends a run is reported last: `Trainer.train` leaves any exception there that comes out of it, also one that
-    follows from another rank's end, while rank 0 says why in another thread.
+    The reason is left last. torch leaves there any exception that comes out of `Trainer.train`, and on rank 0 that may
+    be one that only follows from another rank's end, after the listener has left the reason.
 
     Source: the report shows the "py_callstack" of the file that TORCHELASTIC_ERROR_FILE names (torch 2.13,
     distributed/elastic/multiprocessing/errors).
