@@ -243,6 +243,14 @@ def group_members(group: int, patience: float = 5.0) -> list[str]:
         time.sleep(0.05)
 
 
+def wait_until(ready: Callable[[], bool], said: Callable[[], str] = str, patience: float = 240.0) -> None:
+    """Look again and again, long enough for a busy machine; the test fails with what is `said` if it never is."""
+    deadline = time.monotonic() + patience
+    while not ready():
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)
+
+
 def read_rank(folder: Path, rank: int, code: int, left: list[str]) -> Rank:
     """What a rank has left in the folder."""
     value = folder / f"{rank}.pickle"

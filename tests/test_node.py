@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from examples.mosaic_streaming.job import new_number
 from examples.mosaic_streaming.node import FIRST_NUMBER, SHM, hold, shared_memory
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, train, write_files
-from tests.ranks import run_rank_values, run_ranks
+from tests.ranks import run_rank_values, run_ranks, wait_until
 from tests.reading import read_job
 from tests.store import running_store
 from tests.streams import build_loader, loader_config, write_stream
@@ -40,14 +40,6 @@ def cached(stream: Path, cache: Path, **settings: Any) -> dict[str, Any]:
     return loader_config(cache, remote=str(stream), **settings)
 
 
-def wait_until(ready: Callable[[], bool]) -> None:
-    """Look again and again, for a minute."""
-    deadline = time.monotonic() + 60
-    while not ready():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 @contextlib.contextmanager
 def another_job(config: dict[str, Any]) -> Iterator[int]:
     """Within it, a job of one rank has built its loader; gives its pid."""
@@ -55,7 +47,7 @@ def another_job(config: dict[str, Any]) -> Iterator[int]:
     def stay() -> None:
         build_loader(config)
         print("ready", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 
     started, over = os.pipe(), os.pipe()
 

@@ -23,7 +23,7 @@ from examples.mosaic_streaming.preview import main
 from examples.mosaic_streaming.train import main as train_main
 from tests.jobs import command, train, write_files
 from tests.looking import preview, printed
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, wait_until
 from tests.recording import recording
 from tests.store import running_store
 from tests.streams import sample_tokens, write_stream
@@ -337,15 +337,14 @@ def test_closed_terminal_leaves_nothing(files: Path) -> None:
 
     def end(pids: list[int], outputs: list[Path]) -> None:
         folder = outputs[0].parent
-        while not list(folder.glob("mosaic_streaming-preview-*/in_use")):
-            time.sleep(0.01)
+        wait_until(lambda: bool(list(folder.glob("mosaic_streaming-preview-*/in_use"))), outputs[0].read_text)
         time.sleep(0.5)
         os.kill(pids[0], signal.SIGHUP)
         left.append(folder)
 
     left: list[Path] = []
     given = ["step", "1:100000", "--find", "no such text", *command(files)]
-    [rank] = run_ranks(lambda: main(given), while_running=end, timeout=30)
+    [rank] = run_ranks(lambda: main(given), while_running=end)
     assert rank.code == 128 + signal.SIGHUP
     assert set(os.listdir("/dev/shm")) == shared
 
@@ -391,7 +390,7 @@ def test_what_others_have_put_into_the_temporary_folder_is_neither_opened_nor_re
         assert sorted(os.listdir(folder)) == before
         return os.listdir(tmp_path)
 
-    [rank] = run_ranks(look, timeout=30)
+    [rank] = run_ranks(look)
     assert rank.value == ["in_use"], rank.output
 
 

@@ -1,5 +1,6 @@
 """Samples of shards that stay open: the right ones, also where the file has changed meanwhile, and of a few files."""
 
+import contextlib
 import functools
 import itertools
 import json
@@ -15,7 +16,7 @@ from streaming.base.format import reader_from_json
 from examples.mosaic_streaming import reader
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.reader import CheckedReader, OpenFile
-from tests.ranks import run_rank_values
+from tests.ranks import run_rank_values, wait_until
 from tests.streams import FIRST_ID, build_loader, job, loader_config, read_samples, write_stream
 
 
@@ -68,9 +69,13 @@ def test_the_only_copy_stays_where_it_is_cut(shard: CheckedReader) -> None:
     assert os.path.exists(shard._path)
 
 
-def open_files() -> list[Path]:
-    """Of this process, as links."""
-    return [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+def open_files() -> list[str]:
+    """The paths of the files that this process has open; its threads may close theirs meanwhile."""
+    paths = []
+    for descriptor in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            paths.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return paths
 
 
 @pytest.mark.parametrize(("cache_limit", "kept"), [(None, 3), (10_000, 0)])
@@ -82,12 +87,13 @@ def test_a_few_files_stay_open_and_none_that_may_be_evicted(
     config = loader_config(tmp_path / "cache", remote=str(stream), shuffle=True, **settings)
     monkeypatch.setattr(reader, "kept_open", functools.lru_cache(3)(OpenFile))
 
-    def read() -> int:
+    def read() -> None:
         loader = build_loader(config, job(4))
         assert sorted(itertools.chain(*read_samples(loader, 25))) == list(range(100))
-        return sum(str(file.readlink()).endswith(".mds") for file in open_files())
+        # A thread that fetches or reads ahead may have one more open for a moment.
+        wait_until(lambda: sum(path.endswith(".mds") for path in open_files()) == kept, lambda: str(open_files()), 60)
 
-    assert run_rank_values(read) == [kept]
+    run_rank_values(read)
 
 
 def test_file_is_closed_when_the_module_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, losses, train, write_files
-from tests.ranks import can_make_nodes, run_rank_values, run_ranks
+from tests.ranks import can_make_nodes, run_rank_values, run_ranks, wait_until
 from tests.recording import PAUSE, recorded, recording
 from tests.streams import write_stream
 from tests.test_node import shared
@@ -137,10 +136,10 @@ def kill_when(folder: Path, steps: int) -> Callable[[list[int], list[Path]], Non
     """Kill the ranks once they have read so many steps."""
 
     def kill(pids: list[int], outputs: list[Path]) -> None:
-        deadline = time.monotonic() + 60
-        while not all(read_steps(folder / f"{rank}.jsonl") == steps for rank in range(len(pids))):
-            assert time.monotonic() < deadline, outputs[0].read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: all(read_steps(folder / f"{rank}.jsonl") == steps for rank in range(len(pids))),
+            outputs[0].read_text,
+        )
         for pid in pids:
             os.killpg(pid, signal.SIGKILL)
 

@@ -82,7 +82,8 @@ def children(pid: int) -> list[int]:
     """The processes that a process has started."""
     found = []
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in task.read_text().split()]
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended meanwhile
+            found += [int(child) for child in task.read_text().split()]
     return found
 
 

@@ -20,7 +20,7 @@ from examples.mosaic_streaming.job_config import steps_with
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses, train, write_loader
-from tests.ranks import Rank, run_rank_values, run_ranks
+from tests.ranks import Rank, run_rank_values, run_ranks, wait_until
 from tests.streams import SEQ_LEN, write_tokens
 
 
@@ -237,10 +237,10 @@ def signal_at_step_3(number: signal.Signals) -> Callable[[list[int], list[Path]]
     """Send a signal to the ranks' process groups, as torchrun does, when training is well under way."""
 
     def send(pids: list[int], outputs: list[Path]) -> None:
-        deadline = time.monotonic() + 60
-        while not all(output.exists() and "step:  3" in output.read_text() for output in outputs):
-            assert time.monotonic() < deadline, outputs[0].read_text()
-            time.sleep(0.05)
+        wait_until(
+            lambda: all(output.exists() and "step:  3" in output.read_text() for output in outputs),
+            outputs[0].read_text,
+        )
         for pid in pids:
             os.killpg(pid, number)
 
