@@ -253,12 +253,12 @@ def wait_until(ready: Callable[[], bool], said: Callable[[], str] = str, patienc
 
 def read_rank(folder: Path, rank: int, code: int, left: list[str]) -> Rank:
     """What a rank has left in the folder."""
-    value = folder / f"{rank}.pickle"
+    value, output = folder / f"{rank}.pickle", folder / f"{rank}.txt"
     shared_memory = folder / f"{rank}.shm"
     return Rank(
         code=code,
         value=pickle.loads(value.read_bytes()) if value.exists() else None,
-        output=(folder / f"{rank}.txt").read_text(),
+        output=output.read_text() if output.exists() else "",  # it was ended before it began
         shared_memory=shared_memory.read_text().split() if shared_memory.exists() else [],
         left=left,
     )
