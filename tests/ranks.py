@@ -243,9 +243,9 @@ def group_members(group: int, patience: float = 5.0) -> list[str]:
         time.sleep(0.05)
 
 
-def wait_until(ready: Callable[[], bool], said: Callable[[], str] = str, patience: float = 240.0) -> None:
-    """Look again and again, long enough for a busy machine; the test fails with what is `said` if it never is."""
-    deadline = time.monotonic() + patience
+def wait_until(ready: Callable[[], bool], said: Callable[[], str] = str) -> None:
+    """Look again and again, for a minute: less than ranks have; the test fails with what is `said` if it never is."""
+    deadline = time.monotonic() + 60
     while not ready():
         assert time.monotonic() < deadline, said()
         time.sleep(0.01)

@@ -71,7 +71,7 @@ def test_machines_with_unequal_numbers_of_ranks_are_told(streams: dict[str, dict
             return str(error)
         return "no error"
 
-    told = run_rank_values(build, len(sizes))
+    told = run_rank_values(build, len(sizes), timeout=30)
     expected = "Machines have unequal numbers of ranks: 1 on that of rank 4; 2 on those of ranks 0, 2. "
     assert told == [expected + "Start each torchrun with the same --nproc_per_node."] * 5
 

@@ -344,7 +344,7 @@ def test_closed_terminal_leaves_nothing(files: Path) -> None:
 
     left: list[Path] = []
     given = ["step", "1:100000", "--find", "no such text", *command(files)]
-    [rank] = run_ranks(lambda: main(given), while_running=end)
+    [rank] = run_ranks(lambda: main(given), while_running=end, timeout=30)
     assert rank.code == 128 + signal.SIGHUP
     assert set(os.listdir("/dev/shm")) == shared
 
@@ -390,7 +390,7 @@ def test_what_others_have_put_into_the_temporary_folder_is_neither_opened_nor_re
         assert sorted(os.listdir(folder)) == before
         return os.listdir(tmp_path)
 
-    [rank] = run_ranks(look)
+    [rank] = run_ranks(look, timeout=30)
     assert rank.value == ["in_use"], rank.output
 
 

@@ -67,7 +67,7 @@ def checkout(tmp_path: Path) -> Path:
 def made(checkout: Path, target: str) -> str:
     """The commands that `make` would run."""
     command = ["make", "--dry-run", target, "UV=.tools/bin/uv"]
-    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
 @pytest.mark.parametrize("target", ["demo", "test", "bench", "lint"])

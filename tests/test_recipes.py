@@ -98,7 +98,7 @@ def test_no_recipe_goes_on_from_the_checkpoints_of_another() -> None:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_launch_script_is_valid(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True, timeout=60)
+    subprocess.run(["bash", "-n", script], check=True, timeout=20)
 
 
 def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
         ["configs/launch/multinode.sh", "configs/llama3_8b/job_64_gpus.toml", "configs/llama3_8b/train.toml",
          "configs/llama3_8b/validation.toml", "--training.steps=20"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin", "NNODES": "8", "MASTER": "node-0"},
-        capture_output=True, text=True, timeout=60, check=True,
+        capture_output=True, text=True, timeout=20, check=True,
     )  # fmt: skip
     words = ended.stdout.split("\n")
     assert {"--nnodes=8", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=node-0:29400"} <= set(words)
@@ -151,11 +151,11 @@ def test_slurm_job_passes_sigterm_on_and_is_queued_again(tmp_path: Path) -> None
             stderr=file,
         )
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 20
         while "srun" not in log.read_text() and time.monotonic() < until:
             time.sleep(0.05)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(timeout=60) == 0
+        assert script.wait(timeout=20) == 0
     finally:
         script.kill()
     assert log.read_text().splitlines() == [
