@@ -12,7 +12,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads doesn't survive a fork
 
 warnings.filterwarnings("ignore", "pkg_resources is deprecated")
 
-from examples.mosaic_streaming import cpu, imports
+from examples.mosaic_streaming.upstream import cpu
+from examples.mosaic_streaming.upstream import lazy_imports as imports
 
 cpu.prepare_torchtitan()
 imports.import_llm_foundry()

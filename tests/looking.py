@@ -9,9 +9,9 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.offline import Offline, open_offline
-from examples.mosaic_streaming.preview import main
+from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.preview.__main__ import main
+from examples.mosaic_streaming.preview.offline import Offline, open_offline
 from tests.jobs import command
 from tests.ranks import run_rank_values, run_ranks
 from tests.streams import job

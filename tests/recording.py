@@ -12,11 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from examples.mosaic_streaming import cpu
+from examples.mosaic_streaming.upstream import cpu
 
 cpu.prepare_torchtitan()
 
-from examples.mosaic_streaming.batch import TitanBatch
+from examples.mosaic_streaming.batch.convert import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.train import main
 from tests.streams import FIRST_ID

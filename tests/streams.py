@@ -13,8 +13,8 @@ from streaming import MDSWriter
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.build import build_mosaic_dataloader
-from examples.mosaic_streaming.cache import MARKER
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.shards.cache import MARKER
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.ranks import run_rank_values
 

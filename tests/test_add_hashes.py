@@ -11,7 +11,7 @@ import xxhash
 from streaming import JSONWriter, MDSWriter
 from streaming.base.compression import decompress
 
-from examples.mosaic_streaming.add_hashes import INDEX, main
+from examples.mosaic_streaming.shards.add_hashes import INDEX, main
 from tests.ranks import Rank, run_rank_values, run_ranks
 from tests.streams import build_loader, loader_config, read_samples, write_stream
 
@@ -103,4 +103,4 @@ def test_template_has_the_hash_of_the_demo_alone_and_says_how_to_add_others() ->
     replaced = template[: template.index("in place of the three lines above")].splitlines()[-5:]
     assert [line.split(" = ")[0] for line in replaced[:3]] == ["local", "split", "validate_hash"]
     assert template.replace("\n".join(replaced[:3]), "").count("\nvalidate_hash") == 0
-    assert "examples.mosaic_streaming.add_hashes FOLDER" in template
+    assert "examples.mosaic_streaming.shards.add_hashes FOLDER" in template

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mosaic_streaming.batch import BatchFormat, to_titan_batch
+from examples.mosaic_streaming.batch.convert import BatchFormat, to_titan_batch
 from examples.mosaic_streaming.errors import DataError
 
 PAD, EOS = 2, 1

@@ -14,9 +14,9 @@ from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from examples.mosaic_streaming import collate
-from examples.mosaic_streaming.batch import TitanBatch, to_titan_batch
-from examples.mosaic_streaming.collate import PIPE_BYTES, Pipe, RowCollator, as_tensors
+from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Pipe, RowCollator, as_tensors
+from examples.mosaic_streaming.batch.convert import TitanBatch, to_titan_batch
 from examples.mosaic_streaming.streams import resolve_training
 from tests.ranks import run_rank_values
 from tests.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job

@@ -7,7 +7,7 @@ WITH_ACCELERATOR = """
 import sys, torch, torch._utils
 torch._utils._get_available_device_type = find = lambda: "cuda"
 get = torch._utils._get_device_module
-from examples.mosaic_streaming import cpu
+from examples.mosaic_streaming.upstream import cpu
 cpu.prepare_torchtitan()
 assert not cpu.ACTIVE
 assert "torchtitan" not in sys.modules

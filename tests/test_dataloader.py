@@ -16,7 +16,7 @@ from torchtitan.tools.logging import init_logger
 from transformers import AutoTokenizer
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.faults import CheckedDataset
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from tests.ranks import run_rank_values, run_ranks
 from tests.streams import (
     SEQ_LEN,

@@ -24,7 +24,7 @@ from torchtitan.config import JobConfig
 from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.documents import (
+from examples.mosaic_streaming.batch.documents import (
     check_attention,
     ends,
     masks_documents,

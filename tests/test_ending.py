@@ -23,9 +23,11 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
-from examples.mosaic_streaming import dataloader, errors, job, preview
-from examples.mosaic_streaming.job_config import next_start
-from examples.mosaic_streaming.offline import PREFIX
+from examples.mosaic_streaming import dataloader, errors
+from examples.mosaic_streaming.distributed import store as job
+from examples.mosaic_streaming.preview import __main__ as preview
+from examples.mosaic_streaming.preview.offline import PREFIX
+from examples.mosaic_streaming.titan.v0_2.job_config import next_start
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses, train, write_loader
 from tests.ranks import run_ranks

@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 
 import pytest
 
-from examples.mosaic_streaming import collate
-from examples.mosaic_streaming.fetch import CheckedStream
+from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.shards.stream import CheckedStream
 from tests.ranks import run_rank_values
 from tests.reading import Read, read_job, write_turns
 from tests.store import Store, running_store

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, go_on
+from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.history import History, Position, Segment, go_on
-from examples.mosaic_streaming.order import Order
-from examples.mosaic_streaming.resume import State, pack, unpack
+from examples.mosaic_streaming.sampling.order import Order
 from tests.jobs import train, write_files, write_loader
 from tests.looking import preview, printed
 from tests.recording import recording

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from examples.mosaic_streaming.imports import LATER, Later, can_wait, fetch
+from examples.mosaic_streaming.upstream.lazy_imports import LATER, Later, can_wait, fetch
 
 REPORT = """
 import json, sys
@@ -20,7 +20,8 @@ packages = [name for name in LEFT if name in sys.modules]
 """
 
 OURS = """
-from examples.mosaic_streaming import cpu, imports
+from examples.mosaic_streaming.upstream import cpu
+from examples.mosaic_streaming.upstream import lazy_imports as imports
 cpu.prepare_torchtitan()
 true_import = __import__
 imports.import_llm_foundry()

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from streaming import JSONWriter, MDSWriter
 
-from examples.mosaic_streaming.index import FileError, read_index
+from examples.mosaic_streaming.shards.index import FileError, read_index
 from tests.reading import read_job
 from tests.streams import sample_tokens, write_stream
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from examples.mosaic_streaming.distributed.store import NCCL_FAULT, Line, new_number, share, shared, unused
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.job import NCCL_FAULT, Line, new_number, share, shared, unused
 from tests.ranks import free_port, run_rank_values
 
 RANKS = 4

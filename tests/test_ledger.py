@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.mosaic_streaming.ledger import ledger, shares_over_steps
-from examples.mosaic_streaming.offline import Offline
+from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
+from examples.mosaic_streaming.preview.offline import Offline
 from tests.looking import offline, preview
 from tests.streams import SEQ_LEN, job, mixture, read_steps
 from tests.test_order import BATCHING

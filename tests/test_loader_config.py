@@ -11,8 +11,8 @@ from streaming import StreamingDataset
 from streaming.base.storage import CloudDownloader, LocalDownloader
 
 from examples.mosaic_streaming.build import warnings_of_patience
+from examples.mosaic_streaming.config.loader import resolve
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.loader_config import resolve
 from tests.streams import write_stream
 
 

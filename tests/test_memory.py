@@ -9,7 +9,7 @@ import pytest
 
 from examples.mosaic_streaming import build
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.memory import memory_limit
+from examples.mosaic_streaming.upstream.memory import memory_limit
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NONE_V1 = 9223372036854771712

@@ -17,9 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tokenizers import Tokenizer
 from torchtitan.tools.utils import Color, NoColor
 
-from examples.mosaic_streaming.fetched import RETRY, Fetched, Tally, count_fetched
+from examples.mosaic_streaming.checkpoint.progress import Progress
 from examples.mosaic_streaming.metrics import ending
-from examples.mosaic_streaming.seen import Progress
+from examples.mosaic_streaming.shards.fetch_stats import RETRY, Fetched, Tally, count_fetched
 from examples.mosaic_streaming.train import main
 from tests.jobs import JOB, command, train
 from tests.ranks import run_rank_values, run_ranks, wait_until

@@ -15,10 +15,10 @@ import pytest
 import torch.distributed as dist
 from streaming.base.shared import SharedMemory
 
-from examples.mosaic_streaming.batch import TitanBatch
+from examples.mosaic_streaming.batch.convert import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.job import new_number
-from examples.mosaic_streaming.node import FIRST_NUMBER, SHM, hold, shared_memory
+from examples.mosaic_streaming.distributed.store import new_number
+from examples.mosaic_streaming.shards.prepare import FIRST_NUMBER, SHM, hold, shared_memory
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged, train, write_files
 from tests.ranks import run_rank_values, run_ranks, wait_until

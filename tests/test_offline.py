@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from torchtitan.config import JobConfig
 
+from examples.mosaic_streaming.checkpoint.history import History, Segment
+from examples.mosaic_streaming.checkpoint.state import unpack
+from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.history import History, Segment
-from examples.mosaic_streaming.offline import Layout, layout_of, open_offline
-from examples.mosaic_streaming.resume import unpack
+from examples.mosaic_streaming.preview.offline import Layout, layout_of, open_offline
 from tests.looking import offline
 from tests.ranks import can_make_nodes, run_rank_values
 from tests.reading import write_turns

@@ -10,7 +10,7 @@ from streaming import MDSWriter
 from torch import Tensor
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.documents import within_documents
+from examples.mosaic_streaming.batch.documents import within_documents
 from tests.jobs import logged, train
 from tests.ranks import run_rank_values
 from tests.streams import SEQ_LEN, build_loader, job, loader_config, write_tokens

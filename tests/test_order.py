@@ -13,7 +13,7 @@ from streaming.base.shuffle import algos as shuffle_algos
 from streaming.base.world import World
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.order import epoch_samples, whole
+from examples.mosaic_streaming.sampling.order import epoch_samples, whole
 from tests.ranks import run_rank_values
 from tests.streams import (
     build_loader,

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger, logger
 
-from examples.mosaic_streaming import collate, errors
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.batch import collate
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import TURN
 from tests.streams import FIRST_ID, build_loader, job

@@ -10,7 +10,7 @@ from streaming.base.world import World
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed import ParallelDims
 
-from examples.mosaic_streaming.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.sampling.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
 from tests.ranks import run_rank_values
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
-from examples.mosaic_streaming import plan as planning
-from examples.mosaic_streaming.offline import Offline
-from examples.mosaic_streaming.plan import first_repeat, is_again, ranges
-from examples.mosaic_streaming.preview import main
+from examples.mosaic_streaming.preview import plan as planning
+from examples.mosaic_streaming.preview.__main__ import main
+from examples.mosaic_streaming.preview.offline import Offline
+from examples.mosaic_streaming.preview.plan import first_repeat, is_again, ranges
 from tests.jobs import command
 from tests.looking import offline, preview, printed
 from tests.ranks import run_rank_values, run_ranks

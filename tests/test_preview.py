@@ -18,8 +18,8 @@ import pytest
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
-from examples.mosaic_streaming.offline import PREFIX, own_folder
-from examples.mosaic_streaming.preview import main
+from examples.mosaic_streaming.preview.__main__ import main
+from examples.mosaic_streaming.preview.offline import PREFIX, own_folder
 from examples.mosaic_streaming.train import main as train_main
 from tests.jobs import command, train, write_files
 from tests.looking import preview, printed

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from streaming.base.format import reader_from_json
 
-from examples.mosaic_streaming import reader
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.reader import CheckedReader, OpenFile
+from examples.mosaic_streaming.shards import reader
+from examples.mosaic_streaming.shards.reader import CheckedReader, OpenFile
 from tests.ranks import run_rank_values
 from tests.streams import FIRST_ID, build_loader, job, loader_config, read_samples, write_stream
 
@@ -108,7 +108,7 @@ def test_file_is_closed_when_the_module_is_gone(tmp_path: Path, monkeypatch: pyt
 
 ENDS = """
 import ctypes, sys
-from examples.mosaic_streaming import reader
+from examples.mosaic_streaming.shards import reader
 ctypes.pythonapi.Py_IncRef(ctypes.py_object(reader))  # as where C refers to it: Python empties it first
 reader.kept_open(sys.argv[1])
 """

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from examples.mosaic_streaming.batch.documents import check_attention, masks_documents
 from examples.mosaic_streaming.build import accumulation_steps
-from examples.mosaic_streaming.documents import check_attention, masks_documents
-from examples.mosaic_streaming.flags import read_toml
-from examples.mosaic_streaming.job_config import load_job_config, parallel_dims
-from examples.mosaic_streaming.loader_config import resolve, streams_of
+from examples.mosaic_streaming.config.cli import read_toml
+from examples.mosaic_streaming.config.loader import resolve, streams_of
 from examples.mosaic_streaming.rounds import check_loader, check_validation
-from examples.mosaic_streaming.spec import text_spec
+from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config, parallel_dims
+from examples.mosaic_streaming.titan.v0_2.spec import text_spec
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
 SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))

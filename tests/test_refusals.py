@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming import build, job_values
+from examples.mosaic_streaming import build
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config
-from examples.mosaic_streaming.job_values import AT_LEAST, leaves, wrong_job_values
+from examples.mosaic_streaming.titan.v0_2 import job_values
+from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config
+from examples.mosaic_streaming.titan.v0_2.job_values import AT_LEAST, leaves, wrong_job_values
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses
 from tests.looking import preview, printed

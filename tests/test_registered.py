@@ -7,11 +7,11 @@ import pytest
 from llmfoundry.data.packing import BinPackCollator
 from torch.utils.data import DataLoader
 
+from examples.mosaic_streaming.batch.packing import count_left_out
+from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.config.values import hints_of
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.loader_config import resolve
-from examples.mosaic_streaming.packing import count_left_out
 from examples.mosaic_streaming.train import main
-from examples.mosaic_streaming.values import hints_of
 from tests.jobs import command, logged, losses, train
 from tests.looking import printed
 from tests.ranks import run_rank_values, run_ranks

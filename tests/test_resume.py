@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtitan.tools.logging import init_logger
 
+from examples.mosaic_streaming.checkpoint.state import STATE_VERSION, differences, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.resume import STATE_VERSION, differences, unpack
 from tests.ranks import run_rank_values, run_ranks
 from tests.reading import write_turns
 from tests.streams import (

@@ -17,8 +17,8 @@ from torchtitan.tools.logging import init_logger
 from transformers import PreTrainedTokenizerFast
 
 from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.batch.round_trip import check_round_trip
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.round_trip import check_round_trip
 from tests.ranks import Rank, run_ranks
 from tests.streams import TOKENIZER, build_loader, job, loader_config, read_samples
 

@@ -6,8 +6,8 @@ from typing import Any
 from streaming import MDSWriter
 from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.offline import Offline
-from examples.mosaic_streaming.rows import CONTEXT, PADDING, TARGET, Row, rows_of
+from examples.mosaic_streaming.preview.offline import Offline
+from examples.mosaic_streaming.preview.rows import CONTEXT, PADDING, TARGET, Row, rows_of
 from tests.looking import offline, preview
 from tests.reading import TURN, write_turns
 from tests.streams import SEQ_LEN, TOKENIZER, job, loader_config, sample_tokens, write_stream, write_tokens

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torchtitan.models import _supported_models
 
-from examples.mosaic_streaming.spec import SUFFIX, text_models, text_spec
+from examples.mosaic_streaming.titan.v0_2.spec import SUFFIX, text_models, text_spec
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses
 from tests.ranks import run_ranks

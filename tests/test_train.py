@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torchtitan.train import Trainer
 
-from examples.mosaic_streaming.job_config import steps_with
 from examples.mosaic_streaming.make_demo_data import make_demo_data
+from examples.mosaic_streaming.titan.v0_2.job_config import steps_with
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, losses, train, write_loader
 from tests.ranks import Rank, run_rank_values, run_ranks, wait_until

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from llmfoundry import registry
 from streaming import Stream, StreamingDataset
 
+from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.config.typed import has_type
+from examples.mosaic_streaming.config.values import LIMITS, WITH_UNITS, hints_of
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.loader_config import resolve
-from examples.mosaic_streaming.typed import has_type
-from examples.mosaic_streaming.values import LIMITS, WITH_UNITS, hints_of
 from tests.streams import write_stream
 
 TOP = hints_of(registry.dataloaders.get("text"))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from examples.mosaic_streaming.config.cli import read_loader, read_loaders
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.flags import read_loader, read_loaders
 from examples.mosaic_streaming.train import main
 from tests.jobs import command, logged
 from tests.ranks import run_rank_values, run_ranks

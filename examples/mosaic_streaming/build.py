@@ -15,22 +15,29 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch import BatchFormat
-from examples.mosaic_streaming.cache import is_url
+from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.documents import check_attention, check_eos, no_masks
+from examples.mosaic_streaming.batch.first_samples import look_at_samples
+from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.documents import check_attention, check_eos, no_masks
+from examples.mosaic_streaming.distributed.store import (
+    check_machines,
+    new_number,
+    on_each_node,
+    on_rank_0,
+    open_line,
+    open_store,
+)
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
-from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.job import check_machines, new_number, on_each_node, on_rank_0, open_line, open_store
-from examples.mosaic_streaming.job_config import parallel_dims
-from examples.mosaic_streaming.loader_config import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
-from examples.mosaic_streaming.memory import memory_limit
-from examples.mosaic_streaming.mixture import log_mixture
-from examples.mosaic_streaming.node import prepare_streams
-from examples.mosaic_streaming.placement import dp_ranks_per_node, sample_world
-from examples.mosaic_streaming.samples import look_at_samples
+from examples.mosaic_streaming.sampling.mixture import log_mixture
+from examples.mosaic_streaming.sampling.placement import dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.shards.cache import is_url
+from examples.mosaic_streaming.shards.prepare import prepare_streams
 from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
+from examples.mosaic_streaming.titan.v0_2.job_config import parallel_dims
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_vocabulary
+from examples.mosaic_streaming.upstream.memory import memory_limit
 
 OPTIMIZERS = ("Adam", "AdamW")
 """Those that TorchTitan makes."""

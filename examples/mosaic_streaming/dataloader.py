@@ -16,18 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch import BatchFormat, TitanBatch, convert
-from examples.mosaic_streaming.collate import Pipe, as_tensors
+from examples.mosaic_streaming.batch.collate import Pipe, as_tensors
+from examples.mosaic_streaming.batch.convert import BatchFormat, TitanBatch, convert
+from examples.mosaic_streaming.batch.packing import LEFT_OUT, PACKED
+from examples.mosaic_streaming.checkpoint.history import Segment, go_on
+from examples.mosaic_streaming.checkpoint.progress import Counter, Progress, Seen
+from examples.mosaic_streaming.checkpoint.state import Data, State, check_position, check_same_data, pack, unpack
+from examples.mosaic_streaming.distributed.agreement import check_peers
 from examples.mosaic_streaming.errors import SIGNALS, DataError, exit_if_stopped, is_rank_0
-from examples.mosaic_streaming.faults import CheckedDataset, prepare_worker
-from examples.mosaic_streaming.fetch import CheckedStream
-from examples.mosaic_streaming.fetched import Fetched, Tally, fetched_file
-from examples.mosaic_streaming.history import Segment, go_on
-from examples.mosaic_streaming.order import Order, global_batch, start_at, whole
-from examples.mosaic_streaming.packing import LEFT_OUT, PACKED
-from examples.mosaic_streaming.peers import check_peers
-from examples.mosaic_streaming.resume import Data, State, check_position, check_same_data, pack, unpack
-from examples.mosaic_streaming.seen import Counter, Progress, Seen
+from examples.mosaic_streaming.sampling.order import Order, global_batch, start_at, whole
+from examples.mosaic_streaming.shards.dataset import CheckedDataset, prepare_worker
+from examples.mosaic_streaming.shards.fetch_stats import Fetched, Tally, fetched_file
+from examples.mosaic_streaming.shards.stream import CheckedStream
 
 TELLING_STEPS = {10**digits for digits in range(10)}
 """Steps after a start at which the log says what packing has left out, beside the ends of epochs."""

@@ -6,8 +6,8 @@ from unittest import mock
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.utils import Color, NoColor
 
+from examples.mosaic_streaming.checkpoint.progress import Progress
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.seen import Progress
 
 GIB = 1 << 30
 

@@ -15,19 +15,19 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.auto_ratio import choose_ratio
-from examples.mosaic_streaming.batch import BatchFormat
-from examples.mosaic_streaming.collate import leave_out_unused
-from examples.mosaic_streaming.columns import check_columns
-from examples.mosaic_streaming.documents import masks_documents, takes_positions
+from examples.mosaic_streaming.batch.collate import leave_out_unused
+from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.documents import masks_documents, takes_positions
+from examples.mosaic_streaming.batch.packing import count_left_out
+from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
+from examples.mosaic_streaming.checkpoint.state import Data, describe
+from examples.mosaic_streaming.config.loader import DATASET_KEYS, Config, resolve, stream_folders, streams_of, takes
+from examples.mosaic_streaming.distributed.store import new_number
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.faults import check_dataset
-from examples.mosaic_streaming.job import new_number
-from examples.mosaic_streaming.loader_config import DATASET_KEYS, Config, resolve, stream_folders, streams_of, takes
-from examples.mosaic_streaming.node import keep_locks_together, shared_memory, stream_label
-from examples.mosaic_streaming.order import Order, set_order
-from examples.mosaic_streaming.packing import count_left_out
-from examples.mosaic_streaming.resume import Data, describe
+from examples.mosaic_streaming.sampling.order import Order, set_order
+from examples.mosaic_streaming.shards.columns import check_columns
+from examples.mosaic_streaming.shards.dataset import check_dataset
+from examples.mosaic_streaming.shards.prepare import keep_locks_together, shared_memory, stream_label
 
 BY_BLOCKS = ("py1e", "py1br")
 """The shuffle algorithms that `shuffle_block_size` matters to."""

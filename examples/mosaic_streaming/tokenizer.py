@@ -10,7 +10,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer, build_hf_token
 from torchtitan.config import JobConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from examples.mosaic_streaming.assets import check_folder, explained
+from examples.mosaic_streaming.config.assets import check_folder, explained
 from examples.mosaic_streaming.errors import ConfigError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at each fork of a dataloader worker

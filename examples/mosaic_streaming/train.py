@@ -13,11 +13,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.config.cli import parse_flags, read_loaders, read_toml
 from examples.mosaic_streaming.errors import ConfigError, DataError, handle_signals, is_rank_0
-from examples.mosaic_streaming.flags import parse_flags, read_loaders, read_toml
-from examples.mosaic_streaming.imports import import_llm_foundry
-from examples.mosaic_streaming.job_config import check_job, import_custom, load_job_config, next_start
-from examples.mosaic_streaming.refusals import refusal
+from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config, next_start
+from examples.mosaic_streaming.titan.v0_2.refusals import refusal
+from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 if TYPE_CHECKING:
     from torchtitan.config import JobConfig
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         validates = validation_file is not None
         check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
         import_llm_foundry()
-        from examples.mosaic_streaming import spec
+        from examples.mosaic_streaming.titan.v0_2 import spec
 
         import_custom(job_config)
         # From the building of the loader on there is something to close.
@@ -65,7 +65,9 @@ def run(job_config: "JobConfig", validates: bool) -> None:
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming import cpu, job, resume
+    from examples.mosaic_streaming.checkpoint import state as resume
+    from examples.mosaic_streaming.distributed import store as job
+    from examples.mosaic_streaming.upstream import cpu
 
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))

@@ -17,11 +17,11 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from examples.mosaic_streaming.cache import is_url
+from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.loader import Config, stream_folders
 from examples.mosaic_streaming.errors import is_rank_0
-from examples.mosaic_streaming.flags import LoaderFile
-from examples.mosaic_streaming.loader_config import Config, stream_folders
 from examples.mosaic_streaming.rounds import build_rounds, resolve_validation
+from examples.mosaic_streaming.shards.cache import is_url
 
 
 class MosaicValidator(BaseValidator):

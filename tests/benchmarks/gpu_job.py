@@ -9,9 +9,10 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from examples.mosaic_streaming import cpu, errors
-from examples.mosaic_streaming.flags import LoaderFile, read_toml
-from examples.mosaic_streaming.job_config import load_job_config
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.config.cli import LoaderFile, read_toml
+from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
+from examples.mosaic_streaming.upstream import cpu
 
 cpu.prepare_torchtitan()
 
@@ -23,7 +24,7 @@ from torchtitan.hf_datasets import text_datasets
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from examples.mosaic_streaming.spec import mosaic_spec, text_spec
+from examples.mosaic_streaming.titan.v0_2.spec import mosaic_spec, text_spec
 from examples.mosaic_streaming.train import run
 from tests.benchmarks.jsonl import name_jsonl
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from streaming import MDSWriter
 
-from examples.mosaic_streaming.node import prepare_streams
-from examples.mosaic_streaming.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.shards.prepare import prepare_streams
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.measure import Comparison, Figure
 from tests.benchmarks.training import CONFIGS, demo_loader

@@ -2,7 +2,7 @@
 
 import sys
 
-from examples.mosaic_streaming import cpu
+from examples.mosaic_streaming.upstream import cpu
 
 cpu.prepare_torchtitan()
 

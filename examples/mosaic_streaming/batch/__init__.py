@@ -1,0 +1,1 @@
+"""An llm-foundry batch becomes one of TorchTitan: collate, shift, mask, documents, packing, checks."""

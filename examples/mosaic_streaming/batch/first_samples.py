@@ -1,0 +1,210 @@
+"""What the first samples of each stream say: whether this loader and this model are made for them."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from llmfoundry.data import SUPPORTED_MDS_ENCODING_TYPES
+from numpy.typing import NDArray
+from streaming.base.format import Reader
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
+
+from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.round_trip import check_round_trip
+from examples.mosaic_streaming.config.loader import Config, streams_of
+from examples.mosaic_streaming.dataloader import read_apart
+from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.shards.columns import FORMS, columns_of, form_of
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
+from examples.mosaic_streaming.shards.prepare import stream_label
+
+SAMPLES, BYTES = 32, 1 << 20
+"""Of a stream that are looked at, at most, but one sample at least."""
+LOOKED_FOR = 1_000
+"""Shards of a stream that may be on this machine."""
+WORKERS = 4
+"""Processes that read several streams."""
+
+
+def look_at_samples(
+    loader: DataLoader[Any],
+    form: BatchFormat,
+    config: Config,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    section: str = "training",
+) -> list[str]:
+    """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
+
+    Those that are tokenized as they are read are not looked at.
+
+    Args:
+        loader: of the streams.
+        form: what batches have to look like.
+        config: the resolved loader configuration.
+        path: the file it was read from, for messages.
+        tokenizer: the model's.
+        section: of the job config that has `seq_len`.
+
+    Returns:
+        warnings: what can't be told.
+
+    Raises:
+        ConfigError: they need another setting, or have to be written anew.
+        DataError: one can't be read.
+    """
+    dataset, warnings = loader.dataset, []
+    assert isinstance(dataset, CheckedDataset)
+    labels = [stream_label(name, path) for name in streams_of(config["dataset"])]
+    firsts = first_samples(dataset, config["name"]) if config["name"] in FORMS else {}
+    dtype = config["dataset"].get("token_encoding_type", "int64")  # as llm-foundry has it
+    for number, samples in read(dataset, firsts, form.origin, path):
+        check_types(samples, dtype, form.vocab_size, labels[number], path)
+        texts = [ids for sample in samples for ids in ids_of(sample, dtype)]
+        if config["name"] == "text":
+            check_lengths([len(ids) for ids in texts], form, dataset.may_cut, labels[number], section, path)
+        warnings += check_round_trip(texts, tokenizer, labels[number])
+    return warnings
+
+
+def first_samples(dataset: CheckedDataset, loader: str) -> dict[int, list[int]]:
+    """The samples to look at, by the number of their stream; of a shard that is on this machine, if one is."""
+    found = {}
+    for number in range(dataset.num_streams):
+        begin = int(dataset.shard_offset_per_stream[number])
+        shards = dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]
+        chosen = next((at for at, shard in enumerate(shards[:LOOKED_FOR]) if is_here(shard)), 0)
+        shard, first = shards[chosen], int(dataset.spanner.shard_bounds[begin + chosen])
+        if {"tokens", "input_ids", "turns"} & set(form_of(columns_of(shard), loader)):
+            size = max(1, shard.file_pairs[0][0].bytes // shard.samples)
+            count = min(shard.samples, max(1, min(SAMPLES, BYTES // size)))
+            found[number] = list(range(first, first + count))
+    return found
+
+
+def is_here(shard: Reader) -> bool:
+    """Whether a shard can be read without fetching or unpacking it."""
+    return all(os.path.isfile(os.path.join(shard.dirname, shard.split, raw.basename)) for raw, _ in shard.file_pairs)
+
+
+def read(
+    dataset: CheckedDataset, samples: dict[int, list[int]], origin: str, path: str
+) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+    """The columns of samples by the number of their stream.
+
+    Args:
+        dataset: the streams.
+        samples: by the number of their stream.
+        origin: the streams, for messages.
+        path: the file that configures the loader, for messages.
+
+    Raises:
+        DataError: one can't be read.
+    """
+    if not samples:
+        return
+    stored, workers = Stored(dataset, list(samples.values())), min(WORKERS, len(samples))
+    batches = read_apart(stored, None, lambda stream: stream, workers, origin, path)
+    for number, batch in zip(samples, batches, strict=True):
+        yield number, batch["samples"]
+
+
+class Stored(Dataset[Any]):
+    """Samples of several streams, as their shards have them."""
+
+    def __init__(self, dataset: CheckedDataset, streams: Sequence[list[int]]) -> None:
+        self._dataset, self._streams = dataset, streams
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {"samples": [self._dataset.stored(sample) for sample in self._streams[number]]}
+
+
+def ids_of(sample: dict[str, Any], dtype: str) -> list[NDArray[Any]]:
+    """The ids of a sample, in parts that were tokenized by themselves: of an example, prompts and responses."""
+    turns = sample.get("turns", [sample])
+    parts = [turn[key] for turn in turns for key in ("tokens", "input_ids", "labels") if key in turn]
+    arrays = [np.frombuffer(part, dtype) if isinstance(part, bytes) else np.asarray(part) for part in parts]
+    return [array[array >= 0] for array in arrays]  # below are labels that aren't learned
+
+
+def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, label: str, path: str) -> None:
+    """Raise ConfigError unless ids are rows of whole numbers, and those that are bytes of the type that was set.
+
+    Args:
+        samples: of a stream.
+        dtype: `dataset.token_encoding_type`.
+        vocab_size: rows of the model's embedding.
+        label: what the stream is called.
+        path: the file that configures the loader.
+    """
+    column = "tokens" if "tokens" in samples[0] else "input_ids"
+    stored = [sample[column] for sample in samples if column in sample]
+    for array in stored:
+        if isinstance(array, np.ndarray) and (array.ndim != 1 or array.dtype.kind not in "iu"):
+            raise ConfigError(
+                f"`{column}` of {label} are arrays of {array.dtype} and shape {list(array.shape)}, expected whole "
+                "numbers in one dimension. Write the stream anew."
+            )
+    content = [one for one in stored if isinstance(one, bytes)]
+    if not any(map(any, content)) or dtype in (fits := fitting(content, vocab_size, dtype)):
+        return
+    way = (
+        f'With {" or ".join(fits)} they are: set dataset.token_encoding_type = "{fits[-1]}" in {path}.'
+        if fits
+        else "Nor are they with any other: they were made with another tokenizer, or model.flavor is wrong."
+    )
+    raise ConfigError(
+        f"`{column}` of {label} are bytes, which are no ids of the model (0 to {vocab_size - 1:,}) with "
+        f"dataset.token_encoding_type = {dtype!r} (by default int64). {way}"
+    )
+
+
+def fitting(content: Sequence[bytes], vocab_size: int, told: str) -> list[str]:
+    """The types with which bytes are ids of a model, of the widest: with narrower ones there are zeros between ids.
+
+    Of one byte, as which any are, only the type that was told.
+    """
+    fits = {}
+    for name in SUPPORTED_MDS_ENCODING_TYPES:
+        dtype = np.dtype(name)
+        if (name == told or dtype.itemsize > 1) and not any(len(one) % dtype.itemsize for one in content):
+            ids = np.frombuffer(b"".join(content), dtype)
+            if ids.min() >= 0 and ids.max() < vocab_size:
+                fits[name] = dtype.itemsize
+    return [name for name, width in fits.items() if width == max(fits.values())]
+
+
+def check_lengths(
+    lengths: Sequence[int], form: BatchFormat, may_cut: bool, label: str, section: str, path: str
+) -> None:
+    """Raise ConfigError for samples of text that fill no row, or of which rows would leave out the end.
+
+    Args:
+        lengths: of samples, in tokens.
+        form: what batches have to look like.
+        may_cut: whether the end may be left out.
+        label: what their stream is called.
+        section: of the job config that has `seq_len`.
+        path: the file that configures the loader.
+    """
+    low, high, row = min(lengths), max(lengths), form.max_seq_len
+    if high == row or (high > row and may_cut):
+        return
+    # TorchTitan takes even lengths: an odd one is a sample's whose labels are all real.
+    seq_len, ways = high - high % 2, []
+    if seq_len != form.seq_len:
+        ways.append(f"{section}.seq_len = {seq_len}")
+    if seq_len == high:
+        ways.append(f"dataset.max_seq_len = {seq_len} in {path} (the last label of each is then -100)")
+    cut = ", and would leave out the rest" if high > row else ""
+    keep = f", or set dataset.max_seq_len = {row} in {path} to leave it out" if high > row else ""
+    raise ConfigError(
+        f"Samples of {label} have {low if low == high else f'{low} to {high}'} tokens, but rows of {section}.seq_len = "
+        f"{form.seq_len} take {row} (dataset.max_seq_len){cut}. Set {' and '.join(ways)}, or write samples of {row} "
+        f"tokens{keep}."
+    )

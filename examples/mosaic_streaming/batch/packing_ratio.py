@@ -1,0 +1,95 @@
+"""What `packing_ratio = "auto"` means: as many samples in a row as leave nothing out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from llmfoundry.data.packing import BinPackCollator
+from streaming import StreamingDataset
+from streaming.base.world import World
+from torch.utils.data import DataLoader, Dataset
+from torchtitan.tools.logging import logger
+
+from examples.mosaic_streaming.config.loader import MAX_RATIO
+from examples.mosaic_streaming.dataloader import read_apart
+from examples.mosaic_streaming.sampling.order import set_order
+
+SAMPLES = 2_000
+"""That are looked at, at most."""
+TENTHS = 10
+"""A ratio has one decimal, as llm-foundry's."""
+AT_ONCE = 16
+"""Samples that a worker reads at once."""
+
+
+class Picked(Dataset[Any]):
+    """Some samples of a streaming dataset."""
+
+    def __init__(self, dataset: StreamingDataset, samples: Sequence[int]) -> None:
+        self._dataset, self._samples = dataset, samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, number: int) -> Any:
+        return self._dataset[int(self._samples[number])]
+
+
+def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: str, path: str) -> float:
+    """The largest packing ratio, in tenths, that leaves nothing out of the samples that come first.
+
+    It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search
+    (`auto_packing_ratio`, 0.22.0) reads other samples on each rank, and carries what doesn't fit to the next batch.
+
+    Args:
+        loader: of single examples.
+        rows: of a batch, per dp rank.
+        max_seq_len: tokens in a row.
+        origin: the streams, for messages.
+        path: the file that configures the loader, for messages.
+
+    Raises:
+        DataError: a sample can't be read, or makes no example.
+    """
+    examples = list(read_first(loader, rows, origin, path))
+    good, bad = TENTHS, TENTHS * min(MAX_RATIO, 1 + len(examples) // rows)
+    while bad - good > 1:  # a larger batch that fits where a smaller one does not is not looked for
+        ratio = (good + bad) // 2
+        samples = int(rows * (ratio / TENTHS))  # as llm-foundry reckons
+        fits = samples <= len(examples) and not left_out(examples, rows, samples, max_seq_len)
+        good, bad = (ratio, bad) if fits else (good, ratio)
+    found = good / TENTHS
+    logger.info(
+        f'packing_ratio = "auto" is {found}: batches of {int(rows * found)} samples in {rows} rows leave nothing out '
+        f"of the first {len(examples):,} samples."
+    )
+    return found
+
+
+def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> Iterator[Any]:
+    """The first samples of the first epoch, as single examples without padding."""
+    dataset = loader.dataset
+    assert isinstance(dataset, StreamingDataset)
+    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
+    in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
+    picked = Picked(dataset, in_order[:SAMPLES].tolist())
+    collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn
+    for batch in read_apart(picked, AT_ONCE, collate, max(1, loader.num_workers), origin, path):
+        padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
+        yield from BinPackCollator._trim_batch(padded)[1]
+
+
+def left_out(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:
+    """Tokens that batches of so many samples leave out."""
+    packer = BinPackCollator(
+        collator=lambda batch: batch,
+        target_batch_size=rows,
+        max_seq_len=max_seq_len,
+        pad_token_id=0,
+        padding_side="right",
+        max_leftover_bins_to_keep=0,
+        is_profiling=True,
+    )
+    for begin in range(0, len(examples) - samples + 1, samples):
+        batch = [dict(example) for example in examples[begin : begin + samples]]
+        packer._pack_trimmed_examples(batch, [len(example["input_ids"]) for example in batch])
+    return int(packer.n_total_tokens - packer.n_packed_tokens)

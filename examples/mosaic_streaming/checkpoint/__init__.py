@@ -1,0 +1,1 @@
+"""The saved position, the fingerprint of the data, and what has been read."""

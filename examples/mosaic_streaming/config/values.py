@@ -1,0 +1,73 @@
+"""The types and limits of the loader's settings: streaming takes a string for true, and a negative number for none."""
+
+import contextlib
+import os
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from streaming.base.util import bytes_to_int, number_abbrev_to_int
+
+from examples.mosaic_streaming.config.typed import has_type, type_name
+
+LIMITS: dict[str, tuple[float, float]] = {
+    "num_workers": (0, max(64, os.cpu_count() or 1)),
+    "prefetch_factor": (1, 1024),
+    "timeout": (0, 10**6),
+    "predownload": (1, 10**9),
+    "cache_limit": (1, 10**18),
+    "num_canonical_nodes": (1, 10**9),
+    "shuffle_seed": (0, 2**32 - 1),
+    "shuffle_block_size": (2, 10**12),  # at 1, streaming's py1e never ends
+    "sampling_granularity": (1, 10**9),
+    "epoch_size": (1, 10**12),
+    "proportion": (0, 1),
+    "repeat": (0, 10**6),
+    "choose": (0, 10**12),
+    "download_retry": (1, 1000),
+    "download_timeout": (0.001, 86_400),
+}
+"""The smallest and the largest value of a number."""
+
+WITH_UNITS = {
+    "cache_limit": (bytes_to_int, 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
+    "epoch_size": (number_abbrev_to_int, 'a whole number, also as "10k" (k, m, b, t)'),
+}
+"""Numbers that can be strings with a unit: how streaming reads those, and what to call them."""
+
+
+def hints_of(function: Any) -> dict[str, Any]:
+    """The types of a function's arguments, without those that only a type checker can resolve."""
+    try:
+        return typing.get_type_hints(function)
+    except Exception:  # of a loader that a user has registered: Python runs what stands there
+        found: dict[str, Any] = {}
+        for name, hint in getattr(function, "__annotations__", {}).items():
+            with contextlib.suppress(Exception):
+                one = types.SimpleNamespace(__annotations__={name: hint})
+                found |= typing.get_type_hints(one, getattr(function, "__globals__", {}))
+        return found
+
+
+def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, Any], path: str) -> list[str]:
+    """Which values of a section are of another type than upstream says, or beyond what makes sense."""
+    wrong = []
+    for key, value in section.items():
+        if key in ("streams", "dataset") or key not in hints:
+            continue
+        if not has_type(value, hints[key]) or (key in LIMITS and value is not None and not in_limits(key, value)):
+            limits = ", from {:,} to {:,}".format(*LIMITS[key]) if key in LIMITS else ""
+            expected = WITH_UNITS[key][1] if key in WITH_UNITS else type_name(hints[key])
+            wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {expected}{limits}.")
+    return wrong
+
+
+def in_limits(key: str, value: float | str) -> bool:
+    """Whether a number is neither too small nor too large; it may be a string with a unit."""
+    low, high = LIMITS[key]
+    try:
+        number = WITH_UNITS[key][0](value) if isinstance(value, str) else value
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return low <= number <= high

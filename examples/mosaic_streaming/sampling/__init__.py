@@ -1,0 +1,1 @@
+"""Which samples are read, in which order, by which rank."""

@@ -1,0 +1,136 @@
+"""Add hashes of its files to a stream's index, so that `validate_hash` can compare contents.
+
+    python -m examples.mosaic_streaming.shards.add_hashes data/from_text
+
+reads each file of a stream in a folder of this machine, and writes its `index.json` anew; nothing else is touched. Of a
+stream that goes into a store, add them before it is uploaded.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from streaming.base.compression import decompress
+from streaming.base.hashing import get_hash, get_hashes
+
+from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.config.cli import Parser
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.shards.index import FILES, FileError, read_index
+
+INDEX = "index.json"
+
+
+def add_hashes(folder: Path, algorithm: str) -> int:
+    """Write the hashes of all files of a stream into its index; return the bytes that they have.
+
+    Args:
+        folder: with the index.
+        algorithm: one of streaming's.
+
+    Raises:
+        ConfigError: the folder has no index.
+        DataError: the index can't be believed, or a file is not what it says.
+    """
+    path = folder / INDEX
+    if not path.is_file():
+        streams = ", ".join(str(found.parent) for found in sorted(folder.glob(f"*/{INDEX}")))
+        raise ConfigError(f"No {INDEX} in {folder}{f', but in {streams}: name one of these' if streams else ''}.")
+    try:
+        read_index(str(path), allow_unsafe_types=True, validate_hash=None)
+        index = json.loads(path.read_text(encoding="utf-8"))
+        size = sum(hash_shard(folder, shard, algorithm) for shard in index["shards"])
+    except FileError as error:
+        raise DataError(f"{path} can't get hashes: {error}.") from error
+    write_whole(path, json.dumps(index, sort_keys=True))
+    return size
+
+
+def hash_shard(folder: Path, shard: dict[str, Any], algorithm: str) -> int:
+    """Put the hashes of a shard's files into its entry of the index; return the bytes read."""
+    size = 0
+    for kind in FILES[shard["format"]]:
+        raw, packed = shard[f"raw_{kind}"], shard.get(f"zip_{kind}")
+        content = read_file(folder, packed or raw)
+        size += len(content)
+        if packed:
+            add_hash(packed, content, algorithm)
+            try:
+                content = decompress(shard["compression"], content)
+            except Exception as error:  # each library has its own
+                raise FileError(f"{packed['basename']} doesn't decompress: {error}") from error
+            check_size(raw, len(content))
+        add_hash(raw, content, algorithm)
+    return size
+
+
+def read_file(folder: Path, entry: dict[str, Any]) -> bytes:
+    """A file's content, if it has the size that the index says."""
+    file = folder / entry["basename"]
+    if not file.is_file():
+        raise FileError(f"{entry['basename']} is missing")
+    check_size(entry, file.stat().st_size)
+    return file.read_bytes()
+
+
+def check_size(entry: dict[str, Any], size: int) -> None:
+    """Raise FileError unless a file has as many bytes as the index says."""
+    if size != entry["bytes"]:
+        raise FileError(f"{entry['basename']} has {size:,} bytes, expected {entry['bytes']:,}")
+
+
+def add_hash(entry: dict[str, Any], content: bytes, algorithm: str) -> None:
+    """Put a file's hash into its entry; raise FileError where another one stands there."""
+    hashes = entry.get("hashes") or {}
+    found = get_hash(algorithm, content)
+    if (known := hashes.get(algorithm, found)) != found:
+        raise FileError(f"{entry['basename']} is damaged: its {algorithm} is {found}, expected {known}")
+    entry["hashes"] = hashes | {algorithm: found}
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in place of another: whole, with that one's permissions, or not at all."""
+    path = path.resolve()  # of a link, what it leads to
+    file, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with open(file, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(file)
+        os.chmod(part, path.stat().st_mode & 0o7777)
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Read the flags and run."""
+    with errors.told_once():
+        parser = Parser(
+            prog="python -m examples.mosaic_streaming.shards.add_hashes",
+            description=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the stream, with its index.json")
+        parser.add_argument("--hash", default="xxh64", help="algorithm (default: %(default)s)")
+        flags = parser.parse_args(argv)
+        if flags.hash not in get_hashes():
+            raise ConfigError(f"--hash {flags.hash}, expected one of: {', '.join(sorted(get_hashes()))}.")
+        try:
+            size = add_hashes(flags.folder, flags.hash)
+        except OSError as error:
+            raise DataError(f"{flags.folder}: {error}") from error
+        print(
+            f"{flags.folder / INDEX} has the {flags.hash} of each file ({size:,} bytes were read). To compare them at "
+            f'each start, set validate_hash = "{flags.hash}".'
+        )
+
+
+if __name__ == "__main__":
+    main()

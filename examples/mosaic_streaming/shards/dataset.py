@@ -1,0 +1,303 @@
+"""Datasets whose faults reach whoever reads them.
+
+What fails in one of streaming 0.13.0's threads ends the epoch early, as if it were over, or leaves other workers
+waiting for ever.
+"""
+
+import bisect
+import functools
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from multiprocessing import queues
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn, cast
+
+import numpy as np
+from llmfoundry.data import StreamingFinetuningDataset
+from llmfoundry.data.text_data import StreamingTextDataset
+from numpy.typing import NDArray
+from streaming import StreamingDataset
+from streaming.base.constant import TICK
+from streaming.base.dataset import _Iterator, _ShardState
+from streaming.base.format.mds import MDSReader
+from torch.utils.data import get_worker_info
+from torchtitan.tools.logging import logger
+
+from examples.mosaic_streaming.errors import DataError, is_rank_0
+from examples.mosaic_streaming.shards.fetch_stats import fetched_file
+from examples.mosaic_streaming.shards.index import FileError
+from examples.mosaic_streaming.shards.reader import CheckedReader
+from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
+from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
+
+AT_ONCE = 1024
+"""Samples whose shards are looked up at once."""
+
+
+class CheckedDataset(StreamingDataset):
+    """A dataset whose faults reach whoever reads it, in all processes of a node.
+
+    Attributes:
+        as_written: whether samples of text that are tokens are arrays of the type that they were written in, rather
+            than tensors of int64.
+        may_cut: whether samples of text that are longer than a row may lose their end.
+    """
+
+    as_written = False
+    may_cut = False
+    _has_warned = False
+
+    def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
+        """Have a shard ready, as streaming does; what fails is given up, for all processes of this node."""
+        if fault := self.fault():
+            raise DataError(fault)
+        try:
+            super().prepare_shard(shard_id, blocking)
+        except Exception as error:
+            self.give_up(shard_id, error)
+            raise
+
+    def get_item(self, sample_id: int, retry: int = 7) -> Any:
+        """A sample by its number, as streaming reads it; it fetches its shard if that isn't there.
+
+        Where nothing is evicted, nobody has to be told which shards are in use.
+        """
+        sample_id, ends = int(sample_id), self._ends
+        if not self.cache_limit and 0 <= sample_id < ends[-1] and not self._has_failed():
+            shard = bisect.bisect_right(ends, sample_id)
+            try:
+                return self.shards[shard].get_item(sample_id - (ends[shard - 1] if shard else 0))
+            except FileNotFoundError:
+                pass
+        return super().get_item(sample_id, retry)
+
+    @functools.cached_property
+    def _ends(self) -> list[int]:
+        """Behind the last sample of each shard."""
+        return cast(list[int], self.spanner.shard_bounds[1:].tolist())
+
+    def _has_failed(self) -> bool:
+        return "_event" in self.__dict__ and self._event.is_set()
+
+    def fault(self) -> str | None:
+        """Why a shard was given up on this node."""
+        path = self._fault_file()
+        return Path(path).read_text() if os.path.exists(path) else None
+
+    def _fault_file(self) -> str:
+        return f"/dev/shm/{self._shm_prefix_int:06}_fault"
+
+    def give_up(self, shard_id: int, error: Exception) -> None:
+        """Tell all processes of this node, and let none wait for the shard.
+
+        streaming leaves it in the state PREPARING, for which others wait; where it is LOCAL they miss its file and ask
+        for it, and are told. It also leaves its lock, if what failed was to make room (base/dataset.py).
+        """
+        if self._cache_filelock.is_locked:
+            self._cache_filelock.release(force=True)
+        part = Path(f"{self._fault_file()}.{os.getpid()}-{threading.get_ident()}")
+        part.write_text(str(error) if isinstance(error, DataError) else describe(error))
+        part.rename(self._fault_file())
+        self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def bytes_in_cache(self) -> int:
+        """Bytes of the shards that are in caches of this node.
+
+        streaming's own `cache_usage` counts streams that have no cache, too, and twice what is fetched again because
+        its file was lost (streaming 0.13.0, base/dataset.py).
+        """
+        return int(self._sizes_in_cache[self._shard_states.numpy() == _ShardState.LOCAL].sum())
+
+    @functools.cached_property
+    def _sizes_in_cache(self) -> NDArray[np.int64]:
+        """Bytes that each shard takes in a cache; 0 where its stream has none."""
+        streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
+        sizes = [
+            shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
+            for shard, stream in zip(self.shards, streams, strict=True)
+        ]
+        return np.array(sizes, np.int64)
+
+    def __iter__(self) -> Iterator[Any]:
+        if get_worker_info():
+            prepare_worker()
+        yield from super().__iter__()
+
+    def __getitem__(self, at: Any) -> Any:
+        try:
+            sample = super().__getitem__(at)
+            if isinstance(sample, dict) and "turns" in sample:
+                check_turns(sample["turns"])
+            return sample
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(self.fault() or self._describe(at, error)) from error
+
+    def tokenize_example(self, example: Any) -> Any:
+        """The turns of an example that is text; a list of parts is joined where its chat template would print it."""
+        if isinstance(example, Mapping) and not self._takes_parts:
+            example = join_parts(example)
+        return super().tokenize_example(example)  # type: ignore[misc]
+
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
+
+    def stored(self, sample_id: int) -> dict[str, Any]:
+        """The columns of a sample, as its shard has them.
+
+        Raises:
+            DataError: it can't be read.
+        """
+        try:
+            return dict(self.get_item(sample_id))
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(self.fault() or self._describe(sample_id, error)) from error
+
+    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
+        """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        dataset = cast(StreamingTextDataset, self)
+        tokens = sample["tokens"]
+        if not isinstance(tokens, np.ndarray):
+            tokens = np.frombuffer(tokens, dataset.token_encoding_type)
+        if len(tokens) > dataset.max_seq_len:
+            self._cut(len(tokens), dataset.max_seq_len)
+        if self.as_written:
+            return tokens[: dataset.max_seq_len]
+        return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
+
+    def _cut(self, found: int, row: int) -> None:
+        """Refuse a sample that is longer than a row, or warn once where its end may be left out."""
+        if not self.may_cut:
+            raise FileError(
+                f"it has {found:,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} tokens, or "
+                f"set dataset.max_seq_len = {row} to leave out the rest"
+            )
+        self._warn_of_cut(found, row)
+
+    def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
+        """The ids of a text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
+        if not self._has_warned:
+            left_out = [part for one in getattr(tokens, "encodings", None) or () for part in one.overflowing]
+            if left_out:
+                self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
+        return tokens
+
+    def _warn_of_cut(self, found: int, row: int) -> None:
+        """Say once that samples are longer than rows."""
+        worker = get_worker_info()
+        if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
+            logger.warning(
+                f"A sample has {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
+                "and never the others."
+            )
+        self._has_warned = True
+
+    def _describe(self, sample_id: int, error: Exception) -> str:
+        """What failed in reading a sample."""
+        shard_id, index = self.spanner[sample_id]
+        stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
+        file = self.shards[shard_id].file_pairs[0][0].basename
+        hint = " Is dataset.token_encoding_type right?" if "buffer size must be a multiple" in str(error) else ""
+        return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
+
+    def on_exception(self, future: "Future[None]") -> None:
+        """Let reading end with the error of a thread; streaming raises it where nobody hears it."""
+        if future.exception():
+            self._event.set()
+
+    def _prepare_thread(self, it: _Iterator) -> None:
+        """Ask for the shards of the samples that come next, for each once: reading one that isn't there asks again.
+
+        streaming's thread takes the lock of the cache for each sample, and all the while the interpreter from reading.
+        Where shards are evicted it has to: it tells which ones are needed.
+        """
+        if self.cache_limit:
+            return super()._prepare_thread(it)
+        asked: set[int] = set()
+        ends = np.array(self._ends)
+        while it.prepare_index < it.total and not self._is_over(it):
+            end = it.prepare_index + AT_ONCE
+            if self.predownload is not None:
+                end = min(end, it.yield_index + self.predownload + 1)
+            samples = it.sample_ids[it.prepare_index : end]
+            if not samples.size:
+                time.sleep(TICK)
+            for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
+                if shard in asked:
+                    continue
+                if self._is_over(it):  # to fetch one may take long
+                    break
+                self.prepare_shard(shard, False)
+                asked.add(shard)
+            it.prepare_index += samples.size
+        return it.on_exit()
+
+    def _is_over(self, it: _Iterator) -> bool:
+        """Whether nobody reads on."""
+        return it.should_exit() or self._event.is_set()
+
+    def _ready_thread(self, it: _Iterator) -> None:
+        """Nothing has to wait for shards but reading; streaming's waits for ever for one that failed elsewhere."""
+        it.on_exit()
+
+    def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
+        """Each sample in turn: reading one whose shard isn't there yet fetches it, or fails."""
+        for number, sample_id in enumerate(it.sample_ids):
+            it.yield_index = number
+            if it.should_exit():
+                break
+            if sample_id != -1:
+                yield sample_id
+        it.on_exit()
+
+
+def prepare_worker(number: int = 0) -> None:
+    """Have a dataloader worker, of any number, end where reading would wait for it, and be quiet where it ends."""
+    queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
+    sys.excepthook = ignore_lost_reader
+
+
+def end_worker(error: Exception, batch: object) -> NoReturn:
+    """End a worker that can't hand on a batch: Python drops it (3.12, multiprocessing/queues.py), and all would wait.
+
+    It happens where shared memory is full, or the path of the temporary folder too long for a socket.
+    """
+    print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {describe(error)}", file=sys.stderr)
+    os._exit(1)
+
+
+def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a batch that nobody takes any more: whoever reads says why it stops.
+
+    In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
+
+
+def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
+    """Turn a dataset that llm-foundry has made into a checked one, with its streams and readers.
+
+    A class of ours can't be given to llm-foundry 0.22.0: its text loader names the one that it makes.
+    """
+    kind = type(dataset)
+    dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
+    for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
+        checked = make_checked(stream, label)
+        checked.tally = fetched_file(dataset._shm_prefix_int)
+        begin = int(dataset.shard_offset_per_stream[number])
+        for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
+            if type(shard) is MDSReader:
+                shard.__class__ = CheckedReader
+                reader = cast(CheckedReader, shard)
+                reader.is_cache, reader.stays = checked.is_cache, not dataset.cache_limit

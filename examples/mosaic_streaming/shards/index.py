@@ -1,0 +1,151 @@
+"""A stream's index.json, checked before anything believes it: it may come from anywhere."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from streaming.base.compression import get_compressions
+from streaming.base.format import FileInfo, get_index_basename
+from streaming.base.format.mds.encodings import is_mds_encoding, is_mds_encoding_safe
+
+FILES = {"mds": ("data",), "json": ("data", "meta"), "csv": ("data", "meta"), "tsv": ("data", "meta")}
+"""The files of a shard, by its format; `raw_` and `zip_` come before (streaming 0.13.0, base/format)."""
+
+MAX_BYTES = 1 << 62
+
+ADD_HASHES = "python -m examples.mosaic_streaming.shards.add_hashes FOLDER"
+
+
+class FileError(ValueError):
+    """A file is not what it has to be: the message says what it has, and what was expected."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a shard.
+
+    Attributes:
+        raw: as it is read.
+        packed: as it is stored, where that is compressed.
+        samples: that an MDS file says it has; none for other formats, which don't.
+    """
+
+    raw: FileInfo
+    packed: FileInfo | None
+    samples: int | None
+
+    @property
+    def stored(self) -> FileInfo:
+        """The file that a remote has."""
+        return self.packed or self.raw
+
+
+def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -> list[Part]:
+    """The files of a stream, as its index has them.
+
+    Args:
+        path: of the index.
+        allow_unsafe_types: accept pickled columns, which run code when they are read.
+        validate_hash: algorithm that all files need a hash of.
+
+    Raises:
+        FileError: it is not an index, or one that lies about itself.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            index = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise FileError(f"it is not JSON: {error}") from error
+    shards = index.get("shards") if isinstance(index, dict) else None
+    if not isinstance(shards, list) or index.get("version") != 2:
+        raise FileError("it is not a streaming index of version 2 with a list of shards")
+    if not shards:
+        raise FileError("it has no samples: write some, or leave the stream out")
+    parts = [part for number, shard in enumerate(shards) for part in read_shard(f"shards[{number}]", shard)]
+    names: set[str] = set()
+    for part in parts:
+        expect(part.raw.basename not in names, "basename", part.raw.basename, "one entry for each file")
+        names.add(part.raw.basename)
+        if validate_hash and not (part.raw.hashes.get(validate_hash) and part.stored.hashes.get(validate_hash)):
+            have = ", ".join(sorted(part.stored.hashes)) or "none"
+            raise FileError(
+                f"it has no {validate_hash} of {part.stored.basename} (validate_hash); its hashes: {have}. Remove "
+                f"validate_hash, name a hash that it has, or add hashes: {ADD_HASHES}"
+            )
+    if not allow_unsafe_types:
+        refuse_pickles(shards)
+    return parts
+
+
+def read_shard(name: str, shard: Any) -> list[Part]:
+    """The files of one entry."""
+    expect(isinstance(shard, dict), name, shard, "a section")
+    kind, samples = str(shard.get("format")), shard.get("samples")
+    expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
+    expect(type(samples) is int and samples > 0, f"{name}.samples", samples, "a whole number from 1 on")
+    compression = shard.get("compression")
+    known = compression is None or (isinstance(compression, str) and compression in get_compressions())
+    expect(known, f"{name}.compression", compression, "none, or one that streaming knows")
+    if kind == "mds":
+        check_columns(name, shard)
+    parts = []
+    for file in FILES[kind]:
+        raw = read_file(f"{name}.raw_{file}", shard.get(f"raw_{file}"))
+        packed = shard.get(f"zip_{file}")
+        expect(bool(packed) == bool(compression), f"{name}.zip_{file}", packed, "one where compression is set")
+        parts.append(
+            Part(raw, read_file(f"{name}.zip_{file}", packed) if packed else None, samples if kind == "mds" else None)
+        )
+    raw = parts[0].raw
+    expect(samples * 4 < raw.bytes or kind != "mds", f"{name}.samples", samples, f"fewer in {raw.bytes} bytes")
+    return parts
+
+
+def read_file(name: str, entry: Any) -> FileInfo:
+    """The entry of a file, which has to lie in the stream's folder."""
+    expect(isinstance(entry, dict), name, entry, "a section")
+    basename, size, hashes = entry.get("basename"), entry.get("bytes"), entry.get("hashes") or {}
+    expect(is_inside(basename), f"{name}.basename", basename, "a file in the stream's folder")
+    expect(type(size) is int and 0 <= size < MAX_BYTES, f"{name}.bytes", size, "a number of bytes")
+    is_text: Callable[[Any], bool] = lambda value: isinstance(value, str)  # noqa: E731
+    right = isinstance(hashes, dict) and all(map(is_text, hashes.values()))
+    expect(right, f"{name}.hashes", hashes, "hashes by algorithm")
+    return FileInfo(basename, size, hashes)
+
+
+def is_inside(basename: Any) -> bool:
+    """Whether a path stays below its folder, and is neither the index nor a hidden file, which are ours."""
+    if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
+        return False
+    return all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()
+
+
+def check_columns(name: str, shard: dict[str, Any]) -> None:
+    """Raise FileError unless each column has a name, a known encoding and a size or none."""
+    columns = [shard.get(f"column_{kind}") for kind in ("names", "encodings", "sizes")]
+    right = all(isinstance(column, list) for column in columns) and len({len(column or []) for column in columns}) == 1
+    expect(right, f"{name}.column_names, _encodings, _sizes", columns, "three lists of one length")
+    for column, encoding, size in zip(*map(list, columns), strict=True):  # type: ignore[arg-type]
+        expect(isinstance(column, str), f"{name}.column_names", column, "names")
+        known = isinstance(encoding, str) and is_mds_encoding(encoding)
+        expect(known, f"{name}.column_encodings", encoding, "encodings that streaming knows")
+        right = size is None or (type(size) is int and 0 <= size < MAX_BYTES)
+        expect(right, f"{name}.column_sizes", size, "a number of bytes, or null")
+
+
+def refuse_pickles(shards: list[dict[str, Any]]) -> None:
+    """Raise FileError for columns that run code when they are read."""
+    for number, shard in enumerate(shards):
+        for column, encoding in zip(shard.get("column_names", []), shard.get("column_encodings", []), strict=False):
+            if shard["format"] == "mds" and not is_mds_encoding_safe(encoding):
+                raise FileError(
+                    f"it has pickled data, which can run any code when it is read: column {column!r} ({encoding}) of "
+                    f"shards[{number}]. If you trust its source, set dataset.allow_unsafe_types = true"
+                )
+
+
+def expect(right: bool, name: str, value: Any, expected: str) -> None:
+    """Raise FileError unless `right`."""
+    if not right:
+        raise FileError(f"it has {name} = {str(value)[:200]!r}, expected {expected}")

@@ -1,0 +1,1 @@
+"""The seam to TorchTitan: a package for each generation of it."""

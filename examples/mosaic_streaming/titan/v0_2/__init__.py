@@ -1,0 +1,1 @@
+"""TorchTitan 0.2: TrainSpecs that read Mosaic streams, and its job config."""

@@ -1,0 +1,39 @@
+"""The types and limits of the job config's values: TorchTitan takes those of its file as they come."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from examples.mosaic_streaming.config.typed import has_type, type_name
+
+AT_LEAST: dict[str, int] = {
+    **{"training.seq_len": 1, "training.steps": 1, "training.gc_freq": 1, "training.max_norm": 0},
+    **{"optimizer.lr": 0, "optimizer.beta1": 0, "optimizer.beta2": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0},
+    **{"lr_scheduler.warmup_steps": 0, "lr_scheduler.total_steps": 1, "lr_scheduler.decay_ratio": 0},
+    **{"checkpoint.interval": 1, "validation.freq": 1, "metrics.log_freq": 1},
+    **{"parallelism.pipeline_parallel_microbatch_size": 1},
+    **{"comm.init_timeout_seconds": 1, "comm.train_timeout_seconds": 1},
+}
+"""The smallest value of a number; where a section has `enable = false`, nothing reads its numbers."""
+
+
+def wrong_job_values(job_config: Any) -> list[str]:
+    """Which values of a job are of another type than TorchTitan says, or smaller than makes sense."""
+    wrong = []
+    for key, value, hint, is_read in leaves(job_config):
+        least = AT_LEAST.get(key)
+        is_too_small = is_read and least is not None and isinstance(value, int | float) and not value >= least
+        if not has_type(value, hint) or is_too_small:
+            limit = "" if least is None else f", from {least} on"
+            wrong.append(f"{key} = {value!r} in the job config, expected {type_name(hint)}{limit}.")
+    return wrong
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
+    """Key, value and type of each setting, and whether its section is in use."""
+    for field in dataclasses.fields(section):
+        value, key = getattr(section, field.name), f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(field.type) and dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, field.type, getattr(section, "enable", True)

@@ -1,0 +1,129 @@
+"""TrainSpecs that read Mosaic streams, made on demand from TorchTitan's own: `llama3_mosaic` from `llama3`."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.hf_datasets.text_datasets import build_text_dataloader
+from torchtitan.models import _supported_models
+from torchtitan.protocols import train_spec
+from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
+
+from examples.mosaic_streaming.batch.documents import within_documents
+from examples.mosaic_streaming.build import build_mosaic_dataloader
+from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.metrics import log_data
+from examples.mosaic_streaming.rounds import resolve_validation
+from examples.mosaic_streaming.tokenizer import build_tokenizer
+from examples.mosaic_streaming.upstream import cpu
+from examples.mosaic_streaming.validator import MosaicValidator
+
+SUFFIX = "_mosaic"
+
+registered: dict[str, TrainSpec] = {}
+"""Our own, by their names."""
+
+
+def register(
+    name: str,
+    train: LoaderFile,
+    validation: LoaderFile | None = None,
+    before_build: Callable[[], None] = lambda: None,
+) -> None:
+    """Make the Mosaic form of a text model known to TorchTitan, in place of an earlier one of ours.
+
+    Args:
+        name: `model.name`, one of TorchTitan's text models with `_mosaic` behind it.
+        train: the loader's configuration.
+        validation: that of the validation loader.
+        before_build: called before loaders are built.
+
+    Raises:
+        ConfigError: there is no such model, or it doesn't read text.
+    """
+    made = mosaic_spec(text_spec(name), train, validation, before_build)
+    if name in registered and train_spec._extra_train_specs.get(name) is registered[name]:
+        del train_spec._extra_train_specs[name]  # TorchTitan has no other way to register a name again
+    register_train_spec(name, made)
+    registered[name] = made
+
+
+def text_spec(name: str) -> TrainSpec:
+    """TorchTitan's own spec of a Mosaic model.
+
+    Raises:
+        ConfigError: there is no such model, or it doesn't read text.
+    """
+    if not name.endswith(SUFFIX):
+        hint = f"Set it to {name + SUFFIX!r}." if reads_text(name) else f"One that does: {', '.join(text_models())}."
+        raise ConfigError(f"model.name = {name!r} does not read Mosaic streams. {hint}")
+    base = name.removesuffix(SUFFIX)
+    if not reads_text(base):
+        raise ConfigError(
+            f"model.name = {name!r}, but TorchTitan has no text model {base!r}. Expected one of: "
+            f"{', '.join(text_models())}."
+        )
+    return get_train_spec(base)
+
+
+def reads_text(name: str) -> bool:
+    """Whether TorchTitan has a model of this name, with its text loader."""
+    try:
+        return get_train_spec(name).build_dataloader_fn is build_text_dataloader
+    except (ValueError, ImportError):  # not known, or without packages that it needs
+        return False
+
+
+def text_models() -> list[str]:
+    """The Mosaic names of TorchTitan's built-in text models."""
+    return [name + SUFFIX for name in sorted(_supported_models) if reads_text(name)]
+
+
+def mosaic_spec(
+    spec: TrainSpec,
+    train: LoaderFile,
+    validation: LoaderFile | None = None,
+    before_build: Callable[[], None] = lambda: None,
+) -> TrainSpec:
+    """A TorchTitan spec that reads the streams of a loader configuration.
+
+    Args:
+        spec: any TrainSpec of a text model.
+        train: the loader's configuration.
+        validation: that of the validation loader.
+        before_build: called before the loader is built.
+    """
+
+    built: list[MosaicDataLoader] = []
+    """TorchTitan builds the metrics after the loader, and doesn't show it to them (torchtitan 0.2.2, train.py)."""
+
+    def build_dataloader(**arguments: Any) -> Any:
+        before_build()
+        loader = build_mosaic_dataloader(loader_config=train.config, loader_config_path=train.path, **arguments)
+        if validation and arguments["job_config"].validation.enable:  # say what is wrong before a model is built
+            replication = dist.get_world_size() // arguments["dp_world_size"]
+            resolve_validation(arguments["job_config"], replication, validation, train)
+        built.append(loader)
+        return loader
+
+    def build_metrics(*arguments: Any) -> MetricsProcessor:
+        build = spec.build_metrics_processor_fn or build_metrics_processor
+        return log_data(build(*arguments), built[-1])
+
+    def build_validator(**arguments: Any) -> Any:
+        assert validation is not None
+        return MosaicValidator(validation_file=validation, train_file=train, **arguments)
+
+    return dataclasses.replace(
+        spec,
+        model_cls=within_documents(spec.model_cls),
+        build_tokenizer_fn=build_tokenizer,
+        build_dataloader_fn=build_dataloader,
+        build_validator_fn=build_validator,
+        build_metrics_processor_fn=build_metrics,
+        parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
+    )

@@ -1,0 +1,87 @@
+"""Lets TorchTitan run where there is no accelerator; does nothing where there is one.
+
+TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported and takes "cuda" where it finds none. A
+TorchTitan that takes "cpu" makes this module unnecessary.
+"""
+
+import importlib
+import resource
+import types
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+import torch._utils
+import torch.distributed.checkpoint  # takes the functions patched below by name: it must have the true ones
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from examples.mosaic_streaming.upstream.memory import memory_limit
+
+ACTIVE = torch._utils._get_available_device_type() is None
+"""Whether this process has no accelerator, so that TorchTitan runs on the CPU."""
+
+
+class CpuModule(types.ModuleType):
+    """`torch.cpu` with what TorchTitan calls on a device module and `torch.cpu` lacks; memory is the process's."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cpu, name)
+
+    def current_device(self) -> int:
+        """An index, as `barrier(device_ids=...)` needs it; `torch.cpu` returns "cpu"."""
+        return 0
+
+    def get_device_name(self, device: Any = None) -> str:
+        return "CPU"
+
+    def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
+        return types.SimpleNamespace(total_memory=memory_limit())
+
+    def memory_stats(self, device: Any = None) -> dict[str, int]:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        """The peak of a process can't be reset."""
+
+    def empty_cache(self) -> None:
+        """There is none."""
+
+
+def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """A TrainSpec's `parallelize_fn` whose FSDP modules reduce gradients in a way that gloo knows.
+
+    Source: FSDP2 averages with `ReduceOp.PREMUL_SUM`, which gloo refuses (torch 2.13).
+    """
+    if not ACTIVE:
+        return parallelize_fn
+
+    def parallelize(*args: Any, **kwargs: Any) -> nn.Module:
+        model = parallelize_fn(*args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+        return model
+
+    return parallelize
+
+
+def profile_cpu(*, activities: list[Any], **settings: Any) -> Any:
+    """A profile of the CPU; TorchTitan 0.2.2 asks for one of "None", too (tools/profiling.py)."""
+    return torch.profiler.profile(activities=[activity for activity in activities if activity], **settings)
+
+
+def prepare_torchtitan() -> None:
+    """Import torchtitan such that it finds the CPU, where there is nothing else; later, it is too late."""
+    if not ACTIVE:
+        return
+    with (
+        mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
+        mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
+    ):
+        importlib.import_module("torchtitan.tools.utils")
+    profiling: Any = importlib.import_module("torchtitan.tools.profiling")
+    profiler = types.SimpleNamespace(**vars(torch.profiler) | {"profile": profile_cpu})
+    profiling.torch = types.SimpleNamespace(**vars(torch) | {"profiler": profiler})
