@@ -27,8 +27,8 @@ import torchtitan.train  # noqa: F401
 import examples.mosaic_streaming.build
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
-from tests.jobs import write_files
-from tests.streams import write_stream
+from tests.support.jobs import write_files
+from tests.support.streams import write_stream
 
 torch.set_num_threads(1)
 

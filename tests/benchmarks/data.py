@@ -11,7 +11,7 @@ import numpy as np
 
 from examples.mosaic_streaming.make_demo_data import VOCAB_SIZE, sources
 from tests.benchmarks.text import SHARD, write_jsonl, write_mds, write_rows
-from tests.streams import FIRST_ID
+from tests.support.streams import FIRST_ID
 
 
 @dataclass(frozen=True)

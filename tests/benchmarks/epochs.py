@@ -15,8 +15,8 @@ from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
 from tests.benchmarks.data import Tokens
 from tests.benchmarks.measure import Figure, table
 from tests.benchmarks.text import write_mds
-from tests.ranks import run_rank_values
-from tests.streams import SEQ_LEN, build_loader, job, loader_config, sample_tokens
+from tests.support.ranks import run_rank_values
+from tests.support.streams import SEQ_LEN, build_loader, job, loader_config, sample_tokens
 
 SIZES = (1_000_000, 10_000_000, 100_000_000)
 NONE = "none"

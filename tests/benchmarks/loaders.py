@@ -20,8 +20,8 @@ from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.jsonl import name_jsonl
 from tests.benchmarks.measure import Comparison
 from tests.benchmarks.text import write_mds
-from tests.ranks import run_rank_values
-from tests.streams import TOKENIZER, build_loader, job, loader_config
+from tests.support.ranks import run_rank_values
+from tests.support.streams import TOKENIZER, build_loader, job, loader_config
 
 REPEATS, SECONDS = 6, 0.3
 """Turns of each loader, and how long one is."""

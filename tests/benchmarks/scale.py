@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from tests.benchmarks.data import Tokens
 from tests.benchmarks.measure import Figure
-from tests.ranks import run_rank_values
-from tests.store import running_store
-from tests.streams import build_loader, job, loader_config
+from tests.support.ranks import run_rank_values
+from tests.support.store import running_store
+from tests.support.streams import build_loader, job, loader_config
 
 RANKS = (1, 2, 4, 8)
 

@@ -17,8 +17,8 @@ from examples.mosaic_streaming.shards.prepare import prepare_streams
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.measure import Comparison, Figure
 from tests.benchmarks.training import CONFIGS, demo_loader
-from tests.ranks import run_rank_values
-from tests.streams import build_loader, job, loader_config
+from tests.support.ranks import run_rank_values
+from tests.support.streams import build_loader, job, loader_config
 
 REPEATS = 5
 LIMIT = 180.0

@@ -13,8 +13,8 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main
 from tests.benchmarks.measure import Comparison, Figure
-from tests.jobs import write_loader
-from tests.ranks import run_rank_values
+from tests.support.jobs import write_loader
+from tests.support.ranks import run_rank_values
 
 CONFIGS = "examples/mosaic_streaming/configs"
 STEPS, PAIRS = 2, 28

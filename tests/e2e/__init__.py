@@ -1,0 +1,1 @@
+"""Whole runs, through `train.main` or torchrun."""

@@ -1,0 +1,1 @@
+"""Many faults and kills, in random order, in whole runs."""

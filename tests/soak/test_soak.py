@@ -1,0 +1,54 @@
+"""What `make soak` does many times: here, once each, what no other test does."""
+
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.soak.__main__ import KILLS, MOMENTS, Case, Undisturbed, prepare, run
+from tests.support.ranks import can_make_nodes
+from tests.support.store import Store, running_store
+
+Place = tuple[Store, Undisturbed]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """A store with streams, and what is read and trained from them undisturbed."""
+    with running_store() as store:
+        yield store, prepare(tmp_path_factory.mktemp("undisturbed"), [store])
+
+
+def goes_well(case: Case, place: Place) -> None:
+    store, undisturbed = place
+    with tempfile.TemporaryDirectory() as folder:  # pytest's are too long for a worker's sockets
+        [done] = run([case], [store], undisturbed, Path(folder), math.inf)
+    assert not done.outcome.problem
+
+
+QUICK = {(1, 2)}
+CASES = [
+    pytest.param(kind, moment, id=f"{kind}-{MOMENTS[moment]}", marks=[] if case in QUICK else pytest.mark.long)
+    for case in itertools.product(range(len(KILLS)), range(len(MOMENTS)))
+    for kind, moment in [(list(KILLS)[case[0]], case[1])]
+]
+
+
+@pytest.mark.parametrize(("kind", "moment"), CASES)
+def test_killed_training_goes_on_exactly(place: Place, kind: str, moment: int) -> None:
+    """On streams with a remote in one of two, by the case's seed."""
+    goes_well(Case(kind, moment, seed=1), place)
+
+
+@pytest.mark.skipif(not can_make_nodes(), reason="no rights to mount a disk")
+@pytest.mark.parametrize("kind", ["disk full", "cache not writable"])
+@pytest.mark.parametrize("number", [1, 5])
+def test_cache_that_cannot_be_written_stops_the_job(place: Place, kind: str, number: int) -> None:
+    goes_well(Case(kind, number, seed=1), place)
+
+
+def test_cache_below_a_file_stops_the_job(place: Place) -> None:
+    goes_well(Case("cache not writable", 0, seed=1), place)

@@ -1,0 +1,1 @@
+"""Ranks, streams, stores and jobs for tests."""

@@ -1,0 +1,184 @@
+"""Small MDS streams whose every sample tells its own number, and loaders over them in the present rank."""
+
+import atexit
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from streaming import MDSWriter
+from torchtitan.config import JobConfig
+
+from examples.mosaic_streaming.build import build_mosaic_dataloader
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.shards.cache import MARKER
+from examples.mosaic_streaming.tokenizer import build_tokenizer
+from tests.support.ranks import run_rank_values
+
+WEIGHTS: dict[str, list[dict[str, float]]] = {
+    "unweighted": [{}, {}],
+    "proportion": [{"proportion": 0.25}, {"proportion": 0.75}],
+    "repeat": [{"repeat": 1.5}, {"repeat": 0.5}],
+    "choose": [{"choose": 61}, {"choose": 20}],
+}
+
+BATCHING = ["random", "per_stream", "stratified", "device_per_stream"]
+
+SHUFFLE = ["py1e", "py1br", "py1s", "py2s", "naive"]
+
+TOKENIZER = "tests/assets/tokenizer"
+SEQ_LEN = 16
+COLUMNS = {"tokens": "ndarray:int32"}
+FIRST_ID = 16
+"""Below are ids with a meaning."""
+
+
+def sample_tokens(sample: int, length: int = SEQ_LEN + 1) -> NDArray[np.int32]:
+    """The tokens of one sample: its number in the first, which makes it known, then random ones."""
+    tokens = np.random.default_rng(sample).integers(FIRST_ID, 2048, length, dtype=np.int32)
+    tokens[0] = FIRST_ID + sample
+    return tokens
+
+
+def write_stream(
+    folder: Path,
+    samples: int,
+    length: int = SEQ_LEN + 1,
+    first: int = 0,
+    hashes: Sequence[str] = ("xxh64",),
+    columns: dict[str, str] = COLUMNS,
+    compression: str | None = None,
+) -> Path:
+    """Write a stream of token samples in several shards, numbered from `first` on."""
+    settings: dict[str, Any] = {"size_limit": 1024, "hashes": list(hashes), "compression": compression}
+    with MDSWriter(out=str(folder), columns=columns, **settings) as writer:
+        for sample in range(first, first + samples):
+            dtype = columns["tokens"].partition(":")[2]
+            writer.write({"tokens": sample_tokens(sample, length).astype(dtype)})
+    return folder
+
+
+def mark(cache: Path) -> Path:
+    """Have a folder taken for a cache, whatever is in it."""
+    cache.mkdir(exist_ok=True)
+    (cache / MARKER).touch()
+    return cache
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Each file of a folder, hidden ones too: when it was written, and its content."""
+    return {
+        str(file.relative_to(folder)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def write_tokens(folder: Path, rows: list[list[int]]) -> Path:
+    """Write a stream of just these samples."""
+    with MDSWriter(out=str(folder), columns=COLUMNS) as writer:
+        for row in rows:
+            writer.write({"tokens": np.array(row, np.int32)})
+    return folder
+
+
+def job(local_batch_size: int = 2, global_batch_size: int = -1, seq_len: int = SEQ_LEN) -> JobConfig:
+    """A job config for loaders."""
+    config = JobConfig()
+    config.model.hf_assets_path = TOKENIZER
+    config.training.local_batch_size = local_batch_size
+    config.training.global_batch_size = global_batch_size
+    config.training.seq_len = seq_len
+    return config
+
+
+def loader_config(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
+    """A configuration for llm-foundry's text loader."""
+    settings = {"local": str(folder), "num_canonical_nodes": 1, **dataset}
+    return {"name": "text", "num_workers": num_workers, "dataset": settings}
+
+
+def mixture(streams: dict[str, dict[str, Any]], num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
+    """A configuration of several streams, shuffled."""
+    settings = {"streams": streams, "shuffle": True, "num_canonical_nodes": 4, **dataset}
+    return {"name": "text", "num_workers": num_workers, "dataset": settings}
+
+
+def build_loader(
+    config: dict[str, Any], job_config: JobConfig | None = None, dp_ranks: list[int] | None = None
+) -> MosaicDataLoader:
+    """The loader of the present rank, given the dp ranks of all ranks; without, they all read different samples."""
+    job_config = job_config or job()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    dp_ranks = dp_ranks or list(range(dist.get_world_size()))
+    loader = build_mosaic_dataloader(
+        dp_world_size=len(set(dp_ranks)),
+        dp_rank=dp_ranks[dist.get_rank()],
+        tokenizer=build_tokenizer(job_config),
+        job_config=job_config,
+        loader_config=config,
+        loader_config_path="loader.toml",
+    )
+    atexit.register(loader.close)  # or its workers find out seconds later that their rank is gone
+    return loader
+
+
+def read_samples(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
+    """The numbers of the samples in the next batches."""
+    iterator = iter(loader)
+    return [(next(iterator)[0]["input"][:, 0] - FIRST_ID).tolist() for _ in range(batches)]
+
+
+@dataclass
+class Reading:
+    """What ranks have read: the samples of each global batch, sorted, and the state after it."""
+
+    samples: list[list[int]]
+    states: list[dict[str, str]]
+
+
+def read_steps(
+    config: dict[str, Any],
+    steps: int,
+    *,
+    dp_ranks: Sequence[int] = (0,),
+    nodes: int = 1,
+    total: int = 8,
+    local: int | None = None,
+    state: dict[str, str] | None = None,
+) -> Reading:
+    """Read global batches in ranks of their own; all peers have to get the same, and all ranks to save the same.
+
+    Args:
+        config: the loader's.
+        steps: global batches to read.
+        dp_ranks: the dp rank of each rank.
+        nodes: machines that the ranks are spread over.
+        total: sequences of a global batch.
+        local: sequences per dp rank and batch; without, a rank's whole share.
+        state: where to go on.
+    """
+    dp = len(set(dp_ranks))
+    local = local or total // dp
+
+    def read() -> tuple[list[list[int]], list[dict[str, str]]]:
+        loader = build_loader(config, job(local, total), list(dp_ranks))
+        if state:
+            loader.load_state_dict(state)
+        batches, samples, states = iter(loader), [], []
+        for _ in range(steps):
+            accumulated = [next(batches)[0]["input"][:, 0] - FIRST_ID for _ in range(total // local // dp)]
+            samples.append([sample for batch in accumulated for sample in batch.tolist()])
+            states.append(loader.state_dict())
+        return samples, states
+
+    ranks = run_rank_values(read, len(dp_ranks), nodes)
+    assert all(states == ranks[0][1] for _, states in ranks)
+    of_dp = {dp_rank: samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True)}
+    assert all(of_dp[dp_rank] == samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True))
+    merged = [sorted(sample for samples in of_dp.values() for sample in samples[step]) for step in range(steps)]
+    return Reading(merged, ranks[0][1])

@@ -1,0 +1,1 @@
+"""Tests of one room or file at a time."""

@@ -1,0 +1,166 @@
+"""Batches are, bit for bit, those that llm-foundry's own loader gives; only what nobody reads is left out."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from llmfoundry.data.dataloader import build_dataloader
+from streaming import MDSWriter
+from torch.utils.data import DataLoader
+from transformers import AutoTokenizer, DataCollatorForLanguageModeling
+
+from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Pipe, RowCollator, as_tensors
+from examples.mosaic_streaming.batch.convert import TitanBatch, to_titan_batch
+from examples.mosaic_streaming.streams import resolve_training
+from tests.support.ranks import run_rank_values
+from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job
+
+SAMPLES, ROWS, BATCHES = 24, 4, 5
+EOS, PAD = 1, 2
+FORMS: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "int32": ({"tokens": "ndarray:int32"}, {}),
+    "uint16": ({"tokens": "ndarray:uint16"}, {}),
+    "uint32": ({"tokens": "ndarray:uint32"}, {}),
+    "int64": ({"tokens": "ndarray:int64"}, {}),
+    "any type": ({"tokens": "ndarray"}, {}),
+    "fixed shape": ({"tokens": f"ndarray:int32:{SEQ_LEN + 1}"}, {}),
+    "several columns": ({"source": "str", "tokens": "ndarray:int32", "weight": "float32"}, {}),
+    "bytes": ({"tokens": "bytes"}, {"token_encoding_type": "int64"}),
+    "bytes of uint16": ({"tokens": "bytes"}, {"token_encoding_type": "uint16"}),
+    "longer than a row": ({"tokens": "ndarray:int32"}, {"max_seq_len": SEQ_LEN}),
+    "documents": ({"tokens": "ndarray:int32"}, {"eos_token_id": EOS}),
+    "text": ({"text": "str"}, {}),
+}
+
+
+def sample(number: int, columns: dict[str, str], dtype: str) -> dict[str, Any]:
+    """A sample with an EOS and, now and then, padding at its end."""
+    tokens = np.random.default_rng(number).integers(FIRST_ID, 2048, SEQ_LEN + 1)
+    tokens[5] = EOS
+    tokens[SEQ_LEN + 1 - number % 3 :] = PAD
+    typed = tokens.astype(dtype)
+    values: dict[str, Any] = {"tokens": typed.tobytes() if columns.get("tokens") == "bytes" else typed}
+    values |= {"text": f"import module_{number}\n" * (1 + number % 9), "source": f"file {number}"}
+    values |= {"weight": np.float32(number)}
+    return {name: values[name] for name in columns}
+
+
+def write(folder: Path, form: str) -> dict[str, Any]:
+    """Write a stream of a form, and return the loader's configuration."""
+    columns, settings = FORMS[form]
+    dtype = settings.get("token_encoding_type") or [*columns.get("tokens", "").split(":"), "uint16"][1]
+    with MDSWriter(out=str(folder), columns=columns, size_limit=1024) as writer:
+        for number in range(SAMPLES):
+            writer.write(sample(number, columns, dtype))
+    return {"name": "text", "num_workers": 0, "dataset": {"local": str(folder), "num_canonical_nodes": 1, **settings}}
+
+
+def llm_foundry(config: dict[str, Any]) -> Iterator[Any]:
+    """The batches of llm-foundry's own loader, of a configuration without shuffling."""
+    resolved = resolve_training(job(ROWS), config, "loader.toml", 1)
+    loader = build_dataloader(resolved, AutoTokenizer.from_pretrained(TOKENIZER), ROWS).dataloader
+    assert isinstance(loader, DataLoader)
+    return iter(loader)
+
+
+def same(ours: TitanBatch, theirs: TitanBatch) -> bool:
+    """Whether two batches are the same bit for bit, in type, shape and layout."""
+    pairs = [(ours[1], theirs[1]), *((ours[0][key], theirs[0][key]) for key in theirs[0])]
+    return ours[0].keys() == theirs[0].keys() and all(
+        torch.equal(one, other) and one.dtype == other.dtype and one.is_contiguous() for one, other in pairs
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_batches_are_those_of_llm_foundry(tmp_path: Path, form: str) -> None:
+    config = write(tmp_path, form)
+
+    def read() -> list[bool]:
+        loader = build_loader(config, job(ROWS))
+        loader._form = dataclasses.replace(loader._form, documents="eos_token_id" in config["dataset"])
+        theirs = llm_foundry(config)
+        batches = [(batch, to_titan_batch(next(theirs), loader._form)) for batch in itertools.islice(loader, BATCHES)]
+        assert all(("sequence_id" in inputs) == (form == "documents") for (inputs, _), _ in batches)
+        return [same(*pair) for pair in batches]
+
+    assert run_rank_values(read) == [[True] * BATCHES]
+
+
+@pytest.mark.parametrize("limit", [0, PIPE_BYTES])
+def test_workers_hand_on_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """As arrays through their pipes, and as torch does."""
+    config = write(tmp_path, "documents") | {"num_workers": 2}
+    monkeypatch.setattr(collate, "PIPE_BYTES", limit)
+
+    def read() -> list[bool]:
+        loader, theirs = build_loader(config, job(ROWS)), llm_foundry(config | {"num_workers": 0})
+        kinds = {type(value) for value in next(iter(loader._batches._loader)).values()}
+        assert kinds == {torch.Tensor if limit == 0 else np.ndarray}
+        other = build_loader(config, job(ROWS))
+        return [same(batch, to_titan_batch(next(theirs), loader._form)) for batch in itertools.islice(other, BATCHES)]
+
+    assert run_rank_values(read) == [[True] * BATCHES]
+
+
+def test_text_is_handed_on_once(tmp_path: Path) -> None:
+    """One tensor a batch, in the type in which ids were written."""
+    config = write(tmp_path, "uint16")
+
+    def read() -> list[tuple[str, torch.dtype]]:
+        batch = next(iter(build_loader(config, job(ROWS))._batches._loader))
+        return [(name, value.dtype) for name, value in batch.items()]
+
+    assert run_rank_values(read) == [[("input_ids", torch.int32)]]
+
+
+def test_samples_of_different_lengths_are_left_to_llm_foundry() -> None:
+    """It pads them, as before; their shape is then refused, or not."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    theirs = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    samples = [np.arange(FIRST_ID, FIRST_ID + length, dtype=np.uint16) for length in (3, 5)]
+    expected = theirs([torch.from_numpy(one.astype(np.int64)) for one in samples])
+    found = RowCollator(theirs)(samples)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert found["input_ids"].tolist()[0] == [16, 17, 18, PAD, PAD]
+
+
+def test_a_collator_of_someone_elses_stays(tmp_path: Path) -> None:
+    class Own:
+        def __call__(self, samples: list[Any]) -> dict[str, Any]:
+            return {"input_ids": torch.stack(samples)}
+
+    class Dataset(collate.CheckedDataset):
+        def __init__(self) -> None:
+            pass
+
+    loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
+    collate.leave_out_unused(loader, is_text=True)
+    assert isinstance(loader.collate_fn, Own) and not loader.dataset.as_written  # type: ignore[attr-defined]
+
+
+def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collate, "PIPE_BYTES", 64)
+    batch: dict[str, Any] = {"small": torch.arange(8), "large": torch.arange(9), "count": 3}
+    packed = Pipe(lambda samples: batch)([])
+    assert isinstance(packed["small"], np.ndarray) and packed["large"] is batch["large"] and packed["count"] == 3
+    tensors = as_tensors(packed)
+    assert torch.equal(tensors["small"], batch["small"]) and tensors["small"].dtype == torch.int64
+
+
+def test_the_widest_type_of_a_mixture_holds_all_ids() -> None:
+    narrow, wide = np.array([16, 17], np.int32), np.array([2**32 + 5, 18])
+    for samples in ([narrow, wide], [wide, narrow]):
+        assert collate.stack(samples).tolist() == [sample.tolist() for sample in samples]
+
+
+def test_samples_of_two_axes_stay_what_they_are() -> None:
+    """So that their shape is refused."""
+    collator = RowCollator(DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(TOKENIZER), mlm=False))
+    assert collator([np.ones((2, 3), np.int32)] * 4)["input_ids"].shape == (4, 2, 3)

@@ -1,0 +1,274 @@
+"""A run's history: which samples it has read and will read in which step, against real runs that change on the way."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, go_on
+from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
+from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.sampling.order import Order
+from tests.support.jobs import train, write_files, write_loader
+from tests.support.looking import looked_up, preview, printed, recorded_by_dp_rank
+from tests.support.recording import recording
+from tests.support.streams import write_stream
+
+SAVE = ("--checkpoint.enable", "--checkpoint.interval=100")
+WIDER = ("--training.global_batch_size=8",)
+ANEW = ("--checkpoint.exclude_from_loading=dataloader",)
+
+Samples = dict[tuple[int, int], list[int]]
+
+
+def go(files: Path, first: int, last: int, *flags: str) -> Samples:
+    """Train up to a step, which is saved; the samples of each step since the start, whose first is given."""
+    with recording(files / f"{first}-{last}"):
+        train(files, *SAVE, f"--training.steps={last}", *flags)
+    found = recorded_by_dp_rank(files / f"{first}-{last}", first)
+    assert {step for step, _ in found} == {*range(first, last + 1)}
+    return found
+
+
+def saved(files: Path, step: int) -> str:
+    """The flag that names a checkpoint."""
+    return f"--checkpoint={files}/outputs/checkpoint/step-{step}"
+
+
+def first_repeat(read: Samples) -> int:
+    """The first step that has read a sample again."""
+    seen: set[int] = set()
+    for (step, _), samples in sorted(read.items()):
+        if seen & set(samples):
+            return step
+        seen |= set(samples)
+    raise AssertionError("none does")
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
+    """A run of 12 steps, the last 6 with twice the global batch: of 64 samples of an epoch, 24 and 40, and 8 more."""
+    files = write_files(tmp_path_factory.mktemp("wider"))
+    return files, go(files, 1, 6) | go(files, 7, 12, *WIDER)
+
+
+def test_run_that_goes_on_with_twice_the_global_batch_is_known_before_it_does_and_afterwards(
+    wider: tuple[Path, Samples],
+) -> None:
+    files, read = wider
+    assert [len(read[step, 0]) for step in (6, 7)] == [4, 8]
+    for step in (6, 12):
+        assert looked_up(files, "1:12", saved(files, step), titan=WIDER) == read
+        assert preview(files, "ledger", "--step=9", saved(files, step), titan=WIDER)["streams"][0]["samples"] == 48
+        for steps in (11, 12):
+            run = preview(files, "plan", saved(files, step), titan=(*WIDER, f"--training.steps={steps}"))["run"]
+            assert run["samples"] == sum(len(samples) for (at, _), samples in read.items() if at <= steps)
+            assert (run["first_repeat_step"], run["fits"]) == (first_repeat(read), steps == 11)
+            assert (run["first_repeat_samples"], run["epochs"]) == (64, run["samples"] / 64)
+    ledger = preview(files, "ledger", saved(files, 12))
+    assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 72
+    assert (ledger["epoch"], ledger["sample_in_epoch"], ledger["global_batch_size"]) == (1, 8, 8)
+    said = printed(files, "step", "6", saved(files, 6), "--world-size=4", titan=WIDER, code=1)
+    assert "Step 6 has a global batch of 4 samples, which 4 dp ranks with batches of 2 can't share." in said
+    said = printed(files, "step", "6:7", saved(files, 12))
+    assert "From step 1 on, global batches of 4 samples, from sample 0 of epoch 0." in said
+    assert "From step 7 on, global batches of 8 samples, from sample 24 of epoch 0." in said
+
+
+def test_checkpoint_is_the_one_that_a_start_loads(wider: tuple[Path, Samples]) -> None:
+    files, read = wider
+    folder, loads = f"--checkpoint={files}/outputs/checkpoint", (*SAVE, "--checkpoint.load_step=6", *WIDER)
+    for flags in ([folder], [], [saved(files, 6)]):
+        assert looked_up(files, "7:12", *flags, titan=loads) == {key: read[key] for key in read if key[0] > 6}
+        resume = preview(files, "plan", *flags, titan=(*loads, "--training.steps=12"))["resume"]
+        assert (resume["step"], resume["steps_left"], resume["sample_in_epoch"]) == (6, 6, 24)
+    said = printed(files, "step", "7", saved(files, 12), titan=loads, code=1)
+    assert "step-12 is of step 12, but a start loads checkpoint.load_step = 6." in said
+    said = printed(files, "step", "7", folder, titan=("--checkpoint.load_step=5",), code=1)
+    assert "checkpoint.load_step = 5, but " in said and "has finished steps: 6, 12." in said
+
+
+def test_report_of_a_run_that_begins_says_so_where_the_job_has_checkpoints(wider: tuple[Path, Samples]) -> None:
+    files, _ = wider
+    for command in (["step", "1", "--no-text"], ["ledger"], ["plan"]):
+        for flags, told in (((), False), (SAVE, True)):
+            assert any("has checkpoints" in text for text in preview(files, *command, titan=flags)["warnings"]) == told
+
+
+@pytest.fixture(scope="module")
+def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
+    """A run whose streams begin anew after step 4 and after step 7, and that goes on wider after step 9."""
+    files = write_files(tmp_path_factory.mktemp("anew"))
+    read = go(files, 1, 4) | go(files, 5, 7, *ANEW) | go(files, 8, 9, *ANEW) | go(files, 10, 11, *WIDER)
+    assert read[1, 0] == read[5, 0] == read[8, 0], "the first batch of the streams"
+    return files, read
+
+
+def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) -> None:
+    files, read = anew
+    cases: list[tuple[int, int, int, tuple[str, ...]]] = [
+        (1, 7, 4, ANEW),
+        (5, 7, 7, ()),
+        (5, 9, 7, ANEW),
+        (8, 11, 9, WIDER),
+        (8, 11, 11, WIDER),
+    ]
+    for first, last, checkpoint, flags in cases:
+        found = looked_up(files, f"{first}:{last}", saved(files, checkpoint), titan=flags)
+        assert found == {key: read[key] for key in read if first <= key[0] <= last}
+    assert looked_up(files, "12", titan=(*SAVE, *ANEW)) == {(12, 0): read[1, 0]}, "the job's own last checkpoint"
+    for step, checkpoint in ((4, 7), (7, 9), (7, 11)):
+        said = printed(files, "step", str(step), saved(files, checkpoint), code=1)
+        assert f"ConfigError: Step {step} was read before step {step + 1}, and the streams began anew there" in said
+
+
+def test_ledger_and_plan_count_since_the_streams_began_anew(anew: tuple[Path, Samples]) -> None:
+    files, read = anew
+    ledger = preview(files, "ledger", saved(files, 7))
+    assert (ledger["step"], ledger["since_step"], ledger["sample_in_epoch"]) == (7, 4, 12)
+    assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 12
+    assert "All is counted since the streams began anew after step 4." in printed(files, "ledger", saved(files, 7))
+    ledger = preview(files, "ledger", saved(files, 4), "--step=7", titan=ANEW)
+    assert (ledger["since_step"], ledger["streams"][0]["samples"]) == (0, 28), "where all is known"
+    steps = "--training.steps=7"
+    run = preview(files, "plan", saved(files, 4), titan=(*ANEW, steps))["run"]
+    assert (run["samples"], run["first_repeat_step"], run["fits"]) == (28, first_repeat(read), False)
+    run = preview(files, "plan", saved(files, 7), titan=(steps,))["run"]
+    assert (run["since_step"], run["samples"], run["fits"]) == (4, 12, True)
+    said = printed(files, "plan", saved(files, 7), titan=(steps,))
+    assert "Samples, tokens and repeats since the streams began anew after step 4." in said
+
+
+def test_steps_that_are_counted_from_1_again_read_on(wider: tuple[Path, Samples]) -> None:
+    files, read = wider
+    flags = ("--checkpoint.exclude_from_loading=train_state", "--training.steps=3")
+    later = {(step - 6, dp_rank): samples for (step, dp_rank), samples in read.items() if 6 < step < 10}
+    assert looked_up(files, "1:3", saved(files, 6), titan=(*flags, *WIDER)) == later
+    resume = preview(files, "plan", saved(files, 6), titan=flags)["resume"]
+    assert (resume["step"], resume["steps_left"], resume["sample_in_epoch"]) == (6, 3, 24)
+
+
+def pack_without_segments(state: State) -> dict[str, str]:
+    """As states were saved before they had segments."""
+    text = json.loads(pack(state)["mosaic"])
+    del text["steps"], text["segments"]
+    return {"mosaic": json.dumps(text)}
+
+
+@pytest.mark.long
+def test_run_from_before_its_history_was_saved_is_known_from_there_on(files: Path) -> None:
+    with mock.patch.object(dataloader, "pack", pack_without_segments):
+        go(files, 1, 6)
+    read = go(files, 7, 12, *WIDER)
+    for step in (6, 12):
+        assert looked_up(files, "7:12", saved(files, step), titan=WIDER) == read
+        said = printed(files, "step", "6", saved(files, step), code=1)
+        assert "Step 6 was read before step 7, and the checkpoint, of an earlier version of this code, doesn't" in said
+        run = preview(files, "plan", saved(files, step), titan=("--training.steps=12", *WIDER))["run"]
+        assert (run["samples"], run["first_repeat_step"], run["fits"]) == (72, None, None)
+    assert "doesn't say what was read in which step" in printed(files, "plan", saved(files, 12))
+    ledger = preview(files, "ledger", saved(files, 12))
+    assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 72, "it was still in epoch 0"
+
+
+def test_earlier_epochs_of_a_run_from_before_its_history_was_saved_are_not_counted(files: Path) -> None:
+    with mock.patch.object(dataloader, "pack", pack_without_segments):
+        go(files, 1, 17)
+    said = printed(files, "ledger", saved(files, 17), code=1)
+    assert "ConfigError: What was read before epoch 1 is not known" in said
+    assert preview(files, "plan", saved(files, 17), titan=("--training.steps=20",))["run"]["samples"] == 80
+
+
+def test_start_that_would_be_refused_has_no_run(wider: tuple[Path, Samples], tmp_path: Path) -> None:
+    """Here on fewer samples than it has read."""
+    files, _ = wider
+    shutil.copy(files / "job.toml", tmp_path)
+    write_loader(tmp_path, write_stream(tmp_path / "stream", 20))
+    with open(tmp_path / "loader.toml", "a") as loader:
+        loader.write("num_canonical_nodes = 1\n")
+    said = printed(tmp_path, "plan", saved(files, 6), titan=SAVE, code=1)
+    assert "Not known, as a start would be refused." in said
+    assert "A start would be refused, with the reason at the end." in said
+    assert "ConfigError: The checkpoint was written on other data." in said
+    new = looked_up(tmp_path, "7", saved(files, 6), titan=ANEW)
+    assert new[7, 0] == looked_up(tmp_path, "1")[1, 0], "the first batch of the new data"
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> tuple[Order, list[tuple[int, int]]]:
+    """An order, and parts of a run: steps, and their global batch."""
+    samples = draw(st.integers(12, 60))
+    parts = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=4)
+    return Order("random", 1, 1, samples), draw(parts)
+
+
+def simulate(samples: int, parts: list[tuple[int, int]]) -> Iterator[tuple[Segment, list[list[tuple[int, int]]]]]:
+    """Each part of a run: where it begins, and its steps' samples, by epoch and number, as a loader goes on."""
+    step = epoch = at = 0
+    for steps, batch in parts:
+        if at + batch > samples:
+            epoch, at = epoch + 1, 0
+        begin, read = Segment(step, epoch, at, batch), []
+        for _ in range(steps):
+            read.append([(epoch, number) for number in range(at, at + batch)])
+            at += batch
+            if at + batch > samples:
+                epoch, at = epoch + 1, 0
+        step += steps
+        yield begin, read
+
+
+@given(runs())
+def test_history_walks_as_a_loader_does(run: tuple[Order, list[tuple[int, int]]]) -> None:
+    order, parts = run
+    found = [*simulate(order.epoch_samples, parts)]
+    segments: tuple[Segment, ...] = ()
+    for segment, _ in found:
+        segments = go_on(segments, segment)
+    history, steps = History(order, segments), [samples for _, read in found for samples in read]
+    for number, samples in enumerate(steps, start=1):
+        part = history.batch(number)
+        assert [(part.epoch, sample) for sample in range(part.begin, part.end)] == samples
+    for after, until in ((0, len(steps)), (len(steps) // 2, len(steps)), (0, len(steps) // 2)):
+        slices = [*history.slices(after, until)]
+        read = [(part.epoch, sample) for part in slices for sample in range(part.begin, part.end)]
+        assert read == [sample for samples in steps[after:until] for sample in samples]
+        assert all((part.end - part.begin) % part.global_batch_size == 0 for part in slices)
+    assert history.samples(len(steps)) == sum(map(len, steps))
+    assert history.position(0) == Position(0, 0, 0)
+
+
+def test_step_before_those_that_are_known_is_refused() -> None:
+    history = History(Order("random", 4, 4, 64), (Segment(5, 0, 0, 4),))
+    assert history.batch(6).begin == 0
+    with pytest.raises(ConfigError, match=r"Step 5 was read before step 6, and the streams began anew there"):
+        history.batch(5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"segments": []},
+        {"segments": [[1, 0, 0, 4]]},
+        {"segments": [[0, 0, 0, 4], [0, 0, 0, 8]]},
+        {"segments": [[0, 0, 0, 0]]},
+        {"segments": [[0, 0, 4]]},
+        {"segments": [[0, 0, 0, 4], [9, 0, 0, 8]]},
+        {"segments": 5},
+        {"steps": -1},
+        {"steps": None},
+    ],
+)
+def test_damaged_segments_are_refused_with_words(wrong: dict[str, Any]) -> None:
+    state = State(0, 8, 4, {}, None, 2, (Segment(0, 0, 0, 4),))
+    text = json.loads(pack(state)["mosaic"])
+    assert unpack({"mosaic": json.dumps(text)}) == state
+    with pytest.raises(DataError, match="state is damaged"):
+        unpack({"mosaic": json.dumps(text | wrong)})

@@ -1,0 +1,54 @@
+"""What each stream has given, against the samples that real loaders have delivered."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
+from examples.mosaic_streaming.preview.offline import Offline
+from tests.support.looking import offline, preview, quietly
+from tests.support.streams import BATCHING, SEQ_LEN, WEIGHTS, job, mixture, read_steps
+
+STEPS = 25
+"""Of 8 samples: more than two epochs."""
+
+
+@pytest.mark.parametrize("batching_method", BATCHING)
+@pytest.mark.parametrize("weights", ["unweighted", "proportion", "repeat"])
+def test_ledger_counts_what_is_delivered(
+    streams: dict[str, dict[str, Any]], batching_method: str, weights: str
+) -> None:
+    weighted = {name: stream | weight for (name, stream), weight in zip(streams.items(), WEIGHTS[weights], strict=True)}
+    config = mixture(weighted, batching_method=batching_method)
+    read = read_steps(config, STEPS, local=2).samples
+    of_a = np.cumsum([sum(sample < 50 for sample in step) for step in read])
+    at = (1, 5, 9, 10, 11, STEPS)
+
+    def look(opened: Offline) -> Any:
+        history = opened.from_beginning()
+        return [ledger(opened, history, step, quietly) for step in at], shares_over_steps(
+            opened, history, STEPS, quietly
+        )
+
+    ledgers, (steps, shares) = offline(config, look, job(2, 8))
+    assert [found["streams"][0]["samples"] for found in ledgers] == [of_a[step - 1] for step in at]
+    asked = {"unweighted": 50 / 83, "proportion": 0.25, "repeat": 75 / (75 + 16)}[weights]
+    for step, found in zip(at, ledgers, strict=True):
+        a, b = found["streams"]
+        assert a["samples"] + b["samples"] == 8 * step
+        assert a["share_asked"] == pytest.approx(asked, abs=0.001)
+        assert a["tokens_difference"] == pytest.approx((a["samples"] - a["share_asked"] * 8 * step) * SEQ_LEN, abs=1e-6)
+        assert b["tokens_difference"] == pytest.approx(-a["tokens_difference"], abs=1e-6)
+        assert a["passes"] == a["samples"] / 50 and a["tokens"] == a["samples"] * SEQ_LEN
+    assert steps == list(range(1, STEPS + 1))
+    assert shares[:, 0] == pytest.approx(of_a / (8 * np.arange(1, STEPS + 1)))
+
+
+def test_ledger_is_drawn_and_goes_to_the_last_step_unless_another_is_given(files: Path) -> None:
+    plot = files / "shares.png"
+    found = preview(files, "ledger", f"--plot={plot}")
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert (found["step"], found["streams"][0]["samples"]) == (4, 16)
+    assert preview(files, "ledger", "--step=3")["streams"][0]["samples"] == 12
