@@ -21,12 +21,12 @@ from examples.mosaic_streaming.batch.first_samples import look_at_samples
 from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.store import (
     check_machines,
-    new_number,
+    new_job_id,
     on_each_node,
     on_rank_0,
-    open_line,
     open_store,
 )
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
@@ -54,8 +54,9 @@ def build_mosaic_dataloader(
     job_config: JobConfig,
     loader_config: Config,
     loader_config_path: str,
+    channel: AbortChannel,
 ) -> MosaicDataLoader:
-    """Build the training loader of one rank; a TrainSpec's `build_dataloader_fn` once the last two are bound.
+    """Build the training loader of one rank; a TrainSpec's `build_dataloader_fn` once the last three are bound.
 
     Args:
         dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
@@ -64,6 +65,7 @@ def build_mosaic_dataloader(
         job_config: the whole job.
         loader_config: the loader TOML, for llm-foundry's `build_dataloader`.
         loader_config_path: the file it was read from, for messages.
+        channel: tells all ranks why one stops.
 
     Raises:
         ConfigError: the loader, the tokenizer, the model and the job don't fit together.
@@ -71,11 +73,11 @@ def build_mosaic_dataloader(
     world_size = dist.get_world_size()
     file = LoaderFile(loader_config, loader_config_path)
     config, transformers_tokenizer, global_batches = settle(job_config, file, tokenizer, dp_world_size, world_size)
-    number = new_number()
-    open_line(number)
+    job_id = new_job_id()
+    channel.connect(job_id)
     check_machines()
-    on_each_node(number, lambda: prepare_streams(config, loader_config_path))
-    choose = functools.partial(on_rank_0, number)
+    on_each_node(job_id, lambda: prepare_streams(config, loader_config_path))
+    choose = functools.partial(on_rank_0, job_id)
     fill_in_ratio(job_config, config, loader_config_path, transformers_tokenizer, choose)
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(config)}")
@@ -85,7 +87,7 @@ def build_mosaic_dataloader(
         loader_config_path,
         tokenizer,
         transformers_tokenizer,
-        number,
+        job_id,
         reader=f"Rank {dist.get_rank()} (dp rank {dp_rank})",
         global_batches=global_batches,
         may_cut="max_seq_len" in loader_config["dataset"],
@@ -94,7 +96,7 @@ def build_mosaic_dataloader(
     look = functools.partial(
         look_at_samples, streams.loader, streams.form, config, loader_config_path, transformers_tokenizer
     )
-    looked: list[str] = on_rank_0(new_number(), look)
+    looked: list[str] = on_rank_0(new_job_id(), look)
     streams.dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
     if is_rank_0():
         log_mixture(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
@@ -108,7 +110,8 @@ def build_mosaic_dataloader(
         dp_rank,
         loader_config_path,
         job_config.training.steps,
-        functools.partial(open_store, number),
+        functools.partial(open_store, job_id),
+        channel,
     )
 
 

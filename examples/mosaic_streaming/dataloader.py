@@ -22,8 +22,9 @@ from examples.mosaic_streaming.batch.packing import LEFT_OUT, PACKED
 from examples.mosaic_streaming.checkpoint.history import Segment, go_on
 from examples.mosaic_streaming.checkpoint.progress import Counter, Progress, Seen
 from examples.mosaic_streaming.checkpoint.state import Data, State, check_position, check_same_data, pack, unpack
+from examples.mosaic_streaming.distributed.abort import SIGNALS, AbortChannel
 from examples.mosaic_streaming.distributed.agreement import check_peers
-from examples.mosaic_streaming.errors import SIGNALS, DataError, exit_if_stopped, is_rank_0
+from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.sampling.order import Order, global_batch, start_at, whole
 from examples.mosaic_streaming.shards.dataset import CheckedDataset, prepare_worker
 from examples.mosaic_streaming.shards.fetch_stats import Fetched, Tally, fetched_file
@@ -162,6 +163,7 @@ class MosaicDataLoader(BaseDataLoader):
         path: the file that configures the loader, for messages.
         steps: optimizer steps of the whole run, for the log.
         open_store: connects to the store of the job.
+        channel: tells all ranks why one stops.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class MosaicDataLoader(BaseDataLoader):
         path: str,
         steps: int,
         open_store: Callable[[], dist.Store],
+        channel: AbortChannel,
     ) -> None:
         assert isinstance(loader.dataset, StreamingDataset)
         self._batches = Batches(loader, form.origin, path)
@@ -185,6 +188,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._path = path
         self._steps_of_run = steps
         self._open_store = open_store
+        self._channel = channel
         self._global_batch_sizes = {order.global_batch_size}
         """Of all steps, as far as they are known."""
         self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
@@ -294,7 +298,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def _next_step(self) -> list[Mapping[str, Any]]:
         """This rank's batches of the next optimizer step; none at the end of the epoch."""
-        exit_if_stopped()
+        self._channel.exit_if_signalled()
         if self._epoch_is_read():
             return []
         accumulation = self._order.global_batch_size // self._samples_per_batch

@@ -22,7 +22,7 @@ from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.config.loader import Config, folders_of, place_streams, resolve, take_out_token_ids
 from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.distributed.agreement import check_peers
-from examples.mosaic_streaming.distributed.store import new_number, on_each_node, on_rank_0
+from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.sampling.order import set_round
 from examples.mosaic_streaming.shards.cache import check_folders
@@ -169,7 +169,7 @@ def build_rounds(
     take_out_token_ids(config, path, transformers_tokenizer)
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(config)}")
-    number = new_number()
+    number = new_job_id()
     on_each_node(number, lambda: prepare_streams(config, path))
     may_cut = "max_seq_len" in file.config["dataset"]
     loader = build_loader(config, path, transformers_tokenizer, validation.local_batch_size, number, may_cut)
@@ -185,7 +185,7 @@ def build_rounds(
         seq_len=validation.seq_len,
     )
     look = functools.partial(look_at_samples, loader, form, config, path, transformers_tokenizer, "validation")
-    looked: list[str] = on_rank_0(new_number(), look)
+    looked: list[str] = on_rank_0(new_job_id(), look)
     dataset._parallel_rank_world = place(job_config, dp_rank, dp_world_size)
     global_batch_size = validation.local_batch_size * dp_world_size
     batches, samples = size_of_round(dataset.epoch_size, global_batch_size, validation.steps)

@@ -22,7 +22,7 @@ from examples.mosaic_streaming.batch.packing import count_left_out
 from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
 from examples.mosaic_streaming.checkpoint.state import Data, describe
 from examples.mosaic_streaming.config.loader import DATASET_KEYS, Config, resolve, stream_folders, streams_of, takes
-from examples.mosaic_streaming.distributed.store import new_number
+from examples.mosaic_streaming.distributed.store import new_job_id
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.order import Order, set_order
 from examples.mosaic_streaming.shards.columns import check_columns
@@ -102,7 +102,7 @@ def fill_in_ratio(
     if dataset.get("packing_ratio") != "auto":
         return
     single = config | {"dataset": dataset | {"packing_ratio": 1}}
-    loader = build_loader(single, path, tokenizer, rows, new_number())
+    loader = build_loader(single, path, tokenizer, rows, new_job_id())
     origin = f"The streams are {stream_folders(dataset)}, set in {path}."
     choose = functools.partial(choose_ratio, loader, rows, dataset["max_seq_len"], origin, path)
     dataset["packing_ratio"] = on_one(choose)

@@ -12,9 +12,9 @@ from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.config.cli import parse_flags, read_loaders, read_toml
-from examples.mosaic_streaming.errors import ConfigError, DataError, handle_signals, is_rank_0
+from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config, next_start
 from examples.mosaic_streaming.titan.v0_2.refusals import refusal
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
@@ -32,7 +32,8 @@ SAVING = 20.0
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, register the spec, train; a user's error ends in one line."""
-    with errors.told_once():
+    channel = AbortChannel()
+    with channel.report_errors_once():
         handle_signals(signal.SIG_DFL)  # nothing has to be closed yet
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
         if not (flags.config and flags.mosaic_config):  # `-- --help`
@@ -48,17 +49,17 @@ def main(argv: list[str] | None = None) -> None:
         from examples.mosaic_streaming.titan.v0_2 import spec
 
         import_custom(job_config)
-        # From the building of the loader on there is something to close.
-        spec.register(job_config.model.name, train_file, validation_file, errors.close_on_signals)
-        run(job_config, validates)
+        spec.register(job_config.model.name, train_file, validation_file, channel)
+        run(job_config, validates, channel)
 
 
-def run(job_config: "JobConfig", validates: bool) -> None:
+def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None:
     """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised.
 
     Args:
         job_config: the whole job.
         validates: whether there is a configuration of the validation loader.
+        channel: tells all ranks why one stops.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint.api import CheckpointException
@@ -66,8 +67,8 @@ def run(job_config: "JobConfig", validates: bool) -> None:
     from torchtitan.train import Trainer
 
     from examples.mosaic_streaming.checkpoint import state as resume
-    from examples.mosaic_streaming.distributed import store as job
     from examples.mosaic_streaming.upstream import cpu
+    from examples.mosaic_streaming.upstream.rendezvous import fresh_rendezvous
 
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
@@ -87,7 +88,7 @@ def run(job_config: "JobConfig", validates: bool) -> None:
     trainer = None
     try:
         try:
-            with job.meeting_anew():
+            with fresh_rendezvous():
                 trainer = Trainer(job_config)
             if job_config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(curr_step=0, last_step=True)
@@ -95,16 +96,16 @@ def run(job_config: "JobConfig", validates: bool) -> None:
             else:
                 trainer.train()
         finally:
-            errors.begin_end()  # a signal that comes before ends in the outer `except`, as any other
+            channel.begin_shutdown()  # a signal that comes before ends in the outer `except`, as any other
     except BaseException as error:
-        if errors.stopped_by:
-            errors.line.close()
+        if channel.stopped_by:
+            channel.close()
         refused = None if trainer and trainer.dataloader.is_read else refusal(error, job_config)
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
-        if errors.stopped_by and trainer and not errors.said:  # after a fault, torchrun sends it
-            log_stop(trainer)
+        if channel.stopped_by and trainer and not channel.reason:  # after a fault, torchrun sends it
+            log_stop(trainer, channel.stopped_by)
         if lost and not isinstance(error, DataError):
             raise DataError(lost) from error
         if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
@@ -113,7 +114,7 @@ def run(job_config: "JobConfig", validates: bool) -> None:
             raise ConfigError(refused) from error
         raise
     close(trainer)
-    errors.line.close()
+    channel.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     logger.info("Process group destroyed")
@@ -139,17 +140,16 @@ def close(trainer: "Trainer | None") -> None:
             trainer.close()
 
 
-def log_stop(trainer: "Trainer") -> None:
+def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
     """Say on rank 0 how far a run has come that a signal ends, and what the same command would do."""
     from torchtitan.tools.logging import logger
 
-    assert errors.stopped_by
     if is_rank_0():
         if saving := getattr(trainer.checkpointer, "save_future", None):  # there is none without checkpoints
             futures.wait([saving], SAVING)
         step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)  # it counts the one in progress
         logger.info(
-            f"Stopped by {errors.stopped_by.name} {f'after step {step}' if step else 'before the first step'}; "
+            f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "
             f"{next_start(trainer.job_config, step)}."
         )
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.config.cli import LoaderFile, read_toml
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
 from examples.mosaic_streaming.upstream import cpu
 
@@ -72,10 +72,10 @@ def closable(build: Builder) -> Builder:
     return build_closable
 
 
-def bench_spec(name: str, way: str, loader: LoaderFile) -> TrainSpec:
+def bench_spec(name: str, way: str, loader: LoaderFile, channel: AbortChannel) -> TrainSpec:
     """A Mosaic spec with the flavors of the benchmark, TorchTitan's own metrics, and the loader of one way."""
     spec = text_spec(name)
-    spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loader)
+    spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loader, None, channel)
     builders: dict[str, Any] = {
         "mosaic": spec.build_dataloader_fn,
         "text": closable(text_datasets.build_text_dataloader),
@@ -86,13 +86,14 @@ def bench_spec(name: str, way: str, loader: LoaderFile) -> TrainSpec:
 
 def main() -> None:
     """Register the spec and train."""
+    channel = AbortChannel()
     way, loader_path, texts, *titan_flags = sys.argv[1:]
-    with errors.told_once():
+    with channel.report_errors_once():
         titan_flags += [f"--training.dataset={name_jsonl()}", f"--training.dataset_path={texts}"]
         job_config = load_job_config(titan_flags)
         loader = LoaderFile(read_toml(loader_path), loader_path)
-        register_train_spec(job_config.model.name, bench_spec(job_config.model.name, way, loader))
-        run(job_config, validates=False)
+        register_train_spec(job_config.model.name, bench_spec(job_config.model.name, way, loader, channel))
+        run(job_config, validates=False, channel=channel)
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
-from examples.mosaic_streaming import dataloader, errors
-from examples.mosaic_streaming.distributed import store as job
+from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming.distributed.abort import AbortChannel, Listener
+from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
 from examples.mosaic_streaming.preview.offline import PREFIX
 from examples.mosaic_streaming.titan.v0_2.job_config import next_start
@@ -35,8 +36,8 @@ from tests.support.ranks import nothing_is_left, run_ranks
 CLOSING = [
     *((dataloader.Batches, name) for name in ("close", "lost_workers")),
     *((dataloader.MosaicDataLoader, "close"), (Trainer, "close"), (CheckpointManager, "close")),
-    *((job.Line, name) for name in ("close", "tell")),
-    *((errors, name) for name in ("stop", "say")),
+    *((AbortChannel, name) for name in ("close", "_fail", "print_reason")),
+    *((Listener, name) for name in ("close", "send")),
     (dist, "destroy_process_group"),
 ]
 """What runs at one end or another."""
@@ -88,7 +89,7 @@ def at_each_step(monkeypatch: pytest.MonkeyPatch, call: Callable[[int], object])
     [
         (None, 0, "Process group destroyed"),
         pytest.param(*(RuntimeError("nobody's"), 1, "RuntimeError: nobody's"), marks=pytest.mark.long),
-        (errors.DataError("the user's"), 1, "DataError: the user's"),
+        (DataError("the user's"), 1, "DataError: the user's"),
         (signal.SIGHUP, 128 + signal.SIGHUP, "Stopped by SIGHUP after step 1; no checkpoint is finished: the same "),
     ],
     ids=["success", "exception", "user's error", "signal"],
@@ -125,7 +126,7 @@ def test_no_signal_breaks_an_end_that_has_begun(
     assert told in ranks[0].output and output.count("Stopped by") == (code > 1), output
     assert all("closed, 0 workers" in rank.output for rank in ranks), output
     assert output.count("Traceback") == 2 * (type(fault) is RuntimeError) and "ignored in" not in output, output
-    assert output.count("DataError") == isinstance(fault, errors.DataError), output
+    assert output.count("DataError") == isinstance(fault, DataError), output
     nothing_is_left(ranks)
 
 
@@ -252,7 +253,7 @@ def test_only_errors_that_follow_another_ranks_end_are_left_unsaid(
         if step < 2:
             return
         if dist.get_rank() == 0 and is_told:
-            raise errors.DataError("the user's")
+            raise DataError("the user's")
         if dist.get_rank() == 0:
             os.kill(os.getpid(), signal.SIGKILL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # on another machine, no torchrun sends it now

@@ -11,6 +11,7 @@ from typing import Any
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.offline import Offline, open_offline
 from tests.support.jobs import command
@@ -30,7 +31,9 @@ def offline(
     job_config.model.name = "llama3_mosaic"
 
     def run() -> Any:
-        with open_offline(job_config, LoaderFile(config, "loader.toml"), None, world_size, ranks_per_node) as opened:
+        with open_offline(
+            job_config, LoaderFile(config, "loader.toml"), None, world_size, ranks_per_node, AbortChannel()
+        ) as opened:
             return look(opened)
 
     [found] = run_rank_values(run)

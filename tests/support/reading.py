@@ -12,7 +12,7 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 
-from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import DataError
 from tests.support.ranks import Rank, run_ranks
 from tests.support.streams import FIRST_ID, build_loader, job, sample_tokens
@@ -76,8 +76,9 @@ def read_job(
     def read() -> None:
         os.environ |= environment or {}
         init_logger()
-        with errors.told_once(), open(folder / f"{os.environ['RANK']}.jsonl", "w", buffering=1) as file:
-            loader = build_loader(config, job(total // world_size, total))
+        channel = AbortChannel()
+        with channel.report_errors_once(), open(folder / f"{os.environ['RANK']}.jsonl", "w", buffering=1) as file:
+            loader = build_loader(config, job(total // world_size, total), channel=channel)
             if state:
                 loader.load_state_dict(state)
             batches = iter(loader)
@@ -93,7 +94,7 @@ def read_job(
                     raise
                 raise DataError(lost) from error
             loader.close()
-            errors.line.close()
+            channel.close()
 
     ranks = run_ranks(read, world_size, timeout=timeout)
     notes = [(folder / f"{rank}.jsonl").read_text().splitlines() for rank in range(world_size)]

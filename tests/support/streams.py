@@ -14,6 +14,7 @@ from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.build import build_mosaic_dataloader
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.shards.cache import MARKER
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.support.ranks import run_rank_values
@@ -108,7 +109,10 @@ def mixture(streams: dict[str, dict[str, Any]], num_workers: int = 0, **dataset:
 
 
 def build_loader(
-    config: dict[str, Any], job_config: JobConfig | None = None, dp_ranks: list[int] | None = None
+    config: dict[str, Any],
+    job_config: JobConfig | None = None,
+    dp_ranks: list[int] | None = None,
+    channel: AbortChannel | None = None,
 ) -> MosaicDataLoader:
     """The loader of the present rank, given the dp ranks of all ranks; without, they all read different samples."""
     job_config = job_config or job()
@@ -122,6 +126,7 @@ def build_loader(
         job_config=job_config,
         loader_config=config,
         loader_config_path="loader.toml",
+        channel=channel or AbortChannel(),
     )
     atexit.register(loader.close)  # or its workers find out seconds later that their rank is gone
     return loader

@@ -7,9 +7,8 @@ import os
 import sys
 import warnings
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.config.cli import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
-from examples.mosaic_streaming.errors import exit_on_signal, handle_signals
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
@@ -40,8 +39,9 @@ CHECKPOINT = "of the run: a step's folder, or that of all steps for the one that
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, open the streams, print what was asked for."""
-    with errors.told_once():
-        handle_signals(exit_on_signal)
+    channel = AbortChannel()
+    with channel.report_errors_once():
+        channel.exit_on_signals()
         ours, titan_flags = split_flags(sys.argv[1:] if argv is None else argv)
         flags = parse(ours)
         read_toml(flags.config)  # before the slow imports
@@ -50,14 +50,14 @@ def main(argv: list[str] | None = None) -> None:
         job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         log_aside()
         import_llm_foundry()
-        errors.close_on_signals()  # again: the import of composer sets its own
+        channel.exit_on_signals()  # again: the import of composer sets its own
         from examples.mosaic_streaming.preview import commands as looks
         from examples.mosaic_streaming.preview.offline import open_offline
 
         with contextlib.ExitStack() as stack:
             layout = (flags.world_size, flags.ranks_per_node)
             with looks.waiting("Opening the streams"):
-                offline = stack.enter_context(open_offline(job_config, train, validation, *layout))
+                offline = stack.enter_context(open_offline(job_config, train, validation, *layout, channel))
             try:
                 looks.LOOKS[flags.command](offline, flags, titan_flags)
                 sys.stdout.flush()

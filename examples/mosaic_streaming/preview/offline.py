@@ -33,8 +33,9 @@ from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, Config, is_local, streams_of, take_out_token_ids
-from examples.mosaic_streaming.distributed.store import new_number
-from examples.mosaic_streaming.errors import ConfigError, DataError, begin_end
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.distributed.store import new_job_id
+from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.rounds import resolve_validation
 from examples.mosaic_streaming.sampling.order import Order
 from examples.mosaic_streaming.sampling.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
@@ -274,7 +275,12 @@ class Offline:
 
 @contextlib.contextmanager
 def open_offline(
-    job_config: JobConfig, train: LoaderFile, validation: LoaderFile | None, world_size: int, ranks_per_node: int | None
+    job_config: JobConfig,
+    train: LoaderFile,
+    validation: LoaderFile | None,
+    world_size: int,
+    ranks_per_node: int | None,
+    channel: AbortChannel,
 ) -> Iterator[Offline]:
     """Within it, the streams of a job can be read.
 
@@ -284,6 +290,7 @@ def open_offline(
         validation: that of the validation loader.
         world_size: processes of the job.
         ranks_per_node: processes on each machine; without, up to 8.
+        channel: of this process.
 
     Raises:
         ConfigError: the job would not start with this configuration, or not on so many ranks.
@@ -294,14 +301,14 @@ def open_offline(
     layout = layout_of(job_config, world_size, ranks_per_node)
     check_job(job_config, validation is not None, world_size)
     import_custom(job_config)
-    spec.register(job_config.model.name, train)
+    spec.register(job_config.model.name, train, None, channel)
     dp_world_size, titan_tokenizer = layout.dp_world_size, build_tokenizer(job_config)
     config, tokenizer, global_batches = settle(job_config, train, titan_tokenizer, dp_world_size, world_size)
     validation = validation if job_config.validation.enable else None
     if validation:
         resolve_validation(job_config, world_size // dp_world_size, validation, train)
     remove_stale()
-    with own_folder() as folder:
+    with own_folder(channel) as folder:
         own = read_through(folder, config, train.path)
         fill_in_ratio(job_config, own, train.path, tokenizer, lambda choose: choose())
         config["dataset"] |= {key: own["dataset"][key] for key in ("packing_ratio",) if key in own["dataset"]}
@@ -311,7 +318,7 @@ def open_offline(
             train.path,
             titan_tokenizer,
             tokenizer,
-            new_number(),
+            new_job_id(),
             reader="The preview",
             global_batches=global_batches,
             may_cut="max_seq_len" in train.config["dataset"],
@@ -335,7 +342,7 @@ def open_validation(offline: Offline) -> Offline | None:
     take_out_token_ids(config, file.path, offline.tokenizer)
     own = read_through(os.path.join(offline.folder, "validation"), config, file.path)
     rows, may_cut = validation.local_batch_size, "max_seq_len" in file.config["dataset"]
-    loader = build_loader(own, file.path, offline.tokenizer, rows, new_number(), may_cut)
+    loader = build_loader(own, file.path, offline.tokenizer, rows, new_job_id(), may_cut)
     form = batch_format(
         job_config, own, file.path, offline.tokenizer, "The preview", rows=rows, seq_len=validation.seq_len
     )
@@ -365,7 +372,7 @@ def layout_of(job_config: JobConfig, world_size: int, ranks_per_node: int | None
 
 
 @contextlib.contextmanager
-def own_folder() -> Iterator[str]:
+def own_folder(channel: AbortChannel) -> Iterator[str]:
     """A temporary folder of this process; those that killed ones of this user have left are removed.
 
     Raises:
@@ -387,7 +394,7 @@ def own_folder() -> Iterator[str]:
             try:
                 yield folder
             finally:
-                begin_end()
+                channel.begin_shutdown()
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -17,8 +17,8 @@ from typing import Any
 from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash, get_hashes
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.config.cli import Parser
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.index import FILES, FileError, read_index
 
@@ -111,7 +111,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and run."""
-    with errors.told_once():
+    with AbortChannel().report_errors_once():
         parser = Parser(
             prog="python -m examples.mosaic_streaming.shards.add_hashes",
             description=__doc__,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 
-from examples.mosaic_streaming import errors
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from tests.support.ranks import run_ranks
 from tests.support.reading import write_turns
 from tests.support.store import running_store
@@ -43,12 +43,13 @@ def start(config: dict[str, Any], world_size: int = 1, reads: bool = False, seq_
 
     def run() -> None:
         init_logger()
-        with errors.told_once():
-            loader = build_loader(config, job(2, seq_len=seq_len))
+        channel = AbortChannel()
+        with channel.report_errors_once():
+            loader = build_loader(config, job(2, seq_len=seq_len), channel=channel)
             if reads:
                 read_samples(loader, 1)
             loader.close()
-            errors.line.close()
+            channel.close()
 
     ranks = run_ranks(run, world_size)
     output = "".join(rank.output for rank in ranks)
@@ -129,8 +130,9 @@ def test_longer_sample_behind_the_first_ones_stops_the_run_with_its_name(tmp_pat
     assert "Error" not in said
 
     def read() -> None:
-        with errors.told_once():
-            read_samples(build_loader(loader_config(tmp_path)), SAMPLES // 2)
+        channel = AbortChannel()
+        with channel.report_errors_once():
+            read_samples(build_loader(loader_config(tmp_path), channel=channel), SAMPLES // 2)
 
     [rank] = run_ranks(read)
     assert f"Sample {SAMPLES - 1} in shard.00000.mds of the stream in loader.toml can't be read: it has" in rank.output

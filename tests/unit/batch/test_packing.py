@@ -11,8 +11,8 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger, logger
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.reading import TURN
 from tests.support.streams import FIRST_ID, build_loader, job
@@ -179,8 +179,10 @@ def test_example_that_auto_cant_read_stops_all_ranks_with_its_reason(tmp_path: P
             writer.write({"input_ids": np.full(prompt, 30, np.int32), "labels": np.full(8, 31, np.int32)})
 
     def run() -> None:
-        with errors.told_once():
-            build_loader(configuration(tmp_path / "stream", packing_ratio="auto", num_canonical_nodes=1), job(1, 2))
+        channel = AbortChannel()
+        with channel.report_errors_once():
+            config = configuration(tmp_path / "stream", packing_ratio="auto", num_canonical_nodes=1)
+            build_loader(config, job(1, 2), channel=channel)
 
     ranks = run_ranks(run, 2)
     assert ranks[0].code == 1 and ranks[1].code not in (0, None)

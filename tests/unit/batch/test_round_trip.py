@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torchtitan.tools.logging import init_logger
 from transformers import PreTrainedTokenizerFast
 
-from examples.mosaic_streaming import errors
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import Rank, run_ranks
 from tests.support.streams import TOKENIZER, build_loader, job, loader_config, read_samples
@@ -136,11 +136,12 @@ def start(folder: Path, samples: list[NDArray[np.int64]], finetuning: bool = Fal
 
     def run() -> None:
         init_logger()
-        with errors.told_once():
-            loader = build_loader(config, job(2, seq_len=256))
+        channel = AbortChannel()
+        with channel.report_errors_once():
+            loader = build_loader(config, job(2, seq_len=256), channel=channel)
             read_samples(loader, 1)
             loader.close()
-            errors.line.close()
+            channel.close()
 
     [rank] = run_ranks(run)
     return rank

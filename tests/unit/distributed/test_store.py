@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from examples.mosaic_streaming.distributed.store import NCCL_FAULT, Line, new_number, share, shared, unused
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.distributed.store import await_result, new_job_id, publish
 from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.upstream.rendezvous import NCCL_FAULT, unused_prefix
 from tests.support.ranks import free_port, run_rank_values
 
 RANKS = 4
@@ -36,7 +38,7 @@ class Job:
             timeout = timedelta(seconds=seconds)
             store = self.store(timeout)
             try:
-                part = unused(store, rank, RANKS, timeout)
+                part = unused_prefix(store, rank, RANKS, timeout)
                 if rank == 0:
                     time.sleep(0.05)  # others ask before it is there
                     part.set("address", str(time.monotonic()))
@@ -87,9 +89,9 @@ def test_errors_that_are_no_users_reach_all_ranks_too() -> None:
             raise ZeroDivisionError("nobody's fault")
 
         job = Job()
-        share(job.store(), "key", compute)
+        publish(job.store(), "key", compute)
         with pytest.raises(DataError, match="ZeroDivisionError: nobody's fault"):
-            shared(job.store(), "key")
+            await_result(job.store(), "key")
 
     run_rank_values(fail)
 
@@ -99,14 +101,15 @@ def test_ranks_that_listen_for_a_fault_ask_nothing_of_the_store() -> None:
 
     def listen() -> int:
         dist.init_process_group("gloo")
-        line = Line(new_number())
+        channel = AbortChannel()
+        channel.connect(new_job_id())
         dist.barrier()
         time.sleep(0.5)
         counts = [reads_of_this_process(), reads_of_this_process()]
         time.sleep(2.5)
         counts.append(reads_of_this_process())
         dist.barrier()
-        line.close()
+        channel.close()
         return (counts[2] - counts[1]) - (counts[1] - counts[0])
 
     assert run_rank_values(listen, RANKS)[0] == 0

@@ -17,6 +17,7 @@ import pytest
 from streaming import MDSWriter
 from streaming.base.format.mds import MDSReader
 
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.offline import PREFIX, own_folder
 from examples.mosaic_streaming.train import main as train_main
@@ -324,15 +325,15 @@ def test_closed_terminal_leaves_nothing(files: Path) -> None:
 
 def test_folder_of_a_killed_preview_is_removed_by_the_next(files: Path) -> None:
     def look() -> list[str]:
-        with own_folder() as mine:
+        with own_folder(AbortChannel()) as mine:
             process = os.fork()
             if process == 0:
-                with own_folder():
+                with own_folder(AbortChannel()):
                     os._exit(0)  # as if it were killed
             os.waitpid(process, 0)
             names = [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(PREFIX)]
             assert len(names) == 2, "a living one, and what a dead one has left"
-            with own_folder() as other:
+            with own_folder(AbortChannel()) as other:
                 now = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith(PREFIX)}
                 assert now == {os.path.basename(mine), os.path.basename(other)}
         return [name for name in os.listdir(tempfile.gettempdir()) if name.startswith(PREFIX)]
@@ -358,7 +359,7 @@ def test_what_others_have_put_into_the_temporary_folder_is_neither_opened_nor_re
             (folder / f"{PREFIX}other/in_use").touch()
             os.chown(folder / f"{PREFIX}other", 12345, 12345)
         before = sorted(os.listdir(folder))
-        with own_folder():
+        with own_folder(AbortChannel()):
             pass
         assert sorted(os.listdir(folder)) == before
         return os.listdir(tmp_path)

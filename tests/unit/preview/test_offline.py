@@ -9,6 +9,7 @@ from torchtitan.config import JobConfig
 from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.offline import Layout, layout_of, open_offline
 from tests.support.looking import offline
@@ -144,7 +145,7 @@ def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[
         job_config.model.name = "llama3_mosaic"
         for names in (["a"], ["b"], ["a", "b"]):
             file = LoaderFile(mixture({name: streams[name] for name in names}), "loader.toml")
-            with open_offline(job_config, file, None, 1, None) as opened:
+            with open_offline(job_config, file, None, 1, None, AbortChannel()) as opened:
                 found.append((opened.streams.dataset.num_samples, opened.streams.names))
         return found
 

@@ -1,7 +1,6 @@
 """TrainSpecs that read Mosaic streams, made on demand from TorchTitan's own: `llama3_mosaic` from `llama3`."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -15,6 +14,7 @@ from examples.mosaic_streaming.batch.documents import within_documents
 from examples.mosaic_streaming.build import build_mosaic_dataloader
 from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.metrics import log_data
 from examples.mosaic_streaming.rounds import resolve_validation
@@ -31,8 +31,8 @@ registered: dict[str, TrainSpec] = {}
 def register(
     name: str,
     train: LoaderFile,
-    validation: LoaderFile | None = None,
-    before_build: Callable[[], None] = lambda: None,
+    validation: LoaderFile | None,
+    channel: AbortChannel,
 ) -> None:
     """Make the Mosaic form of a text model known to TorchTitan, in place of an earlier one of ours.
 
@@ -40,12 +40,12 @@ def register(
         name: `model.name`, one of TorchTitan's text models with `_mosaic` behind it.
         train: the loader's configuration.
         validation: that of the validation loader.
-        before_build: called before loaders are built.
+        channel: tells all ranks why one stops.
 
     Raises:
         ConfigError: there is no such model, or it doesn't read text.
     """
-    made = mosaic_spec(text_spec(name), train, validation, before_build)
+    made = mosaic_spec(text_spec(name), train, validation, channel)
     if name in registered and train_spec._extra_train_specs.get(name) is registered[name]:
         del train_spec._extra_train_specs[name]  # TorchTitan has no other way to register a name again
     register_train_spec(name, made)
@@ -86,8 +86,8 @@ def text_models() -> list[str]:
 def mosaic_spec(
     spec: TrainSpec,
     train: LoaderFile,
-    validation: LoaderFile | None = None,
-    before_build: Callable[[], None] = lambda: None,
+    validation: LoaderFile | None,
+    channel: AbortChannel,
 ) -> TrainSpec:
     """A TorchTitan spec that reads the streams of a loader configuration.
 
@@ -95,15 +95,17 @@ def mosaic_spec(
         spec: any TrainSpec of a text model.
         train: the loader's configuration.
         validation: that of the validation loader.
-        before_build: called before the loader is built.
+        channel: tells all ranks why one stops.
     """
 
     built: list[MosaicDataLoader] = []
     """TorchTitan builds the metrics after the loader, and doesn't show it to them (torchtitan 0.2.2, train.py)."""
 
     def build_dataloader(**arguments: Any) -> Any:
-        before_build()
-        loader = build_mosaic_dataloader(loader_config=train.config, loader_config_path=train.path, **arguments)
+        channel.exit_on_signals()  # from here on there is something to close
+        loader = build_mosaic_dataloader(
+            loader_config=train.config, loader_config_path=train.path, channel=channel, **arguments
+        )
         if validation and arguments["job_config"].validation.enable:  # say what is wrong before a model is built
             replication = dist.get_world_size() // arguments["dp_world_size"]
             resolve_validation(arguments["job_config"], replication, validation, train)
