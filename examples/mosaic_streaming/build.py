@@ -19,6 +19,7 @@ from examples.mosaic_streaming.batch.convert import BatchFormat
 from examples.mosaic_streaming.batch.documents import check_attention, check_eos, no_masks
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
 from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.folders import is_url
 from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
@@ -32,7 +33,6 @@ from examples.mosaic_streaming.distributed.store import (
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.sampling.mixture import log_mixture
 from examples.mosaic_streaming.sampling.placement import dp_ranks_per_node, sample_world
-from examples.mosaic_streaming.shards.cache import is_url
 from examples.mosaic_streaming.shards.prepare import prepare_streams
 from examples.mosaic_streaming.streams import Streams, fill_in_ratio, open_streams, resolve_training
 from examples.mosaic_streaming.titan.v0_2.job_config import parallel_dims

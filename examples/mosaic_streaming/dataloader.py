@@ -26,9 +26,10 @@ from examples.mosaic_streaming.distributed.abort import SIGNALS, AbortChannel
 from examples.mosaic_streaming.distributed.agreement import check_peers
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.sampling.order import Order, global_batch, start_at, whole
-from examples.mosaic_streaming.shards.dataset import CheckedDataset, prepare_worker
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from examples.mosaic_streaming.shards.fetch_stats import Fetched, Tally, fetched_file
 from examples.mosaic_streaming.shards.stream import CheckedStream
+from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 TELLING_STEPS = {10**digits for digits in range(10)}
 """Steps after a start at which the log says what packing has left out, beside the ends of epochs."""

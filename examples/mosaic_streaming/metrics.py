@@ -1,13 +1,13 @@
 """TorchTitan's metrics, and where in the data a run is."""
 
 from typing import Any
-from unittest import mock
 
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.utils import Color, NoColor
 
 from examples.mosaic_streaming.checkpoint.progress import Progress
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.upstream.patch import replaced
 
 GIB = 1 << 30
 
@@ -34,7 +34,7 @@ class MosaicMetrics(MetricsProcessor):
         Source: all ranks log the same steps, and there TorchTitan itself sums over ranks (torchtitan 0.2.2, train.py).
         """
         progress = self.loader.progress()
-        with mock.patch.object(self, "color", ending(self.color, line(progress))):
+        with replaced(self, "color", ending(self.color, line(progress))):
             extra_metrics = (extra_metrics or {}) | data_metrics(progress)
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra_metrics)
 

@@ -27,7 +27,8 @@ from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.order import Order, set_order
 from examples.mosaic_streaming.shards.columns import check_columns
 from examples.mosaic_streaming.shards.dataset import check_dataset
-from examples.mosaic_streaming.shards.prepare import keep_locks_together, shared_memory, stream_label
+from examples.mosaic_streaming.shards.prepare import stream_label
+from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
 BY_BLOCKS = ("py1e", "py1br")
 """The shuffle algorithms that `shuffle_block_size` matters to."""

@@ -18,10 +18,10 @@ from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.folders import is_url
 from examples.mosaic_streaming.config.loader import Config, stream_folders
 from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.rounds import build_rounds, resolve_validation
-from examples.mosaic_streaming.shards.cache import is_url
 
 
 class MosaicValidator(BaseValidator):

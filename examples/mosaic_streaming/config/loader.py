@@ -15,10 +15,10 @@ from streaming.base import batching, partition, shuffle
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.config.cli import expand_path
+from examples.mosaic_streaming.config.folders import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.config.values import hints_of, wrong_values
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
-from examples.mosaic_streaming.shards.cache import Folder, check_folders, default_cache, is_copy, is_url
 
 Config = dict[str, Any]
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.shards.prepare import FIRST_NUMBER
+from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.01, 5.0
 """The shortest and the longest pause between two looks for a key."""

@@ -39,11 +39,12 @@ from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.rounds import resolve_validation
 from examples.mosaic_streaming.sampling.order import Order
 from examples.mosaic_streaming.sampling.placement import deal, dp_rank_of, dp_ranks_per_node, sample_world
-from examples.mosaic_streaming.shards.prepare import get_index, make_stream, remove_stale, stream_label
+from examples.mosaic_streaming.shards.prepare import get_index, make_stream, stream_label
 from examples.mosaic_streaming.streams import Streams, batch_format, build_loader, fill_in_ratio, open_streams
 from examples.mosaic_streaming.titan.v0_2 import spec
 from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, parallel_dims
 from examples.mosaic_streaming.tokenizer import build_tokenizer
+from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
 OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """What torchrun tells its processes; here, each of them would be wrong."""

@@ -7,15 +7,12 @@ waiting for ever.
 import bisect
 import functools
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from multiprocessing import queues
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 from llmfoundry.data import StreamingFinetuningDataset
@@ -34,6 +31,7 @@ from examples.mosaic_streaming.shards.index import FileError
 from examples.mosaic_streaming.shards.reader import CheckedReader
 from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
 from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
+from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 AT_ONCE = 1024
 """Samples whose shards are looked up at once."""
@@ -259,30 +257,6 @@ class CheckedDataset(StreamingDataset):
             if sample_id != -1:
                 yield sample_id
         it.on_exit()
-
-
-def prepare_worker(number: int = 0) -> None:
-    """Have a dataloader worker, of any number, end where reading would wait for it, and be quiet where it ends."""
-    queues.Queue._on_queue_feeder_error = staticmethod(end_worker)  # type: ignore[attr-defined]
-    sys.excepthook = ignore_lost_reader
-
-
-def end_worker(error: Exception, batch: object) -> NoReturn:
-    """End a worker that can't hand on a batch: Python drops it (3.12, multiprocessing/queues.py), and all would wait.
-
-    It happens where shared memory is full, or the path of the temporary folder too long for a socket.
-    """
-    print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {describe(error)}", file=sys.stderr)
-    os._exit(1)
-
-
-def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a batch that nobody takes any more: whoever reads says why it stops.
-
-    In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
-    """
-    if not isinstance(error, EOFError | ConnectionError):
-        sys.__excepthook__(kind, error, trace)
 
 
 def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:

@@ -1,48 +1,24 @@
-"""What processes share on a node: caches and shared memory, made ready before streaming uses them, left to nobody.
+"""The streams of a loader, made ready on a node before streaming opens them: indexes, caches, and files verified."""
 
-streaming 0.13.0 looks for the first free number for its shared memory, minding what dead jobs have left; two jobs that
-start at once find the same, and its clean-up takes a living neighbour's. Here each job has a number of its own, and
-its processes hold a lock for as long as one of them lives.
-"""
-
-import atexit
-import contextlib
-import fcntl
 import os
-import re
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.shared_memory import SharedMemory as BuiltinSharedMemory
 from pathlib import Path
-from unittest import mock
 
-from streaming import Stream, StreamingDataset
-from streaming.base import dataset as streaming_dataset
-from streaming.base.constant import BARRIER_FILELOCK, CACHE_FILELOCK, LOCALS
-from streaming.base.distributed import barrier
+from streaming import Stream
 from streaming.base.format import get_index_basename
-from streaming.base.shared import SharedMemory
-from streaming.base.shared import memory as streaming_memory
-from streaming.base.shared.prefix import _get_path, _pack_locals
-from streaming.base.world import World
 from torchtitan.tools.logging import logger
 
+from examples.mosaic_streaming.config.folders import identity
 from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, streams_of
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.shards.cache import identity, take_cache
+from examples.mosaic_streaming.shards.cache import take_cache
 from examples.mosaic_streaming.shards.index import FileError, Part, read_index
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe, make_checked
+from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
-SHM = Path("/dev/shm")
-FIRST_NUMBER = 10**12
-"""Ours, of 13 digits, begin here: streaming counts up from 0."""
-LOCK = "job"
-"""Of a job's files in shared memory, the one that its processes lock."""
 THREADS = 4
 """That verify files."""
-CREATION_SECONDS, POLL_SECONDS = 60.0, 0.002
-"""How long a process waits for shared memory that another one is creating, and between two looks."""
 
 
 def prepare_streams(config: Config, path: str) -> None:
@@ -159,113 +135,3 @@ def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
             if stream.is_cache:
                 Path(place).unlink(missing_ok=True)
     return size, faults
-
-
-class ReadySharedMemory(BuiltinSharedMemory):
-    """Shared memory that is opened once it has its size, which its creator gives it a moment after its name.
-
-    Source: streaming 0.13.0 waits 7 ms, and then fails with "cannot mmap an empty file" (base/shared/memory.py).
-    """
-
-    def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
-        end = time.monotonic() + CREATION_SECONDS
-        with contextlib.suppress(FileNotFoundError):  # the base class says so
-            while not create and not (SHM / str(name)).stat().st_size and time.monotonic() < end:
-                time.sleep(POLL_SECONDS)
-        super().__init__(name, create, size)
-
-
-@contextlib.contextmanager
-def shared_memory(number: int) -> Iterator[None]:
-    """Within it, a StreamingDataset that is made gets shared memory of this number, in place of the first free one.
-
-    Args:
-        number: the same on all ranks, of this dataset alone.
-
-    Source: streaming 0.13.0, base/shared/prefix.py; that jobs may start at once and be killed at any time, and that
-    the next one may use the same `local`, makes this unnecessary.
-    """
-
-    def get_shm_prefix(
-        streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 0
-    ) -> tuple[int, SharedMemory]:
-        mine = number + world.node
-        data = _pack_locals(streams_local, mine)
-        if world.is_local_leader:
-            hold(mine)
-            memory = SharedMemory(_get_path(mine, LOCALS), True, len(data))
-            memory.buf[: len(data)] = data
-        barrier()
-        if not world.is_local_leader:
-            hold(mine)
-            memory = SharedMemory(_get_path(mine, LOCALS), False)
-        return mine, memory
-
-    with (
-        mock.patch.object(streaming_dataset, "get_shm_prefix", get_shm_prefix),
-        mock.patch.object(streaming_memory, "BuiltinSharedMemory", ReadySharedMemory),
-    ):
-        yield
-
-
-def keep_locks_together(dataset: StreamingDataset) -> None:
-    """Put a dataset's lock files to its shared memory: in the temporary folder, they would stay for ever."""
-    number = dataset._shm_prefix_int
-    dataset._cache_filelock_path = str(SHM / _get_path(number, CACHE_FILELOCK))
-    dataset._shared_barrier.filelock_path = str(SHM / _get_path(number, BARRIER_FILELOCK))
-
-
-def hold(number: int) -> None:
-    """Hold shared memory of a number until this process and all that it forks have ended; the last removes it."""
-    lock = SHM / _get_path(number, LOCK)
-    while True:
-        file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-        fcntl.flock(file, fcntl.LOCK_SH)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file), os.stat(lock)):
-                break
-        os.close(file)  # another job has just removed it, as nobody held it yet
-    atexit.register(let_go, file, number)
-
-
-def let_go(file: int, number: int) -> None:
-    """Hold shared memory no longer."""
-    os.close(file)
-    remove_unused(number)
-
-
-def remove_unused(number: int) -> None:
-    """Remove this user's shared memory of a number, unless a living process holds it."""
-    lock = SHM / _get_path(number, LOCK)
-    with contextlib.ExitStack() as stack:
-        try:  # what another user may have put there is neither followed nor waited for
-            file = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            stack.callback(os.close, file)
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            pass
-        except OSError:  # it is held, or not ours
-            return
-        for left in [*SHM.glob(_get_path(number, "*")), lock]:  # the lock again, and last
-            if is_own(left):
-                left.unlink(missing_ok=True)
-
-
-def is_own(file: Path) -> bool:
-    """Whether a file is this user's."""
-    with contextlib.suppress(FileNotFoundError):
-        return file.lstat().st_uid == os.getuid()
-    return False
-
-
-def remove_stale() -> None:
-    """Remove shared memory that dead jobs of this user have left, as far as it is of ours."""
-    numbers = set()
-    with os.scandir(SHM) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                name = re.match(r"([1-9]\d{12})_", entry.name)
-                if name and entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                    numbers.add(int(name[1]))
-    for number in numbers:
-        remove_unused(number)

@@ -9,7 +9,6 @@ import resource
 import types
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 import torch._utils
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from examples.mosaic_streaming.upstream.memory import memory_limit
+from examples.mosaic_streaming.upstream.patch import replaced
 
 ACTIVE = torch._utils._get_available_device_type() is None
 """Whether this process has no accelerator, so that TorchTitan runs on the CPU."""
@@ -78,8 +78,8 @@ def prepare_torchtitan() -> None:
     if not ACTIVE:
         return
     with (
-        mock.patch.object(torch._utils, "_get_available_device_type", lambda: "cpu"),
-        mock.patch.object(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
+        replaced(torch._utils, "_get_available_device_type", lambda: "cpu"),
+        replaced(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
     ):
         importlib.import_module("torchtitan.tools.utils")
     profiling: Any = importlib.import_module("torchtitan.tools.profiling")

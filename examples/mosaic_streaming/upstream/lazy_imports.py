@@ -16,7 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
+
+from examples.mosaic_streaming.upstream.patch import replaced
 
 LATER: dict[tuple[str, str], set[str]] = {
     ("composer.loggers.mosaicml_logger", "mcli"): set(),
@@ -124,5 +125,5 @@ def import_llm_foundry() -> None:
             return stand_in(name, names)
         return true_import(name, globals, locals, fromlist, level)
 
-    with mock.patch.object(builtins, "__import__", import_or_wait):
+    with replaced(builtins, "__import__", import_or_wait):
         importlib.import_module("llmfoundry")

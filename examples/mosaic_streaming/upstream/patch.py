@@ -47,7 +47,8 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 def parameters(function: Any) -> list[str]:
     """The names of a function's parameters, "*" for any; empty for what isn't a Python function."""
-    if not inspect.isfunction(function) and not inspect.ismethod(function):
+    function = getattr(function, "__func__", function)  # of a staticmethod
+    if not inspect.isfunction(function):
         return []
     return [
         "*" if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) else name

@@ -14,9 +14,10 @@ import pytest
 from streaming import Stream
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, LocalDownloader
 
+from examples.mosaic_streaming.config.folders import check_folders, default_cache, is_url, private_root
 from examples.mosaic_streaming.config.loader import folders_of, place_streams, resolve
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.shards.cache import IN_USE, MARKER, check_folders, default_cache, is_url, private_root
+from examples.mosaic_streaming.shards.cache import IN_USE, MARKER
 from examples.mosaic_streaming.shards.prepare import prepare_streams
 from examples.mosaic_streaming.shards.stream import CheckedStream, Storing, make_checked, size_of
 from tests.support.ranks import CLONE_NEWNS, MS_PRIVATE, MS_REC, call_libc, can_make_nodes, run_rank_values, run_ranks

@@ -18,8 +18,8 @@ from streaming.base.shared import SharedMemory
 from examples.mosaic_streaming.batch.convert import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.distributed.store import new_job_id
-from examples.mosaic_streaming.shards.prepare import FIRST_NUMBER, SHM, hold, shared_memory
 from examples.mosaic_streaming.train import main
+from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER, SHM, hold, shared_memory
 from tests.support.jobs import command, logged, train, write_files
 from tests.support.ranks import run_rank_values, run_ranks, shared, wait_until
 from tests.support.reading import read_job

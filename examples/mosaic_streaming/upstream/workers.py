@@ -1,0 +1,39 @@
+"""Dataloader workers that end where reading would wait for them for ever, and are quiet where they are ended."""
+
+import os
+import sys
+from multiprocessing import queues
+from types import TracebackType
+from typing import NoReturn
+
+from examples.mosaic_streaming.upstream.patch import replace
+
+
+def prepare_worker(number: int = 0) -> None:
+    """Have a dataloader worker, of any number, end where reading would wait for it, and be quiet where it ends."""
+    replace(queues.Queue, "_on_queue_feeder_error", staticmethod(end_worker))
+    sys.excepthook = ignore_lost_reader
+
+
+def end_worker(e: Exception, obj: object) -> NoReturn:
+    """End a worker that can't hand on a batch. Python would drop the batch, and whoever reads would wait for ever.
+
+    It happens where shared memory is full, or where the path of the temporary folder is too long for a socket.
+
+    Args:
+        e: why it can't.
+        obj: the batch.
+
+    Source: Python 3.12, multiprocessing/queues.py.
+    """
+    print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {type(e).__name__}: {e}.", file=sys.stderr)
+    os._exit(1)
+
+
+def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say nothing of a batch that nobody takes any more: whoever reads says why it stops.
+
+    In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
+    """
+    if not isinstance(error, EOFError | ConnectionError):
+        sys.__excepthook__(kind, error, trace)
