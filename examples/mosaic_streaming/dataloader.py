@@ -1,35 +1,30 @@
 """The loader that TorchTitan reads: batches, epochs, position."""
 
-import contextlib
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from multiprocessing import connection
 from typing import Any, cast
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from streaming import StreamingDataset
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.collate import Pipe, as_tensors
+from examples.mosaic_streaming.batch.collate import DROPPED_TOKENS, PACKED_TOKENS
 from examples.mosaic_streaming.batch.convert import BatchFormat, TitanBatch, convert
-from examples.mosaic_streaming.batch.packing import LEFT_OUT, PACKED
+from examples.mosaic_streaming.batch.iterator import Batches
 from examples.mosaic_streaming.checkpoint.history import Segment, go_on
 from examples.mosaic_streaming.checkpoint.progress import Counter, Progress, Seen
 from examples.mosaic_streaming.checkpoint.state import Data, State, check_position, check_same_data, pack, unpack
-from examples.mosaic_streaming.distributed.abort import SIGNALS, AbortChannel
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.agreement import check_peers
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.sampling.order import Order, global_batch, start_at, whole
 from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from examples.mosaic_streaming.shards.fetch_stats import Fetched, Tally, fetched_file
 from examples.mosaic_streaming.shards.stream import CheckedStream
-from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 TELLING_STEPS = {10**digits for digits in range(10)}
 """Steps after a start at which the log says what packing has left out, beside the ends of epochs."""
@@ -39,113 +34,6 @@ MUCH = 0.01
 
 SAMPLES_TOLD = 8
 """Of a global batch, by number, in a message."""
-
-LAST_BREATH = 1.0
-"""Seconds that a worker may take from its last sign of life to its end."""
-
-
-class Batches:
-    """The batches of a loader, its faults told, and its workers ended.
-
-    Args:
-        loader: llm-foundry's.
-        origin: the streams and the rank, for messages.
-        path: the file that configures the loader, for messages.
-    """
-
-    def __init__(self, loader: DataLoader[Mapping[str, Any]], origin: str, path: str) -> None:
-        if loader.num_workers:
-            loader.collate_fn = Pipe(loader.collate_fn)
-        self._loader = loader
-        self._origin = origin
-        self._path = path
-        self._batches: Iterator[Mapping[str, Any]] | None = None
-
-    def begin(self) -> None:
-        """Iterate the loader, from the dataset's position on; persistent workers go on living."""
-        self._batches = iter(self._loader)
-
-    def take(self, count: int) -> list[Mapping[str, Any]]:
-        """The next batches, fewer at the end.
-
-        Raises:
-            DataError: the loader fails.
-        """
-        assert self._batches is not None
-        try:
-            return [as_tensors(batch) for batch in itertools.islice(self._batches, count)]
-        except Exception as error:
-            raise DataError(self.lost_workers() or f"{cause(error)} {self._origin}") from error
-
-    def lost_workers(self) -> str:
-        """Which dataloader workers have ended with an error, and how; signals that end a whole job aside."""
-        workers = getattr(self._batches, "_workers", [])
-        with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD says less
-            ended = connection.wait([worker.sentinel for worker in workers], LAST_BREATH)
-            for worker in workers:
-                if worker.sentinel in ended:
-                    worker.join()  # its connections close before it has an exit code
-        lost = [
-            f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
-            for number, worker in enumerate(workers)
-            if worker.exitcode not in (None, 0, *(sign for number in SIGNALS for sign in (-number, 128 + number)))
-        ]
-        if lost:
-            lost.append("-9 is mostly for want of memory: lower num_workers, prefetch_factor or dataset.predownload in")
-            lost.append(f"{self._path}.")
-        return " ".join(lost)
-
-    def close(self) -> None:
-        """End the dataloader workers.
-
-        Source: torch's iterator has no public way to end its workers (torch 2.13, utils/data/dataloader.py).
-        """
-        batches, self._batches = self._batches, None
-        shutdown = getattr(batches, "_shutdown_workers", None)  # there are none where num_workers = 0
-        if shutdown:
-            shutdown()
-
-
-def read_apart(
-    dataset: Dataset[Any],
-    batch_size: int | None,
-    collate: Callable[[Any], Mapping[str, Any]],
-    workers: int,
-    origin: str,
-    path: str,
-) -> Iterator[Mapping[str, Any]]:
-    """The batches of a dataset in its order, read in other processes: one that has fetched shards must not be forked.
-
-    Args:
-        dataset: it is read once, and its workers end with that.
-        batch_size: samples of a batch; with none, each is one.
-        collate: what makes a batch of samples.
-        workers: processes, at least 1.
-        origin: the streams, for messages.
-        path: the file that configures the loader, for messages.
-
-    Raises:
-        DataError: one can't be read.
-    """
-    # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
-    batches = Batches(
-        DataLoader(
-            dataset,
-            batch_size,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=prepare_worker,
-            generator=torch.Generator(),
-        ),
-        origin,
-        path,
-    )
-    batches.begin()
-    try:
-        while batch := batches.take(1):
-            yield batch[0]
-    finally:
-        batches.close()
 
 
 class MosaicDataLoader(BaseDataLoader):
@@ -309,8 +197,8 @@ class MosaicDataLoader(BaseDataLoader):
                 f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
                 f"{self._form.origin}"
             )
-        self._left_out += sum(batch.get(LEFT_OUT, 0) for batch in step)
-        self._packed += sum(batch.get(PACKED, 0) for batch in step)
+        self._left_out += sum(batch.get(DROPPED_TOKENS, 0) for batch in step)
+        self._packed += sum(batch.get(PACKED_TOKENS, 0) for batch in step)
         self._steps += 1
         if self._steps in TELLING_STEPS:
             self._log_left_out()
@@ -428,16 +316,3 @@ class MosaicDataLoader(BaseDataLoader):
             self._log_end()
         self._log_left_out()
         self._batches.close()
-
-
-def cause(error: Exception) -> str:
-    """What an error says; of one from a worker, without the worker's traceback.
-
-    Source: torch hands it on as the type that it had, with a text that the traceback ends (torch 2.13, _utils.py).
-    """
-    lines = str(error).splitlines()
-    if "Original Traceback (most recent call last):" not in lines:
-        return str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-    last = max(number for number, line in enumerate(lines) if line.startswith("  "))
-    text = "\n".join(lines[last + 1 :])
-    return text.removeprefix(f"{DataError.__module__}.{DataError.__name__}: ")

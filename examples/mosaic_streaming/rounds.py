@@ -17,11 +17,11 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch.convert import BatchFormat, TitanBatch, check_keys, to_titan_batch
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
+from examples.mosaic_streaming.batch.iterator import Batches
 from examples.mosaic_streaming.build import place
 from examples.mosaic_streaming.config.cli import LoaderFile
 from examples.mosaic_streaming.config.folders import check_folders
 from examples.mosaic_streaming.config.loader import Config, folders_of, place_streams, resolve, take_out_token_ids
-from examples.mosaic_streaming.dataloader import Batches
 from examples.mosaic_streaming.distributed.agreement import check_peers
 from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0

@@ -15,10 +15,9 @@ from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.collate import leave_out_unused
+from examples.mosaic_streaming.batch.collate import Collator, use_fast_collator
 from examples.mosaic_streaming.batch.convert import BatchFormat
 from examples.mosaic_streaming.batch.documents import masks_documents, takes_positions
-from examples.mosaic_streaming.batch.packing import count_left_out
 from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
 from examples.mosaic_streaming.checkpoint.state import Data, describe
 from examples.mosaic_streaming.config.loader import DATASET_KEYS, Config, resolve, stream_folders, streams_of, takes
@@ -141,7 +140,8 @@ def open_streams(
     loader = build_loader(config, path, tokenizer, training.local_batch_size, number, may_cut)
     dataset, batch_size = loader.dataset, loader.batch_size
     assert batch_size is not None and isinstance(dataset, StreamingDataset)
-    order = set_order(dataset, batch_size, batch_size * global_batches, count_left_out(loader))
+    assert isinstance(loader.collate_fn, Collator)
+    order = set_order(dataset, batch_size, batch_size * global_batches, loader.collate_fn.packs)
     check_epoch(order, dataset, list(streams_of(config["dataset"])), path)
     check_blocks(order, dataset, list(streams_of(config["dataset"])), path)
     form = batch_format(
@@ -194,7 +194,7 @@ def build_loader(
     check_columns(loader.dataset, name, labels, path)
     check_dataset(loader.dataset, labels, may_cut)
     check_pad_token(name, loader.dataset, tokenizer)
-    leave_out_unused(loader, name == "text")
+    use_fast_collator(loader, name == "text")
     keep_locks_together(loader.dataset)
     return loader
 

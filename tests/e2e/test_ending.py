@@ -24,6 +24,7 @@ from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming.batch.iterator import Batches
 from examples.mosaic_streaming.distributed.abort import AbortChannel, Listener
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
@@ -34,7 +35,7 @@ from tests.support.jobs import command, losses, tell_when_closed, train, write_l
 from tests.support.ranks import nothing_is_left, run_ranks
 
 CLOSING = [
-    *((dataloader.Batches, name) for name in ("close", "lost_workers")),
+    *((Batches, name) for name in ("close", "lost_workers")),
     *((dataloader.MosaicDataLoader, "close"), (Trainer, "close"), (CheckpointManager, "close")),
     *((AbortChannel, name) for name in ("close", "_fail", "print_reason")),
     *((Listener, name) for name in ("close", "send")),

@@ -8,13 +8,14 @@ import numpy as np
 from llmfoundry.data import SUPPORTED_MDS_ENCODING_TYPES
 from numpy.typing import NDArray
 from streaming.base.format import Reader
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from examples.mosaic_streaming.batch.collate import Collator
 from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
 from examples.mosaic_streaming.config.loader import Config, streams_of
-from examples.mosaic_streaming.dataloader import read_apart
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards.columns import FORMS, columns_of, form_of
 from examples.mosaic_streaming.shards.dataset import CheckedDataset
@@ -105,23 +106,10 @@ def read(
     """
     if not samples:
         return
-    stored, workers = Stored(dataset, list(samples.values())), min(WORKERS, len(samples))
-    batches = read_apart(stored, None, lambda stream: stream, workers, origin, path)
+    stored = Items(lambda ids: {"samples": [dataset.stored(sample) for sample in ids]}, list(samples.values()))
+    batches = read_in_workers(stored, None, Collator(lambda stream: stream), min(WORKERS, len(samples)), origin, path)
     for number, batch in zip(samples, batches, strict=True):
         yield number, batch["samples"]
-
-
-class Stored(Dataset[Any]):
-    """Samples of several streams, as their shards have them."""
-
-    def __init__(self, dataset: CheckedDataset, streams: Sequence[list[int]]) -> None:
-        self._dataset, self._streams = dataset, streams
-
-    def __len__(self) -> int:
-        return len(self._streams)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {"samples": [self._dataset.stored(sample) for sample in self._streams[number]]}
 
 
 def ids_of(sample: dict[str, Any], dtype: str) -> list[NDArray[Any]]:

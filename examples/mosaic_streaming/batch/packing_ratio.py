@@ -1,16 +1,17 @@
 """What `packing_ratio = "auto"` means: as many samples in a row as leave nothing out."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
 from streaming.base.world import World
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
+from examples.mosaic_streaming.batch.collate import Collator
+from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
 from examples.mosaic_streaming.config.loader import MAX_RATIO
-from examples.mosaic_streaming.dataloader import read_apart
 from examples.mosaic_streaming.sampling.order import set_order
 
 SAMPLES = 2_000
@@ -19,19 +20,6 @@ TENTHS = 10
 """A ratio has one decimal, as llm-foundry's."""
 AT_ONCE = 16
 """Samples that a worker reads at once."""
-
-
-class Picked(Dataset[Any]):
-    """Some samples of a streaming dataset."""
-
-    def __init__(self, dataset: StreamingDataset, samples: Sequence[int]) -> None:
-        self._dataset, self._samples = dataset, samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, number: int) -> Any:
-        return self._dataset[int(self._samples[number])]
 
 
 def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: str, path: str) -> float:
@@ -71,9 +59,8 @@ def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> It
     assert isinstance(dataset, StreamingDataset)
     dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
-    picked = Picked(dataset, in_order[:SAMPLES].tolist())
-    collate: Callable[[list[Any]], dict[str, Any]] = loader.collate_fn
-    for batch in read_apart(picked, AT_ONCE, collate, max(1, loader.num_workers), origin, path):
+    picked, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
+    for batch in read_in_workers(picked, AT_ONCE, collate, max(1, loader.num_workers), origin, path):
         padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
         yield from BinPackCollator._trim_batch(padded)[1]
 

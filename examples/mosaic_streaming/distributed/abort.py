@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,17 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing import resource_tracker
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.upstream.torchelastic import SIGNALS, write_report
 
 if TYPE_CHECKING:
     import torch.distributed as dist
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that torchrun passes on to its ranks' process groups."""
 
 RANK_0_SECONDS = 15.0
 """How long another rank waits for rank 0 to print the reason. torchrun ends it as soon as rank 0 has exited."""
@@ -263,17 +259,3 @@ def is_of_a_connection(error: BaseException) -> bool:
     if isinstance(error, dist.DistError) or (type(error) is RuntimeError and "/gloo/" in str(error)):
         return True
     return error.__cause__ is not None and is_of_a_connection(error.__cause__)
-
-
-def write_report(message: str) -> None:
-    """Leave a message for torchrun's closing report, in place of a traceback.
-
-    `Trainer.train` leaves any exception there that comes out of it. On rank 0 that may be one which only follows from
-    another rank's end. So the reason has to be written last.
-
-    Source: the report shows the "py_callstack" of the file that TORCHELASTIC_ERROR_FILE names (torch 2.13,
-    distributed/elastic/multiprocessing/errors).
-    """
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
-        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))

@@ -26,7 +26,7 @@ from streaming.base.world import World
 from torchtitan.config import JobConfig
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.collate import as_tensors
+from examples.mosaic_streaming.batch.collate import to_tensors
 from examples.mosaic_streaming.batch.convert import check_keys, is_padding
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
 from examples.mosaic_streaming.build import check_memory, settle
@@ -232,7 +232,7 @@ class Offline:
             for sample in samples if len(samples) > 1 else []:
                 self.collate([sample])  # which one is it?
             raise NoRowError(f"Sample {samples[0]} makes no row, and training would stop there: {error}") from error
-        batch = as_tensors(batch)
+        batch = to_tensors(batch)
         check_keys(batch, self.streams.form)
         return batch
 

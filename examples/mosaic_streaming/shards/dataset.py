@@ -6,11 +6,13 @@ waiting for ever.
 
 import bisect
 import functools
+import itertools
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,6 +37,21 @@ from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 AT_ONCE = 1024
 """Samples whose shards are looked up at once."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error in a dataloader worker, which reaches the training process in place of a sample or a batch.
+
+    torch would hand on the error itself, with the worker's traceback in its message.
+    """
+
+    reason: str
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        """The failure that an exception is."""
+        return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
 
 class CheckedDataset(StreamingDataset):
@@ -122,9 +139,14 @@ class CheckedDataset(StreamingDataset):
         return np.array(sizes, np.int64)
 
     def __iter__(self) -> Iterator[Any]:
-        if get_worker_info():
-            prepare_worker()
-        yield from super().__iter__()
+        if get_worker_info() is None:
+            yield from super().__iter__()
+            return
+        prepare_worker()
+        try:
+            yield from super().__iter__()
+        except Exception as error:
+            yield from itertools.repeat(Failure.of(error))  # a single one would be dropped with a last, partial batch
 
     def __getitem__(self, at: Any) -> Any:
         try:

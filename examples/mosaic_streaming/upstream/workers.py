@@ -4,7 +4,7 @@ import os
 import sys
 from multiprocessing import queues
 from types import TracebackType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from examples.mosaic_streaming.upstream.patch import replace
 
@@ -37,3 +37,12 @@ def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: T
     """
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
+
+
+def shut_down_workers(batches: Any) -> None:
+    """End the workers of a loader's iterator, if it has any.
+
+    Source: torch has no public way to do it (torch 2.13, utils/data/dataloader.py).
+    """
+    if shutdown := getattr(batches, "_shutdown_workers", None):
+        shutdown()

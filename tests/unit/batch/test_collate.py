@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from examples.mosaic_streaming.batch import collate
-from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Pipe, RowCollator, as_tensors
+from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Collator, RowCollator, to_arrays, to_tensors
 from examples.mosaic_streaming.batch.convert import TitanBatch, to_titan_batch
 from examples.mosaic_streaming.streams import resolve_training
 from tests.support.ranks import run_rank_values
@@ -141,16 +141,17 @@ def test_a_collator_of_someone_elses_stays(tmp_path: Path) -> None:
             pass
 
     loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
-    collate.leave_out_unused(loader, is_text=True)
-    assert isinstance(loader.collate_fn, Own) and not loader.dataset.as_written  # type: ignore[attr-defined]
+    collate.use_fast_collator(loader, is_text=True)
+    assert isinstance(loader.collate_fn, Collator) and isinstance(loader.collate_fn._make_batch, Own)
+    assert not loader.dataset.as_written  # type: ignore[attr-defined]
 
 
 def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collate, "PIPE_BYTES", 64)
     batch: dict[str, Any] = {"small": torch.arange(8), "large": torch.arange(9), "count": 3}
-    packed = Pipe(lambda samples: batch)([])
+    packed = to_arrays(batch)
     assert isinstance(packed["small"], np.ndarray) and packed["large"] is batch["large"] and packed["count"] == 3
-    tensors = as_tensors(packed)
+    tensors = to_tensors(packed)
     assert torch.equal(tensors["small"], batch["small"]) and tensors["small"].dtype == torch.int64
 
 
