@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from examples.mosaic_streaming.batch.convert import BatchFormat
 from examples.mosaic_streaming.batch.documents import check_attention, check_eos, no_masks
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.folders import is_url
 from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, has_cache, streams_of, take_out_token_ids
 from examples.mosaic_streaming.dataloader import MosaicDataLoader

@@ -19,7 +19,7 @@ from examples.mosaic_streaming.batch.convert import BatchFormat, TitanBatch, che
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
 from examples.mosaic_streaming.batch.iterator import Batches
 from examples.mosaic_streaming.build import place
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.folders import check_folders
 from examples.mosaic_streaming.config.loader import Config, folders_of, place_streams, resolve, take_out_token_ids
 from examples.mosaic_streaming.distributed.agreement import check_peers

@@ -12,7 +12,8 @@ from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming.config.cli import parse_flags, read_loaders, read_toml
+from examples.mosaic_streaming.config.cli import parse_flags
+from examples.mosaic_streaming.config.files import read_loaders, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config, next_start

@@ -17,7 +17,7 @@ from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.folders import is_url
 from examples.mosaic_streaming.config.loader import Config, stream_folders
 from examples.mosaic_streaming.errors import is_rank_0

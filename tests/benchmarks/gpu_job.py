@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from examples.mosaic_streaming.config.cli import LoaderFile, read_toml
+from examples.mosaic_streaming.config.files import LoaderFile, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
 from examples.mosaic_streaming.upstream import cpu

@@ -11,7 +11,7 @@ import pytest
 
 from examples.mosaic_streaming.batch.documents import check_attention, masks_documents
 from examples.mosaic_streaming.build import accumulation_steps
-from examples.mosaic_streaming.config.cli import read_toml
+from examples.mosaic_streaming.config.files import read_toml
 from examples.mosaic_streaming.config.loader import resolve, streams_of
 from examples.mosaic_streaming.rounds import check_loader, check_validation
 from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config, parallel_dims

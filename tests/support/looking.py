@@ -10,7 +10,7 @@ from typing import Any
 
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.offline import Offline, open_offline

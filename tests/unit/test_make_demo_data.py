@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from streaming.base.format import reader_from_json
 from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.config.cli import read_toml
+from examples.mosaic_streaming.config.files import read_toml
 from examples.mosaic_streaming.make_demo_data import SEQ_LEN, TOKENIZER, make_demo_data, sources, train_tokenizer
 from tests.support.ranks import run_rank_values
 

@@ -14,7 +14,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base import batching, partition, shuffle
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.config.cli import expand_path
+from examples.mosaic_streaming.config.files import expand_path
 from examples.mosaic_streaming.config.folders import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.config.values import hints_of, wrong_values
 from examples.mosaic_streaming.errors import ConfigError

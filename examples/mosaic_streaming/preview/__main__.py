@@ -7,7 +7,8 @@ import os
 import sys
 import warnings
 
-from examples.mosaic_streaming.config.cli import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
+from examples.mosaic_streaming.config.cli import Parser, add_files, parse_known, split_flags
+from examples.mosaic_streaming.config.files import read_loaders, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry

@@ -31,7 +31,7 @@ from examples.mosaic_streaming.batch.convert import check_keys, is_padding
 from examples.mosaic_streaming.batch.first_samples import look_at_samples
 from examples.mosaic_streaming.build import check_memory, settle
 from examples.mosaic_streaming.checkpoint.history import History, Segment
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, Config, is_local, streams_of, take_out_token_ids
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.store import new_job_id

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from examples.mosaic_streaming.build import ORDER_BYTES
 from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.state import shards_of
-from examples.mosaic_streaming.config.cli import read_toml
+from examples.mosaic_streaming.config.files import read_toml
 from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, has_cache, hashes_of, stream_folders, streams_of
 from examples.mosaic_streaming.preview.checkpoint import Saved
 from examples.mosaic_streaming.preview.ledger import Watched

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 from torchtitan.config import ConfigManager, JobConfig
 
-from examples.mosaic_streaming.config.cli import parse_flags, read_toml, spell_booleans
+from examples.mosaic_streaming.config.cli import parse_flags
+from examples.mosaic_streaming.config.files import read_toml
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.v0_2.job_config import spell_booleans
 
 OURS = ["--config", "job.toml", "--mosaic-config", "loader.toml"]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from examples.mosaic_streaming.config.cli import read_loader, read_loaders
+from examples.mosaic_streaming.config.files import read_loader, read_loaders
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, logged

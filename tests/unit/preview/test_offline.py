@@ -8,7 +8,7 @@ from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.checkpoint.state import unpack
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.offline import Layout, layout_of, open_offline

@@ -1,6 +1,7 @@
 """TorchTitan's job config: read as TorchTitan reads it, and refused where it would not do what it says."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import os
@@ -8,7 +9,7 @@ import re
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming.config.cli import read_toml, spell_booleans
+from examples.mosaic_streaming.config.files import read_toml
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.titan.v0_2.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.v0_2.refusals import first_line, keep_traceback
@@ -64,6 +65,32 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     if wrong := wrong_job_values(job_config):
         raise ConfigError(" ".join(wrong))
     return job_config
+
+
+def spell_booleans(titan_flags: list[str], job_config: type) -> list[str]:
+    """Respell `--section.key=true` and `=false` as `--section.key` and `--section.no-key`, the way TorchTitan wants it.
+
+    Args:
+        titan_flags: flags for TorchTitan.
+        job_config: TorchTitan's config dataclass, to leave alone a key that it has and that isn't boolean.
+    """
+    return [_spell_boolean(flag, job_config) for flag in titan_flags]
+
+
+def _spell_boolean(flag: str, job_config: type) -> str:
+    name, _, value = flag.partition("=")
+    if not name.startswith("--") or value.lower() not in ("true", "false"):
+        return flag
+    *sections, key = name.removeprefix("--").split(".")
+    type_: Any = job_config
+    for part in [*sections, key]:
+        fields = (
+            {field.name: field.type for field in dataclasses.fields(type_)} if dataclasses.is_dataclass(type_) else {}
+        )
+        type_ = fields.get(part.replace("-", "_"), bool)  # a section that a custom config module adds
+    if type_ is not bool:
+        return flag
+    return "--" + ".".join([*sections, key if value.lower() == "true" else f"no-{key}"])
 
 
 def read_sections(path: str) -> dict[str, Any]:

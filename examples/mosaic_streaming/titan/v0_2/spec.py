@@ -12,7 +12,7 @@ from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_
 
 from examples.mosaic_streaming.batch.documents import within_documents
 from examples.mosaic_streaming.build import build_mosaic_dataloader
-from examples.mosaic_streaming.config.cli import LoaderFile
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
