@@ -24,7 +24,7 @@ import torch._dynamo
 import torchtitan.models.llama3
 import torchtitan.train  # noqa: F401
 
-import examples.mosaic_streaming.build
+import examples.mosaic_streaming.dataloader
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
 from tests.support.jobs import write_files

@@ -1,39 +1,257 @@
-"""The loader that TorchTitan reads: batches, epochs, position."""
+"""The loader that TorchTitan reads: how it is built, and its batches, epochs and position."""
 
+import copy
 import functools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch.distributed as dist
+from llmfoundry.data.dataloader import build_dataloader
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 from torchtitan.components.dataloader import BaseDataLoader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
+from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.collate import DROPPED_TOKENS, PACKED_TOKENS
-from examples.mosaic_streaming.batch.convert import BatchFormat, TitanBatch, convert
+from examples.mosaic_streaming.batch.collate import DROPPED_TOKENS, PACKED_TOKENS, Collator, use_fast_collator
+from examples.mosaic_streaming.batch.convert import BatchSpec, TitanBatch, convert
+from examples.mosaic_streaming.batch.first_samples import check_first_samples
 from examples.mosaic_streaming.batch.iterator import Batches
+from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
+from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint, check_same_data, fingerprint_of
 from examples.mosaic_streaming.checkpoint.history import Segment, go_on
-from examples.mosaic_streaming.checkpoint.progress import Counter, Progress, Seen
-from examples.mosaic_streaming.checkpoint.state import Data, State, check_position, check_same_data, pack, unpack
+from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
+from examples.mosaic_streaming.checkpoint.state import State, check_position, pack, unpack
+from examples.mosaic_streaming.config.job import BatchShape, Job
+from examples.mosaic_streaming.config.loader import ResolvedLoader, dataset_keys, takes, without_token_ids
+from examples.mosaic_streaming.config.warnings import warnings_of
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.agreement import check_peers
-from examples.mosaic_streaming.errors import DataError, is_rank_0
-from examples.mosaic_streaming.sampling.order import Order, global_batch, start_at, whole
-from examples.mosaic_streaming.shards.dataset import CheckedDataset
-from examples.mosaic_streaming.shards.fetch_stats import Fetched, Tally, fetched_file
+from examples.mosaic_streaming.distributed.store import check_machines, new_job_id, on_each_node, on_rank_0, open_store
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.sampling.memory import check_memory
+from examples.mosaic_streaming.sampling.mixture import log_mixture
+from examples.mosaic_streaming.sampling.order import (
+    Order,
+    check_blocks,
+    check_epoch,
+    global_batch,
+    round_down,
+    set_order,
+    start_at,
+)
+from examples.mosaic_streaming.shards.columns import check_columns
+from examples.mosaic_streaming.shards.dataset import CheckedDataset, check_dataset
+from examples.mosaic_streaming.shards.fetch_stats import FetchCounts, FetchStats, fetch_stats_file
+from examples.mosaic_streaming.shards.prepare import prepare_streams
 from examples.mosaic_streaming.shards.stream import CheckedStream
+from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_pad_token, check_tokenizer
+from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
-TELLING_STEPS = {10**digits for digits in range(10)}
-"""Steps after a start at which the log says what packing has left out, beside the ends of epochs."""
+DROP_LOG_STEPS = {10**digits for digits in range(10)}
+"""Steps after a start at which the log says what packing has dropped, beside the ends of epochs."""
 
-MUCH = 0.01
-"""Of the data that is left out: the log warns."""
+DROP_WARN_FRACTION = 0.01
+"""If more of the data is left out, the log warns."""
 
-SAMPLES_TOLD = 8
+SHOWN_SAMPLES = 8
 """Of a global batch, by number, in a message."""
+
+
+def build_mosaic_dataloader(
+    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, config: ResolvedLoader, channel: AbortChannel
+) -> "MosaicDataLoader":
+    """Build the training loader of one rank; all ranks call it together.
+
+    Args:
+        job: that reads the streams.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        tokenizer: TorchTitan's tokenizer.
+        config: of the loader.
+        channel: tells all ranks why one stops.
+
+    Raises:
+        ConfigError: the loader, the tokenizer, the model and the job don't fit together.
+        DataError: an index or a first sample can't be read.
+    """
+    hf_tokenizer = build_transformers_tokenizer(job.assets, tokenizer)
+    check_tokenizer(tokenizer, job)
+    config = without_token_ids(config, hf_tokenizer)
+    job_id = new_job_id()
+    channel.connect(job_id)
+    check_machines()
+    on_each_node(job_id, lambda: prepare_streams(config))
+    config = fill_in_packing_ratio(config, job, hf_tokenizer, functools.partial(on_rank_0, job_id))
+    if is_rank_0():
+        logger.info(f"Mosaic loader, resolved: {json.dumps(config.config)}")
+    opened = open_streams(job, config, tokenizer, hf_tokenizer, job_id, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
+    check_memory(opened.dataset.epoch_size, config.source)
+    look = functools.partial(check_first_samples, opened.loader, opened.spec, config, hf_tokenizer, job.training)
+    warnings: list[str] = on_rank_0(new_job_id(), look)
+    opened.dataset._parallel_rank_world = job.layout.world(dp_rank)
+    if is_rank_0():
+        log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
+        for warning in warnings + warnings_of(config, job, hf_tokenizer, opened.columns):
+            logger.warning(warning)
+    return MosaicDataLoader(opened, dp_rank, job.steps, functools.partial(open_store, job_id), channel)
+
+
+def open_loader(
+    config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
+) -> DataLoader[Any]:
+    """llm-foundry's loader over streams that are ready on this machine; all ranks call it together.
+
+    Args:
+        config: of the loader.
+        tokenizer: transformers', of the model.
+        batch_size: rows of a batch, per dp rank.
+        shm_number: for the dataset's shared memory.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
+    """
+    given = {key: value for key, value in config.config.items() if key == "name" or takes(config.name, key)}
+    try:
+        with shared_memory(shm_number):
+            spec: Any = build_dataloader(copy.deepcopy(given), tokenizer, batch_size)  # which changes what it is given
+    except Exception as error:
+        who = "llm-foundry" if config.name in dataset_keys() else f"The loader {config.name!r}"
+        raise ConfigError(f"{who} refuses {config.source}: {type(error).__name__}: {error}") from error
+    loader = getattr(spec, "dataloader", spec)
+    if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
+        raise ConfigError(f"{config.source} does not stream: give `dataset` a `remote` or `streams`.")
+    if loader.batch_size is None or len(loader.dataset.streams) != len(config.streams):
+        raise ConfigError(
+            f"The loader {config.name!r} of {config.source} has {len(loader.dataset.streams)} streams and batch_size = "
+            f"{loader.batch_size}, expected the {len(config.streams)} of the file, and a number."
+        )
+    check_columns(loader.dataset, config.name, config.labels, config.source)
+    check_dataset(loader.dataset, config.labels, config.may_cut)
+    check_pad_token(config.name, loader.dataset.shards[0], tokenizer)
+    use_fast_collator(loader, config.name == "text")
+    keep_locks_together(loader.dataset)
+    return loader
+
+
+@dataclass(frozen=True)
+class OpenLoader:
+    """llm-foundry's loader over streams that are open, in the order in which they are read.
+
+    Attributes:
+        config: the loader's.
+        loader: llm-foundry's.
+        order: of its samples.
+        spec: what its batches have to look like.
+        fingerprint: of the data.
+    """
+
+    config: ResolvedLoader
+    loader: DataLoader[Any]
+    order: Order
+    spec: BatchSpec
+    fingerprint: Fingerprint
+
+    @property
+    def dataset(self) -> CheckedDataset:
+        """The streams."""
+        assert isinstance(self.loader.dataset, CheckedDataset)
+        return self.loader.dataset
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the streams in the configuration."""
+        return list(self.config.streams)
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the first stream."""
+        return list(getattr(self.dataset.shards[0], "column_names", []))
+
+    @property
+    def tokens_of_a_sample(self) -> int | None:
+        """How many tokens of each sample the model gets; None where samples differ in length."""
+        return self.spec.seq_len if self.spec.labels_are_ids else None
+
+
+def open_streams(
+    job: Job,
+    config: ResolvedLoader,
+    tokenizer: HuggingFaceTokenizer,
+    hf_tokenizer: PreTrainedTokenizerBase,
+    shm_number: int,
+    reader: str,
+) -> OpenLoader:
+    """Open the training streams, which are ready on this machine; all ranks call it together.
+
+    Args:
+        job: that reads them.
+        config: of the loader.
+        tokenizer: TorchTitan's.
+        hf_tokenizer: the same, of transformers.
+        shm_number: for the dataset's shared memory.
+        reader: who reads the streams, for messages.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
+    """
+    loader = open_loader(config, hf_tokenizer, job.training.local_batch_size, shm_number)
+    dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
+    global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
+    order = set_order(dataset, batch_size, global_batch_size, cast(Collator, loader.collate_fn).packs)
+    check_epoch(order, dataset, list(config.streams), config.source)
+    check_blocks(order, dataset, list(config.streams), config.source)
+    spec = batch_spec(job, job.training, config, hf_tokenizer, reader)
+    fingerprint = fingerprint_of(config, dataset, order, job.training.seq_len, tokenizer)
+    return OpenLoader(config, loader, order, spec, fingerprint)
+
+
+def fill_in_packing_ratio(
+    config: ResolvedLoader, job: Job, tokenizer: PreTrainedTokenizerBase, on_one: Callable[[Callable[[], Any]], Any]
+) -> ResolvedLoader:
+    """Replace `packing_ratio = "auto"` by a number; all ranks call it together.
+
+    Args:
+        config: of the loader.
+        job: that reads the streams.
+        tokenizer: transformers', of the model.
+        on_one: calls a function on one rank, and returns its result on all.
+    """
+    if config.dataset.get("packing_ratio") != "auto":
+        return config
+    rows = job.training.local_batch_size
+    loader = open_loader(config.with_settings(packing_ratio=1), tokenizer, rows, new_job_id())
+    return config.with_settings(packing_ratio=on_one(lambda: choose_ratio(loader, rows, config)))
+
+
+def batch_spec(
+    job: Job, shape: BatchShape, config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, reader: str
+) -> BatchSpec:
+    """What the batches of a loader have to look like.
+
+    Args:
+        job: that reads them.
+        shape: of the batches.
+        config: of the loader.
+        tokenizer: transformers', of the model.
+        reader: who reads the streams, for messages.
+    """
+    return BatchSpec(
+        rows=shape.local_batch_size,
+        seq_len=shape.seq_len,
+        max_seq_len=config.dataset["max_seq_len"],
+        vocab_size=job.vocab_size,
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        labels_are_ids=config.name == "text",
+        source=f"{reader} reads {config.sources}, set in {config.source}.",
+        documents=job.documents,
+        positions=job.positions,
+    )
 
 
 class MosaicDataLoader(BaseDataLoader):
@@ -44,12 +262,8 @@ class MosaicDataLoader(BaseDataLoader):
     workers have prefetched doesn't count.
 
     Args:
-        loader: llm-foundry's, over a StreamingDataset that has this rank's place in its `_parallel_rank_world`.
-        form: what batches have to look like.
-        order: the dataset's.
-        data: what a checkpoint has to agree with.
+        opened: llm-foundry's, over a dataset that has this rank's place in its `_parallel_rank_world`.
         dp_rank: this rank on TorchTitan's batch mesh.
-        path: the file that configures the loader, for messages.
         steps: optimizer steps of the whole run, for the log.
         open_store: connects to the store of the job.
         channel: tells all ranks why one stops.
@@ -57,24 +271,20 @@ class MosaicDataLoader(BaseDataLoader):
 
     def __init__(
         self,
-        loader: DataLoader[Mapping[str, Any]],
-        form: BatchFormat,
-        order: Order,
-        data: Data,
+        opened: OpenLoader,
         dp_rank: int,
-        path: str,
         steps: int,
         open_store: Callable[[], dist.Store],
         channel: AbortChannel,
     ) -> None:
-        assert isinstance(loader.dataset, StreamingDataset)
-        self._batches = Batches(loader, form.origin, path)
-        self._dataset = loader.dataset
-        self._form = form
+        order = opened.order
+        self.config = opened.config
+        self._batches = Batches(opened.loader, opened.spec.source, opened.config.source)
+        self._dataset = opened.dataset
+        self._spec = opened.spec
         self._order = order
-        self._data = data
+        self._fingerprint = opened.fingerprint
         self._dp_rank = dp_rank
-        self._path = path
         self._steps_of_run = steps
         self._open_store = open_store
         self._channel = channel
@@ -89,9 +299,9 @@ class MosaicDataLoader(BaseDataLoader):
         self._segments: tuple[Segment, ...] = (Segment(0, 0, 0, order.global_batch_size),)
         self._steps = self._left_out = self._packed = 0
         """Since the start: steps, and tokens of this rank's samples that packing has left out, and that it has not."""
-        self._counter = Counter(form, order.local_batch_size)
-        self._tally = Tally(fetched_file(self._dataset._shm_prefix_int))
-        self._fetched_before = Fetched()
+        self._counter = ConsumptionCounter(opened.spec, order.local_batch_size)
+        self._fetch_stats = FetchStats(fetch_stats_file(self._dataset._shm_prefix_int))
+        self._fetched_before = FetchCounts()
         """In earlier epochs, since the start."""
         self._is_read = False
 
@@ -113,9 +323,9 @@ class MosaicDataLoader(BaseDataLoader):
             while step := self._next_step():
                 targets = 0
                 for number, batch in enumerate(step, start=1):
-                    titan_batch, padding = convert(batch, self._form)
+                    titan_batch, padding = convert(batch, self._spec)
                     if not checked:
-                        check_peers(titan_batch, self._dp_rank, self._data | self._place(), self._path)
+                        check_peers(titan_batch, self._dp_rank, self._fingerprint | self._place(), self.config.source)
                         checked = True
                     targets += self._counter.add(titan_batch[1], padding)
                     if number == len(step):
@@ -138,11 +348,11 @@ class MosaicDataLoader(BaseDataLoader):
         """Say on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
         if is_rank_0():
             samples, start = self._dataset.epoch_size, self._sample_in_epoch
-            left = self._order.left(start)
+            left = self._order.remaining(start)
             before = self._counter.seen().samples
             more = [self._whole_run(), f"{before:,} samples were read before this start." if before else ""]
             logger.log(
-                logging.INFO if start + left > (1 - MUCH) * samples else logging.WARNING,
+                logging.INFO if start + left > (1 - DROP_WARN_FRACTION) * samples else logging.WARNING,
                 f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
                 f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
                 f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes: fewer of "
@@ -156,7 +366,7 @@ class MosaicDataLoader(BaseDataLoader):
         samples = self._steps_of_run * self._order.global_batch_size
         return (
             f"In all, {self._steps_of_run:,} steps (training.steps) read {samples:,} samples, "
-            f"{self._counter.tokens(samples):,} tokens, {samples / self._order.left(0):.2f} epochs."
+            f"{self._counter.tokens(samples):,} tokens, {samples / self._order.remaining(0):.2f} epochs."
         )
 
     def _log_end(self) -> None:
@@ -164,8 +374,8 @@ class MosaicDataLoader(BaseDataLoader):
         if is_rank_0():
             start = self._order.first_sample if self._epoch == self._order.first_epoch else 0
             samples = self._sample_in_epoch - start
-            now, before = self._tally.read(), self._fetched_before
-            fetched = Fetched(*(new - old for new, old in zip(now, before, strict=True)))
+            now, before = self._fetch_stats.read(), self._fetched_before
+            fetched = FetchCounts(*(new - old for new, old in zip(now, before, strict=True)))
             self._fetched_before = now
             logger.info(
                 f"Epoch {self._epoch} of the streams ends: {samples:,} samples read"
@@ -174,7 +384,7 @@ class MosaicDataLoader(BaseDataLoader):
                 f"{f'; fetched: {fetched}' if any(fetched) else ''}."
             )
 
-    def _place(self) -> Data:
+    def _place(self) -> Fingerprint:
         """What all ranks have to agree on at a start, beside the data."""
         world = self._dataset._parallel_rank_world
         return {
@@ -195,12 +405,12 @@ class MosaicDataLoader(BaseDataLoader):
         if len(step) < accumulation:
             raise DataError(
                 f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
-                f"{self._form.origin}"
+                f"{self._spec.source}"
             )
         self._left_out += sum(batch.get(DROPPED_TOKENS, 0) for batch in step)
         self._packed += sum(batch.get(PACKED_TOKENS, 0) for batch in step)
         self._steps += 1
-        if self._steps in TELLING_STEPS:
+        if self._steps in DROP_LOG_STEPS:
             self._log_left_out()
         return step
 
@@ -223,8 +433,8 @@ class MosaicDataLoader(BaseDataLoader):
     def _no_loss_token(self) -> DataError:
         """What to raise where the next global batch has none."""
         samples = global_batch(self._dataset, self._order, self._epoch, self._sample_in_epoch)
-        told = ", ".join(map(str, samples[:SAMPLES_TOLD]))
-        more = f" and {samples.size - SAMPLES_TOLD:,} more" if samples.size > SAMPLES_TOLD else ""
+        told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
+        more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
         numbers = np.searchsorted(self._dataset.sample_offset_per_stream, samples, side="right") - 1
         streams = [cast(CheckedStream, self._dataset.streams[number]).label for number in np.unique(numbers)]
         return DataError(
@@ -239,21 +449,21 @@ class MosaicDataLoader(BaseDataLoader):
         if self._packed and is_rank_0():
             samples = self._left_out + self._packed
             share = self._left_out / samples
-            hint = " Lower dataset.packing_ratio." if share > MUCH else ""
+            hint = " Lower dataset.packing_ratio." if share > DROP_WARN_FRACTION else ""
             logger.log(
-                logging.WARNING if share > MUCH else logging.INFO,
+                logging.WARNING if share > DROP_WARN_FRACTION else logging.INFO,
                 f"Packing has left out {self._left_out:,} of {samples:,} tokens of rank 0's samples ({share:.2%})."
                 f"{hint}",
             )
 
     def _epoch_is_read(self) -> bool:
         """Whether the rest of the epoch fills no global batch."""
-        return self._order.left(self._sample_in_epoch) == 0
+        return self._order.remaining(self._sample_in_epoch) == 0
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
         size, seen = self._order.global_batch_size, self._counter.seen()
-        return pack(State(*self._next_position(), size, self._data, seen, self._steps_read, self._segments))
+        return pack(State(*self._next_position(), size, self._fingerprint, seen, self._steps_read, self._segments))
 
     def _next_position(self) -> tuple[int, int]:
         """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
@@ -270,10 +480,10 @@ class MosaicDataLoader(BaseDataLoader):
         if self._is_read:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
         state = unpack(state_dict)
-        check_same_data(state.data, self._data, self._path)
+        check_same_data(state.data, self._fingerprint, self.config.source)
         check_position(state, self._dataset.epoch_size)
         self._epoch, self._sample_in_epoch = state.epoch, state.sample_in_epoch
-        self._counter.go_on(state.seen or self._seen_before(state))
+        self._counter.resume_from(state.seen or self._seen_before(state))
         self._epoch, self._sample_in_epoch = self._next_position()
         self._steps_read, self._segments = state.steps, state.segments
         sizes = {segment.global_batch_size for segment in state.segments}
@@ -288,21 +498,20 @@ class MosaicDataLoader(BaseDataLoader):
                 )
         self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
 
-    def _seen_before(self, state: State) -> Seen:
+    def _seen_before(self, state: State) -> ConsumedCounts:
         """What had been read by a position, if its whole run had one global batch size."""
-        samples = state.epoch * whole(self._order.epoch_samples, state.global_batch_size) + state.sample_in_epoch
-        return Seen(samples, self._counter.tokens(samples))
+        samples = state.epoch * round_down(self._order.epoch_samples, state.global_batch_size) + state.sample_in_epoch
+        return ConsumedCounts(samples, self._counter.tokens(samples))
 
     def progress(self) -> Progress:
         """Where the run is; one small collective, so all ranks have to ask at the same step."""
-        assert isinstance(self._dataset, CheckedDataset)
         self._counter.count_targets(dist.get_world_size() // self._dataset._parallel_rank_world.num_ranks)
         return Progress(
             self._epoch,
-            self._sample_in_epoch / (self._sample_in_epoch + self._order.left(self._sample_in_epoch)),
+            self._sample_in_epoch / (self._sample_in_epoch + self._order.remaining(self._sample_in_epoch)),
             self._counter.seen(),
             self._counter.take_padding(),
-            self._tally.read(),
+            self._fetch_stats.read(),
             self._dataset.bytes_in_cache(),
         )
 

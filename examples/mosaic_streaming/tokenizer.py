@@ -1,16 +1,14 @@
 """One set of tokenizer assets, two tokenizers: TorchTitan's and the transformers one that llm-foundry needs."""
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from torchtitan.components.tokenizer import HuggingFaceTokenizer, build_hf_tokenizer
-from torchtitan.config import JobConfig
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from examples.mosaic_streaming.config.assets import check_folder, explained
+from examples.mosaic_streaming.config.job import Job
 from examples.mosaic_streaming.errors import ConfigError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at each fork of a dataloader worker
@@ -18,21 +16,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns 
 PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
 """A text on which two tokenizers that differ in normalization, splitting or merges give different ids."""
 
-ASSETS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
-CONFIG_KEYS = ("bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
-"""Of tokenizer_config.json."""
 
-
-def build_tokenizer(job_config: JobConfig) -> HuggingFaceTokenizer:
-    """TorchTitan's tokenizer of `model.hf_assets_path`; the `build_tokenizer_fn` of a Mosaic TrainSpec.
+def build_tokenizer(path: str) -> HuggingFaceTokenizer:
+    """TorchTitan's tokenizer of the assets in a folder, `model.hf_assets_path`.
 
     Raises:
         ConfigError: there are no assets at that path, or TorchTitan can't read them.
     """
-    path = job_config.model.hf_assets_path
     check_folder(path)
     with explained(path, "TorchTitan"):
-        return build_hf_tokenizer(job_config)
+        return HuggingFaceTokenizer(path)
 
 
 def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
@@ -40,7 +33,7 @@ def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreT
 
     Args:
         path: folder with the assets, `model.hf_assets_path`.
-        titan: TorchTitan's tokenizer of that folder; it is given the BOS and EOS that it left unset.
+        titan: TorchTitan's tokenizer of these assets; it is given the BOS and EOS that it left unset.
 
     Raises:
         ConfigError: transformers can't read the assets, or the two read them differently; the message has both values.
@@ -103,35 +96,38 @@ def differences_of(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBa
     return [f"{what}: {a} and {b}" for what, (a, b) in pairs.items() if a != b]
 
 
-def check_vocabulary(tokenizer: HuggingFaceTokenizer, vocab_size: int, model: str) -> None:
-    """Raise ConfigError unless each id of the tokenizer has a row in the model's embedding.
+def check_tokenizer(tokenizer: HuggingFaceTokenizer, job: Job) -> None:
+    """Raise ConfigError unless each id has a row in the model's embedding, and there is an EOS where masks need one.
 
     Args:
-        tokenizer: TorchTitan's tokenizer.
-        vocab_size: rows of the model's embedding.
-        model: name and flavor, for the message.
+        tokenizer: TorchTitan's.
+        job: whose model it is.
     """
-    if tokenizer.get_vocab_size() > vocab_size:
+    if tokenizer.get_vocab_size() > job.vocab_size:
         raise ConfigError(
             f"The tokenizer in model.hf_assets_path = {tokenizer.tokenizer_path!r} has "
-            f"{tokenizer.get_vocab_size()} entries, the embedding of {model} has {vocab_size} rows. "
-            "Choose the tokenizer of this model, or a model.flavor with a larger vocabulary."
+            f"{tokenizer.get_vocab_size()} entries, the embedding of {job.model} {job.flavor} has {job.vocab_size} "
+            "rows. Choose the tokenizer of this model, or a model.flavor with a larger vocabulary."
+        )
+    if job.documents and tokenizer.eos_id is None:
+        raise ConfigError(
+            f"model.flavor = {job.flavor!r} keeps attention within documents, which end with EOS, but the tokenizer in "
+            f"model.hf_assets_path = {job.assets!r} has none. Set `eos_token` in its tokenizer_config.json."
         )
 
 
-def what_decides_ids(tokenizer: HuggingFaceTokenizer) -> list[object]:
-    """The content of the assets that ids depend on, whichever versions of the libraries read them.
+def check_pad_token(loader: str, shard: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ConfigError for text that is tokenized as it is read, and a tokenizer without a padding token.
 
-    Raises:
-        ConfigError: a file that neither of the libraries has read is damaged.
+    Args:
+        loader: its name.
+        shard: the first one of the streams.
+        tokenizer: transformers', of the model.
+
+    Source: llm-foundry 0.22.0, data/text_data.py, refuses it at the first sample.
     """
-    config = tokenizer.config
-    found: list[object] = [
-        {key: config.get(key, getattr(tokenizer, key, None)) for key in CONFIG_KEYS} if config else None
-    ]
-    with explained(tokenizer.tokenizer_path, "Python"):
-        for name in ASSETS:
-            if (file := Path(tokenizer.tokenizer_path, name)).is_file():
-                text = file.read_text()
-                found += [name, json.loads(text) if name.endswith(".json") else text]
-    return found
+    if loader == "text" and tokenizer.pad_token is None and "text" in getattr(shard, "column_names", []):
+        raise ConfigError(
+            f"The tokenizer in model.hf_assets_path = {tokenizer.name_or_path!r} has no padding token, which text that "
+            "is tokenized as it is read needs. Set `pad_token` in its tokenizer_config.json; it may be the `eos_token`."
+        )

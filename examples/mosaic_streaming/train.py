@@ -12,12 +12,11 @@ from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config.cli import parse_flags
 from examples.mosaic_streaming.config.files import read_loaders, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config, next_start
-from examples.mosaic_streaming.titan.v0_2.refusals import refusal
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 if TYPE_CHECKING:
@@ -38,19 +37,17 @@ def main(argv: list[str] | None = None) -> None:
         handle_signals(signal.SIG_DFL)  # nothing has to be closed yet
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
         if not (flags.config and flags.mosaic_config):  # `-- --help`
-            load_job_config(titan_flags)
+            titan.load_job_config(titan_flags)
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
         train_file, validation_file = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError("Not started by torchrun. See --help.")
-        job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
+        job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         validates = validation_file is not None
-        check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
+        titan.check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
         import_llm_foundry()
-        from examples.mosaic_streaming.titan.v0_2 import spec
-
-        import_custom(job_config)
-        spec.register(job_config.model.name, train_file, validation_file, channel)
+        titan.import_custom(job_config)
+        titan.register(job_config.model.name, train_file, validation_file, channel)
         run(job_config, validates, channel)
 
 
@@ -101,7 +98,7 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
     except BaseException as error:
         if channel.stopped_by:
             channel.close()
-        refused = None if trainer and trainer.dataloader.is_read else refusal(error, job_config)
+        refused = None if trainer and trainer.dataloader.is_read else titan.refusal(error, job_config)
         lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
         with contextlib.suppress(Exception):
             close(trainer)
@@ -122,8 +119,8 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
 
 
 def loaders(trainer: "Trainer") -> list[Any]:
-    """What reads streams: the loader and, where there is one, the validator."""
-    return [trainer.dataloader] + ([trainer.validator] if trainer.job_config.validation.enable else [])
+    """The loaders of the run: that of training and, where there is one, that of validation."""
+    return [trainer.dataloader] + ([trainer.validator.loader] if trainer.job_config.validation.enable else [])
 
 
 def lost_workers(trainer: "Trainer") -> str:
@@ -151,7 +148,7 @@ def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
         step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)  # it counts the one in progress
         logger.info(
             f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "
-            f"{next_start(trainer.job_config, step)}."
+            f"{titan.next_start(trainer.job_config, step)}."
         )
 
 

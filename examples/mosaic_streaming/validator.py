@@ -1,161 +1,196 @@
-"""TorchTitan's validator over Mosaic streams: the same samples each round, each once in the average."""
+"""The validation loader: the batches of a round, the same in each, and as many on each rank."""
 
-import os
-from typing import Any
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
-from torchtitan.components.validate import BaseValidator
-from torchtitan.config import JobConfig
-from torchtitan.distributed import ParallelDims
-from torchtitan.distributed import utils as dist_utils
-from torchtitan.distributed.context_parallel import prepare_context_parallel_input
-from torchtitan.protocols.train_spec import get_train_spec
 from torchtitan.tools.logging import logger
-from torchtitan.tools.utils import device_type
 
+from examples.mosaic_streaming.batch.convert import BatchSpec, TitanBatch, check_keys, to_titan_batch
+from examples.mosaic_streaming.batch.first_samples import check_first_samples
+from examples.mosaic_streaming.batch.iterator import Batches
 from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.folders import is_url
-from examples.mosaic_streaming.config.loader import Config, stream_folders
-from examples.mosaic_streaming.errors import is_rank_0
-from examples.mosaic_streaming.rounds import build_rounds, resolve_validation
+from examples.mosaic_streaming.config.folders import check_folders
+from examples.mosaic_streaming.config.job import Job
+from examples.mosaic_streaming.config.loader import ResolvedLoader, resolve, without_token_ids
+from examples.mosaic_streaming.dataloader import batch_spec, open_loader
+from examples.mosaic_streaming.distributed.agreement import check_peers
+from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0
+from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
+from examples.mosaic_streaming.sampling.order import set_validation_order
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
+from examples.mosaic_streaming.shards.prepare import prepare_streams
+from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 
 
-class MosaicValidator(BaseValidator):
-    """The mean loss of a model over the first samples of the validation streams, or over all of them.
-
-    Each target counts once, whatever its batch: TorchTitan's own validator takes the mean of batches' means, and
-    iterates a loader whose ranks may end at different times (torchtitan 0.2.2, components/validate.py).
+def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> ResolvedLoader:
+    """The complete configuration of the validation loader.
 
     Args:
-        job_config: the whole job; `validation` has batch size, sequence length, and batches of a round.
-        dp_world_size: data-parallel degree, on TorchTitan's batch mesh.
-        dp_rank: this rank on that mesh.
-        tokenizer: TorchTitan's tokenizer.
-        validation_file: configuration of the validation loader.
-        train_file: that of the training loader.
-        arguments: the rest of what TorchTitan gives a validator.
+        file: as it was read.
+        job: that validates.
+        training: the configuration of the training loader.
 
     Raises:
-        ConfigError: the loader and the job don't fit together.
+        ConfigError: the loader, the job and the training loader don't fit together.
+    """
+    assert job.validation
+    loader = resolve(file, job.validation.shape, job.layout.replication)
+    check_validation_loader(loader)
+    check_folders(loader.folders, training.folders)
+    # With more canonical nodes, the last samples of an epoch would be left out.
+    loader = loader.with_settings(num_canonical_nodes=1)
+    settings = {"drop_last": False, "persistent_workers": loader.config["num_workers"] > 0}
+    return dataclasses.replace(loader, config=loader.config | settings)
+
+
+def check_validation_loader(loader: ResolvedLoader) -> None:
+    """Raise ConfigError for settings that leave samples out of a round."""
+    if (loader.dataset.get("packing_ratio") or 1) != 1:
+        raise ConfigError(
+            f"dataset.packing_ratio in {loader.source}: packing leaves samples out, and a validation round reads each "
+            "once. Remove the key: examples are padded."
+        )
+    if (method := loader.dataset.get("batching_method", "random")) != "random":
+        raise ConfigError(
+            f"dataset.batching_method = {method!r} in {loader.source}, but a validation round reads all samples, or "
+            "the first of them, in any batch. Remove the key."
+        )
+
+
+def build_validation_loader(
+    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, config: ResolvedLoader
+) -> "ValidationLoader":
+    """The validation batches of one rank; all ranks call it together.
+
+    Args:
+        job: that validates.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        tokenizer: TorchTitan's tokenizer.
+        config: of the loader.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses the configuration, or it doesn't fit the streams.
+        DataError: an index or a first sample can't be read.
+    """
+    assert job.validation
+    shape, steps = job.validation.shape, job.validation.steps
+    hf_tokenizer = build_transformers_tokenizer(job.assets, tokenizer)
+    config = without_token_ids(config, hf_tokenizer)
+    if is_rank_0():
+        logger.info(f"Mosaic validation loader, resolved: {json.dumps(config.config)}")
+    shm_number = new_job_id()
+    on_each_node(shm_number, lambda: prepare_streams(config))
+    loader = open_loader(config, hf_tokenizer, shape.local_batch_size, shm_number)
+    dataset = cast(CheckedDataset, loader.dataset)
+    spec = batch_spec(job, shape, config, hf_tokenizer, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
+    look = functools.partial(check_first_samples, loader, spec, config, hf_tokenizer, shape)
+    warnings: list[str] = on_rank_0(new_job_id(), look)
+    dataset._parallel_rank_world = job.layout.world(dp_rank)
+    global_batch_size = shape.local_batch_size * job.layout.dp_world_size
+    batches, samples = size_of_round(dataset.epoch_size, global_batch_size, steps)
+    set_validation_order(dataset, shape.local_batch_size, global_batch_size, samples)
+    if is_rank_0():
+        more = "" if steps <= batches else f"; validation.steps = {steps} would need more"
+        logger.info(
+            f"A validation round reads {samples:,} of {dataset.epoch_size:,} samples, in {batches} batches of "
+            f"{global_batch_size}{more}."
+        )
+        for warning in warnings:
+            logger.warning(warning)
+    return ValidationLoader(loader, spec, batches, dp_rank, config.source)
+
+
+class ValidationLoader:
+    """The batches of a validation round, the same in each, and as many on each rank.
+
+    Args:
+        loader: llm-foundry's, over a dataset whose order is a `ValidationOrder`.
+        spec: what batches have to look like.
+        batches: of a round.
+        dp_rank: this rank on TorchTitan's batch mesh.
+        source: the file that configures the loader.
     """
 
     def __init__(
-        self,
-        *,
-        job_config: JobConfig,
-        dp_world_size: int,
-        dp_rank: int,
-        tokenizer: HuggingFaceTokenizer,
-        validation_file: LoaderFile,
-        train_file: LoaderFile,
-        **arguments: Any,
+        self, loader: DataLoader[Mapping[str, Any]], spec: BatchSpec, batches: int, dp_rank: int, source: str
     ) -> None:
-        super().__init__(job_config)
-        self._tokenizer = tokenizer
-        self._dims: ParallelDims = arguments["parallel_dims"]
-        self._loss_fn = arguments["loss_fn"]
-        self._context = arguments["validation_context"]
-        self._amp = arguments["maybe_enable_amp"]
-        self._metrics = arguments["metrics_processor"]
-        self._schedule = arguments.get("pp_schedule")
-        self._has_first_stage = arguments.get("pp_has_first_stage")
-        self._has_last_stage = arguments.get("pp_has_last_stage")
-        model = job_config.model
-        attention = getattr(get_train_spec(model.name).model_args[model.flavor], "attn_type", "sdpa")
-        self._masks = attention in ("flex", "varlen")
-        replication = dist.get_world_size() // dp_world_size
-        config = resolve_validation(job_config, replication, validation_file, train_file)
-        seen = places(config["dataset"]) & places(train_file.config["dataset"])
-        if seen and is_rank_0():
-            logger.warning(
-                f"Training reads the same as validation: {', '.join(sorted(seen))}. The loss will tell less."
-            )
-        self._rounds = build_rounds(job_config, dp_world_size, dp_rank, tokenizer, config, validation_file)
+        self._batches = Batches(loader, spec.source, source)
+        self._spec = spec
+        self._count = batches
+        self._dp_rank = dp_rank
+        self._source = source
+        self._checked = False
 
-    @torch.no_grad()
-    def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the mean loss; the model's mode is training again afterwards.
+    def __iter__(self) -> Iterator[TitanBatch]:
+        """Yield a round's batches; what the last ones lack is filled up with rows that have no targets.
 
         Raises:
-            DataError: on all ranks, if there is nothing to take the mean of.
+            DataError: a batch is not as it has to be, or ranks don't read the same data.
         """
-        counted = count_of_experts(model_parts)
-        for model in model_parts:
-            model.eval()
-        loss_sum = torch.zeros((), dtype=torch.float64)
-        tokens = torch.zeros((), dtype=torch.int64)
-        for inputs, labels in self._rounds:
-            self._metrics.ntokens_since_last_log += labels.numel()
-            tokens += (labels != IGNORE_INDEX).sum()
-            inputs = {key: value.to(device_type) for key, value in inputs.items()}
-            loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
-        loss_sum, tokens = loss_sum.to(torch.float32).to(device_type), tokens.to(device_type)
-        total = self._total(tokens, "batch")
-        if not total:
-            raise self._rounds.no_loss_token()
-        self._metrics.log_validation(loss=self._total(loss_sum, "loss", "pp") / total, step=step)
-        for model in model_parts:
-            model.train()
-        for count, before in counted:
-            count.copy_(before)
+        self._batches.begin()
+        for number in range(self._count):
+            batch = next(iter(self._batches.take(1)), None)
+            if batch is None and number < self._count - 1:
+                raise DataError(
+                    f"A validation round ended after {number} of {self._count} batches. {self._spec.source}"
+                )
+            titan_batch = pad_batch(batch, self._spec)
+            if not self._checked:
+                check_peers(titan_batch, self._dp_rank, {"batches of a validation round": self._count}, self._source)
+                self._checked = True
+            yield titan_batch
+        if self._batches.take(1):
+            raise DataError(f"A validation round goes on after {self._count} batches. {self._spec.source}")
 
-    def _loss(self, inputs: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]) -> Tensor:
-        """The loss of a batch, summed over this rank's targets; 0 on a pipeline's other stages than the last."""
-        tokens, extra_inputs = inputs.pop("input"), inputs
-        extra_kwargs: dict[str, Any] = {}
-        if self._masks:
-            extra_kwargs["attention_masks"] = model_parts[0].get_attention_masks(  # type: ignore[operator]
-                input_batch=tokens, tokenizer=self._tokenizer, extra_inputs=extra_inputs
-            )
-        if self._dims.cp_enabled:
-            balancer = self.job_config.parallelism.context_parallel_load_balancer
-            tokens, labels, extra_kwargs = prepare_context_parallel_input(
-                tokens, labels, extra_kwargs, self._dims.get_mesh("cp"), tokens.device, balancer
-            )
-        with self._context():
-            if self._schedule is None:
-                with self._amp:
-                    loss: Tensor = self._loss_fn(model_parts[0](tokens, **extra_inputs, **extra_kwargs), labels)
-                    return loss
-            losses: list[Tensor] | None = [] if self._has_last_stage else None
-            first = ((tokens,), extra_inputs) if self._has_first_stage else ((), {})
-            target = labels if self._has_last_stage else None
-            self._schedule.eval(
-                *first[0], **first[1], **extra_kwargs, target=target, losses=losses, return_outputs=False
-            )
-            return torch.stack(losses).sum() if losses else torch.zeros(())
-
-    def _total(self, number: Tensor, *meshes: str) -> float:
-        """The sum over meshes, as far as there are such."""
-        for name in meshes:
-            if (mesh := self._dims.get_optional_mesh(name)) is not None:
-                number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)
-        return float(number)
+    def no_loss_token(self) -> DataError:
+        """What to raise where a round has nothing to take a mean loss of."""
+        return DataError(
+            f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. "
+            f"{self._spec.source}"
+        )
 
     def lost_workers(self) -> str:
         """Which dataloader workers have ended with an error, and how."""
-        return self._rounds.lost_workers()
+        return self._batches.lost_workers()
 
     def close(self) -> None:
         """End the dataloader workers."""
-        self._rounds.close()
+        self._batches.close()
 
 
-def places(dataset: Config) -> set[str]:
-    """Where streams' shards come from, each written in one way."""
-    folders = stream_folders(dataset).values()
-    return {folder.rstrip("/") if is_url(folder) else os.path.realpath(folder) for folder in folders}
+def pad_batch(batch: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
+    """A batch as TorchTitan takes it, with rows without targets behind those that there are.
 
-
-def count_of_experts(model_parts: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """The buffers in which experts count their tokens, each with a copy.
-
-    Source: they count in each forward pass, and the next optimizer step moves experts' biases by that (torchtitan
-    0.2.2, models/moe/moe.py, components/optimizer.py): tokens of validation would change training.
+    Args:
+        batch: of llm-foundry; none where this rank has no sample left.
+        spec: what the batch has to look like, in the end.
     """
-    buffers = [buffer for model in model_parts for buffer in model.named_buffers()]
-    return [(buffer, buffer.clone()) for name, buffer in buffers if name.endswith("tokens_per_expert")]
+    if batch is not None:
+        check_keys(batch, spec)
+    found = 0 if batch is None else len(batch["input_ids"])
+    missing = spec.rows - found
+    if batch is not None and (missing <= 0 or batch["input_ids"].shape[1] != spec.max_seq_len):
+        return to_titan_batch(batch, spec)  # which says what is wrong
+    row = torch.zeros(missing, spec.max_seq_len, dtype=torch.int64)
+    empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
+    filled = (
+        dict(empty) if batch is None else {key: torch.cat([batch[key], empty[key]]) for key in batch if key in empty}
+    )
+    inputs, labels = to_titan_batch(filled, spec)
+    labels[found:] = IGNORE_INDEX
+    return inputs, labels
+
+
+def size_of_round(epoch_size: int, global_batch_size: int, steps: int) -> tuple[int, int]:
+    """Batches of all ranks together in a validation round, and samples; `steps` is `validation.steps`."""
+    whole = -(-epoch_size // global_batch_size)
+    batches = whole if steps == -1 else min(steps, whole)
+    return batches, min(epoch_size, batches * global_batch_size)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from streaming.base.shuffle import algos
 
-from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES
 from tests.benchmarks.data import Tokens
 from tests.benchmarks.measure import Figure, table
 from tests.benchmarks.text import write_mds

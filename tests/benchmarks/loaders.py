@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.jsonl import name_jsonl

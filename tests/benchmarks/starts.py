@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from streaming import MDSWriter
 
-from examples.mosaic_streaming.sampling.order import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.job import BatchShape
+from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES, resolve
 from examples.mosaic_streaming.shards.prepare import prepare_streams
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.measure import Comparison, Figure
@@ -111,10 +112,12 @@ def compare_resumes(tokens: Tokens) -> list[Comparison]:
 
 def verify(stream: Path, hash: str | None) -> float:
     """Seconds to verify a gigabyte that is there."""
-    config: dict[str, Any] = {"dataset": {"local": str(stream), **({"validate_hash": hash} if hash else {})}}
+    settings = {"local": str(stream), **({"validate_hash": hash} if hash else {})}
+    file = LoaderFile({"name": "text", "dataset": settings}, "loader.toml")
+    loader = resolve(file, BatchShape("training", 1, 2048), 1)
     size = sum(file.stat().st_size for file in stream.glob("*.mds"))
     begin = time.perf_counter()
-    prepare_streams(config, "loader.toml")
+    prepare_streams(loader)
     return (time.perf_counter() - begin) / size * GIGABYTE
 
 

@@ -16,7 +16,7 @@ from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_figures import FORMS, WAYS, Row, compare, spread, summarize, table
 from tests.benchmarks.gpu_job import InMemory
-from tests.support.streams import job
+from tests.support.streams import TOKENIZER, job
 
 SEQ_LEN = 16
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "# " + "words and more words " * 9]
@@ -91,7 +91,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_stream_has_the_tokens_that_torchtitan_makes_of_the_text(data: Path) -> None:
-    tokenizer = build_tokenizer(job())
+    tokenizer = build_tokenizer(TOKENIZER)
     samples = text_datasets.HuggingFaceTextDataset("bench", None, tokenizer, SEQ_LEN)
     expected = [[*inputs["input"].tolist(), int(labels[-1])] for inputs, labels in samples]
     [shard] = json.loads((data / f"{SEQ_LEN}/index.json").read_text())["shards"]
@@ -101,7 +101,7 @@ def test_stream_has_the_tokens_that_torchtitan_makes_of_the_text(data: Path) -> 
 
 
 def test_batches_in_memory_stay_when_the_trainer_has_replaced_their_tensors(data: Path) -> None:
-    batches = iter(InMemory(dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer(job()), job_config=bench_job()))
+    batches = iter(InMemory(dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer(TOKENIZER), job_config=bench_job()))
     first, labels = next(batches)
     tokens = first["input"]
     assert tokens.shape == labels.shape == (2, SEQ_LEN)

@@ -7,15 +7,14 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from examples.mosaic_streaming.batch.documents import check_attention, masks_documents
-from examples.mosaic_streaming.build import accumulation_steps
-from examples.mosaic_streaming.config.files import read_toml
-from examples.mosaic_streaming.config.loader import resolve, streams_of
-from examples.mosaic_streaming.rounds import check_loader, check_validation
-from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config, parallel_dims
-from examples.mosaic_streaming.titan.v0_2.spec import text_spec
+from examples.mosaic_streaming.config.files import read_loader
+from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.titan import load_job_config, make_job, register
+from examples.mosaic_streaming.validator import resolve_validation
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
 SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))
@@ -39,41 +38,24 @@ def world_size(job: Path) -> int:
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_recipe_is_one_that_trains(job: Path) -> None:
     config, ranks = load_job_config([f"--job.config_file={job}"]), world_size(job)
-    spec = text_spec(config.model.name)
-    model_args = spec.model_args[config.model.flavor]
-    layout = parallel_dims(config, ranks)
-    dp_world_size = layout.dp_replicate * layout.dp_shard
-    assert dp_world_size * layout.tp * layout.pp * layout.cp == ranks
-    assert accumulation_steps(config, dp_world_size) >= 1
-    check_attention(model_args, config.model.flavor, layout.pp)
-    tokens = config.training.global_batch_size * config.training.seq_len
-    assert config.training.max_norm == (tokens if layout.pp > 1 else 1.0), "see Limits in the README"
-    loader = job.parent / "train.toml"
-    resolved = resolve(
-        read_toml(str(loader)),
-        str(loader),
-        seq_len=config.training.seq_len,
-        local_batch_size=config.training.local_batch_size,
-        replication=ranks // dp_world_size,
+    train, validation = job.parent / "train.toml", job.parent / "validation.toml"
+    register(config.model.name, read_loader(str(train), ""), None, AbortChannel())
+    made = make_job(config, ranks, min(ranks, 8))
+    assert int(np.prod(list(made.layout.degrees.values()))) == ranks
+    tokens, pp = made.global_batch_size * made.training.seq_len, made.layout.degrees["pp"]
+    assert config.training.max_norm == (tokens if pp > 1 else 1.0), "see Limits in the README"
+    loader = resolve(read_loader(str(train), ""), made.training, made.layout.replication)
+    assert 64 % (ranks // 8) == 0 and loader.dataset["num_canonical_nodes"] == 64, (
+        "each machine keeps to its own shards"
     )
-    dataset = resolved["dataset"]
-    assert 64 % (ranks // 8) == 0 and dataset["num_canonical_nodes"] == 64, "each machine keeps to its own shards"
-    assert dataset["download_retry"] * dataset["download_timeout"] < config.comm.train_timeout_seconds
-    assert "packing_ratio" not in dataset or masks_documents(model_args)
-    assert all(stream["remote"].startswith("s3://") and stream["local"] for stream in streams_of(dataset).values())
-    if config.validation.enable:
-        check_validation(config)
-        validation = job.parent / "validation.toml"
-        held_out = resolve(
-            read_toml(str(validation)),
-            str(validation),
-            seq_len=config.validation.seq_len,
-            local_batch_size=config.validation.local_batch_size,
-            replication=ranks // dp_world_size,
-        )["dataset"]
-        check_loader(held_out, str(validation))
-        caches = {stream["local"] for stream in streams_of(dataset).values()}
-        assert not caches & {stream["local"] for stream in streams_of(held_out).values()}
+    for stream in loader.streams.values():
+        assert stream["download_retry"] * stream["download_timeout"] < made.collective_timeout
+        assert stream["remote"].startswith("s3://") and stream["local"]
+    assert "packing_ratio" not in loader.dataset or made.documents
+    if made.validation:
+        held_out = resolve_validation(read_loader(str(validation), ""), made, loader)
+        caches = {stream["local"] for stream in loader.streams.values()}
+        assert not caches & {stream["local"] for stream in held_out.streams.values()}
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)

@@ -7,14 +7,13 @@ import pytest
 from llmfoundry.data.packing import BinPackCollator
 
 from examples.mosaic_streaming.batch.collate import check_packer
-from examples.mosaic_streaming.config.loader import resolve
 from examples.mosaic_streaming.config.values import hints_of
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, logged, losses, train
 from tests.support.looking import printed
 from tests.support.ranks import run_rank_values, run_ranks
-from tests.support.streams import SEQ_LEN, build_loader, job, write_stream, write_tokens
+from tests.support.streams import SEQ_LEN, build_loader, job, resolved, write_stream, write_tokens
 
 PAD = 2
 """Of the debug tokenizer."""
@@ -159,12 +158,12 @@ def test_types_that_can_be_resolved_are_checked_beside_those_that_can_not(files:
         assert hints_of(module.own) == {"device_batch_size": int, "dataset": dict[str, Any], "num_workers": int}
         config = {"name": "own", "num_workers": "two", "dataset": {"local": f"{files}/stream"}}
         with pytest.raises(ConfigError, match=r"num_workers = 'two' in loader.toml, expected a whole number"):
-            resolve(config, "loader.toml", seq_len=16, local_batch_size=2, replication=1)
+            resolved(config, 2)
         with pytest.raises(ConfigError, match=r"keys that nothing reads: timeout \(valid: .*num_workers"):
-            resolve(config | {"timeout": 1}, "loader.toml", seq_len=16, local_batch_size=2, replication=1)
+            resolved(config | {"timeout": 1}, 2)
         packed = {"local": f"{files}/stream", "packing_ratio": "auto"}
         with pytest.raises(ConfigError, match=r'packing_ratio = "auto" .* is for name = "finetuning", not \'own\''):
-            resolve({"name": "own", "dataset": packed}, "loader.toml", seq_len=16, local_batch_size=2, replication=1)
+            resolved({"name": "own", "dataset": packed}, 2)
 
     run_rank_values(check)
 

@@ -16,7 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.make_demo_data import make_demo_data
-from examples.mosaic_streaming.titan.v0_2.job_config import steps_with
+from examples.mosaic_streaming.titan import steps_with
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader
 from tests.support.ranks import nothing_is_left, run_rank_values, run_ranks, wait_until

@@ -13,7 +13,7 @@ from torchtitan.config import JobConfig
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
-from examples.mosaic_streaming.preview.offline import Offline, open_offline
+from examples.mosaic_streaming.preview.job_data import JobData, open_job_data
 from tests.support.jobs import command
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import job
@@ -21,7 +21,7 @@ from tests.support.streams import job
 
 def offline(
     config: dict[str, Any],
-    look: Callable[[Offline], Any],
+    look: Callable[[JobData], Any],
     job_config: JobConfig | None = None,
     world_size: int = 1,
     ranks_per_node: int | None = None,
@@ -31,9 +31,8 @@ def offline(
     job_config.model.name = "llama3_mosaic"
 
     def run() -> Any:
-        with open_offline(
-            job_config, LoaderFile(config, "loader.toml"), None, world_size, ranks_per_node, AbortChannel()
-        ) as opened:
+        file = LoaderFile(config, "loader.toml")
+        with open_job_data(job_config, [], file, None, world_size, ranks_per_node, AbortChannel()) as opened:
             return look(opened)
 
     [found] = run_rank_values(run)

@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 
-from examples.mosaic_streaming.sampling.placement import dp_rank_of
+from examples.mosaic_streaming.sampling.placement import Layout
 
 OURS = re.compile(r"\d{13}_")
 """Shared memory of a job begins so."""
@@ -284,6 +285,5 @@ def nothing_is_left(ranks: list[Rank]) -> None:
 
 def dp_ranks_of(layout: dict[str, int]) -> list[int]:
     """The dp rank of every rank, by the order (pp, batch, cp, tp)."""
-    dp = layout["dp_replicate"] * layout["dp_shard"]
-    peers = layout["cp"] * layout["tp"]
-    return [dp_rank_of(rank, dp, peers) for rank in range(layout["pp"] * dp * peers)]
+    ranks = int(np.prod([layout[name] for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")]))
+    return [Layout(ranks, ranks, layout).dp_rank(rank) for rank in range(ranks)]

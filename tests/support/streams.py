@@ -1,6 +1,8 @@
 """Small MDS streams whose every sample tells its own number, and loaders over them in the present rank."""
 
 import atexit
+import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,13 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming.build import build_mosaic_dataloader
-from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.job import BatchShape, Job
+from examples.mosaic_streaming.config.loader import ResolvedLoader, resolve
+from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.shards.cache import MARKER
+from examples.mosaic_streaming.titan import make_job
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.support.ranks import run_rank_values
 
@@ -108,25 +113,44 @@ def mixture(streams: dict[str, dict[str, Any]], num_workers: int = 0, **dataset:
     return {"name": "text", "num_workers": num_workers, "dataset": settings}
 
 
+def resolved(
+    config: dict[str, Any], local_batch_size: int = 8, replication: int = 1, source: str = "loader.toml"
+) -> ResolvedLoader:
+    """The complete configuration of a loader for rows of `SEQ_LEN`."""
+    return resolve(LoaderFile(config, source), BatchShape("training", local_batch_size, SEQ_LEN), replication)
+
+
+def described(job_config: JobConfig, dp_ranks: Sequence[int] = (0,), ranks_per_node: int | None = None) -> Job:
+    """A job on ranks with these dp ranks: those of one are neighbours, as under TP, or apart, as under PP."""
+    job_config = copy.deepcopy(job_config)
+    peers = len(dp_ranks) // len(set(dp_ranks))
+    if list(dp_ranks) == [rank // peers for rank in range(len(dp_ranks))]:
+        job_config.parallelism.tensor_parallel_degree = peers
+    else:
+        job_config.parallelism.pipeline_parallel_degree = peers
+    made = make_job(job_config, len(dp_ranks), ranks_per_node or len(dp_ranks))
+    assert [made.layout.dp_rank(rank) for rank in range(len(dp_ranks))] == list(dp_ranks)
+    return made
+
+
 def build_loader(
     config: dict[str, Any],
     job_config: JobConfig | None = None,
-    dp_ranks: list[int] | None = None,
+    dp_ranks: Sequence[int] = (),
     channel: AbortChannel | None = None,
 ) -> MosaicDataLoader:
     """The loader of the present rank, given the dp ranks of all ranks; without, they all read different samples."""
     job_config = job_config or job()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    dp_ranks = dp_ranks or list(range(dist.get_world_size()))
+    dp_ranks = dp_ranks or range(dist.get_world_size())
+    made = described(job_config, dp_ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
     loader = build_mosaic_dataloader(
-        dp_world_size=len(set(dp_ranks)),
-        dp_rank=dp_ranks[dist.get_rank()],
-        tokenizer=build_tokenizer(job_config),
-        job_config=job_config,
-        loader_config=config,
-        loader_config_path="loader.toml",
-        channel=channel or AbortChannel(),
+        made,
+        dp_ranks[dist.get_rank()],
+        build_tokenizer(made.assets),
+        resolve(LoaderFile(config, "loader.toml"), made.training, made.layout.replication),
+        channel or AbortChannel(),
     )
     atexit.register(loader.close)  # or its workers find out seconds later that their rank is gone
     return loader

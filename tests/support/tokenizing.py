@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer
-from tests.support.streams import TOKENIZER, job
+from tests.support.streams import TOKENIZER
 
 END_OF_TEXT = "<|endoftext|>"
 """GPT-2's, which begins texts, too."""
@@ -46,7 +46,5 @@ def write_gpt2(folder: Path, with_tokenizer_json: bool = False, **config: Any) -
 
 def build_both(folder: Path) -> tuple[Any, Any]:
     """TorchTitan's tokenizer and transformers' of the assets in a folder."""
-    config = job()
-    config.model.hf_assets_path = str(folder)
-    titan = build_tokenizer(config)
+    titan = build_tokenizer(str(folder))
     return titan, build_transformers_tokenizer(str(folder), titan)

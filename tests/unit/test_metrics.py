@@ -19,7 +19,7 @@ from torchtitan.tools.utils import Color, NoColor
 
 from examples.mosaic_streaming.checkpoint.progress import Progress
 from examples.mosaic_streaming.metrics import ending
-from examples.mosaic_streaming.shards.fetch_stats import RETRY, Fetched, Tally, count_fetched
+from examples.mosaic_streaming.shards.fetch_stats import RETRY, FetchCounts, FetchStats, count_fetched
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import JOB, command, train
 from tests.support.ranks import run_rank_values, run_ranks, wait_until
@@ -297,8 +297,8 @@ def test_evicted_shards_are_in_no_cache(tmp_path: Path) -> None:
 
 def test_processes_count_together_what_they_fetch(tmp_path: Path) -> None:
     path = str(tmp_path / "fetched")
-    tally = Tally(path)
-    assert tally.read() == Fetched()
+    tally = FetchStats(path)
+    assert tally.read() == FetchCounts()
 
     def fetch() -> None:
         for number in range(300):
@@ -307,7 +307,7 @@ def test_processes_count_together_what_they_fetch(tmp_path: Path) -> None:
     each = sum(1000 + number for number in range(300) if number % 3)
     for times in (1, 2):
         run_rank_values(fetch, 4)
-        assert tally.read() == Fetched(times * 4 * 200, times * 4 * each, times * 4 * 100)
+        assert tally.read() == FetchCounts(times * 4 * 200, times * 4 * each, times * 4 * 100)
 
 
 def test_what_cannot_be_counted_is_left_out() -> None:

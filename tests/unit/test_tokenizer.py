@@ -1,5 +1,6 @@
 """The two tokenizers of one set of assets, and the vocabulary of the model."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from examples.mosaic_streaming.checkpoint.fingerprint import tokenizer_fingerprint
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.tokenizer import (
     build_tokenizer,
     build_transformers_tokenizer,
-    check_vocabulary,
-    what_decides_ids,
+    check_tokenizer,
 )
-from tests.support.streams import TOKENIZER, job
+from tests.support.streams import TOKENIZER, described, job
 from tests.support.tokenizing import END_OF_TEXT, build_both, derive, write_gpt2
 
 EOS = "<|end_of_text|>"
@@ -22,7 +23,7 @@ TEXT = "def f(x): return x + 1"
 
 
 def test_debug_tokenizer_is_small_and_has_its_special_tokens() -> None:
-    tokenizer = build_transformers_tokenizer(TOKENIZER, build_tokenizer(job()))
+    tokenizer = build_transformers_tokenizer(TOKENIZER, build_tokenizer(TOKENIZER))
     assert len(tokenizer) <= 2048
     assert len({tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, None}) == 4
     text = "naïve = 'ß' # 中文\n"
@@ -58,7 +59,7 @@ def test_end_of_text_that_a_special_tokens_map_alone_names_is_found_and_recorded
     titan, _ = build_both(tmp_path)
     assert titan.eos_id == 1 and titan.bos_id is None
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|pad|>"}))
-    assert what_decides_ids(titan) != what_decides_ids(build_both(tmp_path)[0])
+    assert tokenizer_fingerprint(titan) != tokenizer_fingerprint(build_both(tmp_path)[0])
 
 
 def test_what_checkpoints_record_of_assets_has_not_changed() -> None:
@@ -66,7 +67,7 @@ def test_what_checkpoints_record_of_assets_has_not_changed() -> None:
     keys = ("bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
     content = json.loads(Path(TOKENIZER, "tokenizer.json").read_text())
     titan, _ = build_both(Path(TOKENIZER))
-    assert what_decides_ids(titan) == [{key: config.get(key) for key in keys}, "tokenizer.json", content]
+    assert tokenizer_fingerprint(titan) == [{key: config.get(key) for key in keys}, "tokenizer.json", content]
 
 
 @pytest.mark.parametrize("extra", [["<|pad|>"], [{"__type": "AddedToken", "content": "<|pad|>", "special": True}], []])
@@ -86,7 +87,8 @@ def test_assets_saved_by_transformers_5_are_read(tmp_path: Path, name: str, extr
 
 
 def test_vocabulary_beyond_the_embedding_is_refused() -> None:
-    tokenizer = build_tokenizer(job())
-    check_vocabulary(tokenizer, 2048, "llama3 debugmodel")
+    tokenizer = build_tokenizer(TOKENIZER)
+    fits = described(job())
+    check_tokenizer(tokenizer, fits)
     with pytest.raises(ConfigError, match="has 2048 entries, the embedding of llama3 debugmodel has 2047 rows"):
-        check_vocabulary(tokenizer, 2047, "llama3 debugmodel")
+        check_tokenizer(tokenizer, dataclasses.replace(fits, vocab_size=2047))

@@ -12,8 +12,8 @@ from torchtitan.config import JobConfig
 from torchtitan.models.llama3 import llama3_args
 from torchtitan.models.llama3.model.model import Transformer
 
+from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
 from examples.mosaic_streaming.train import main
-from examples.mosaic_streaming.validator import MosaicValidator
 from tests.support.jobs import command, losses, train, write_files
 from tests.support.ranks import Rank, run_rank_values, run_ranks
 from tests.support.reading import write_turns
@@ -278,7 +278,7 @@ def test_worker_of_validation_that_is_killed_stops_the_job_with_its_exit_code(
 
     def validate_and_kill(self: MosaicValidator, *given: Any) -> None:
         validate(self, *given)
-        self._rounds._batches._batches._workers[0].kill()  # type: ignore[union-attr]
+        self.loader._batches._batches._workers[0].kill()  # type: ignore[union-attr]
 
     monkeypatch.setattr(MosaicValidator, "validate", validate_and_kill)
     write_validation(seeded, "text", seeded / "held_out", num_workers=1)

@@ -25,7 +25,7 @@ from examples.mosaic_streaming.upstream import lazy_imports as imports
 cpu.prepare_torchtitan()
 true_import = __import__
 imports.import_llm_foundry()
-import examples.mosaic_streaming.build, examples.mosaic_streaming.tokenizer, examples.mosaic_streaming.validator
+import examples.mosaic_streaming.dataloader, examples.mosaic_streaming.tokenizer, examples.mosaic_streaming.validator
 {report}
 waiting = [module + " in " + importer for importer, module in imports.LATER if module != "scipy.signal"
            and not any(isinstance(value, imports.Later) for name, one in list(sys.modules.items())

@@ -133,7 +133,7 @@ def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
         collate = collate.base_collator
     base = collate.base_collator if type(collate) is ConcatenatedSequenceCollatorWrapper else collate
     if is_text and type(base) is DataCollatorForLanguageModeling and not base.mlm:
-        dataset.as_written = True
+        dataset.keep_dtype = True
         if base is collate:
             collate = RowCollator(base)
         else:

@@ -16,7 +16,7 @@ TitanBatch = tuple[dict[str, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class BatchFormat:
+class BatchSpec:
     """What the batches of one loader are made of and have to look like.
 
     Attributes:
@@ -29,7 +29,7 @@ class BatchFormat:
         labels_are_ids: whether the loader's labels are its ids, as for text. llm-foundry masks each id that equals
             `pad_id` there, real EOS too, so the ids are taken instead. Otherwise the labels are what the loader
             wants to be learned.
-        origin: the streams and the rank, for messages.
+        source: the streams and the rank, for messages.
         documents: whether the model keeps attention within documents.
         positions: whether it takes positions.
     """
@@ -41,18 +41,18 @@ class BatchFormat:
     pad_id: int | None
     eos_id: int | None
     labels_are_ids: bool
-    origin: str
+    source: str
     documents: bool = False
     positions: bool = False
 
 
-def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
+def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
     """Convert a batch of llm-foundry to one of TorchTitan.
 
     Args:
         batch: `input_ids: int32 or int64 [rows, max_seq_len]`, with `labels`, `attention_mask` and `sequence_id` of
             the same shape, or without, and other keys, which are not passed on.
-        form: what the batch has to look like.
+        spec: what the batch has to look like.
 
     Returns:
         `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`, where `labels[:, t]` is the token
@@ -65,25 +65,25 @@ def to_titan_batch(batch: Mapping[str, Any], form: BatchFormat) -> TitanBatch:
     Source: llm-foundry's labels are not shifted, TorchTitan's are (llm-foundry 0.22.0 data/text_data.py,
     torchtitan 0.2.2 hf_datasets/text_datasets.py).
     """
-    return convert(batch, form)[0]
+    return convert(batch, spec)[0]
 
 
-def convert(batch: Mapping[str, Any], form: BatchFormat) -> tuple[TitanBatch, Tensor | None]:
+def convert(batch: Mapping[str, Any], spec: BatchSpec) -> tuple[TitanBatch, Tensor | None]:
     """What `to_titan_batch` returns, and what `is_padding` does of the rows."""
-    check_keys(batch, form)
+    check_keys(batch, spec)
     ids = batch["input_ids"]
-    check_shape(ids, form)
-    check_ids(ids, form)
-    padding = is_padding(ids, batch.get("attention_mask"), form)
-    targets = ids if form.labels_are_ids else batch["labels"]
+    check_shape(ids, spec)
+    check_ids(ids, spec)
+    padding = is_padding(ids, batch.get("attention_mask"), spec)
+    targets = ids if spec.labels_are_ids else batch["labels"]
     if padding is not None:
         targets = targets.masked_fill(padding, IGNORE_INDEX)
-    labels = targets[:, 1 : form.seq_len + 1]
-    if form.max_seq_len == form.seq_len:
+    labels = targets[:, 1 : spec.seq_len + 1]
+    if spec.max_seq_len == spec.seq_len:
         labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
-    inputs = {"input": to_int64(ids[:, : form.seq_len])}
+    inputs = {"input": to_int64(ids[:, : spec.seq_len])}
     labels = to_int64(labels)  # never the ids' own memory
-    return (inputs | document_inputs(batch, padding, form), labels), padding
+    return (inputs | document_inputs(batch, padding, spec), labels), padding
 
 
 def to_int64(tensor: Tensor) -> Tensor:
@@ -91,22 +91,22 @@ def to_int64(tensor: Tensor) -> Tensor:
     return torch.from_numpy(tensor.numpy().astype(np.int64, order="C"))
 
 
-def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, form: BatchFormat) -> dict[str, Tensor]:
+def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> dict[str, Tensor]:
     """The documents of the rows, and positions in them, for a model that asks for them.
 
     A row that says nothing of its documents is one, where it is an example: TorchTitan would take each EOS in a chat
     for an end. A row of plain text is left to TorchTitan.
     """
     sequence_id = batch.get(SEQUENCE_ID)
-    if sequence_id is None and not form.labels_are_ids:
+    if sequence_id is None and not spec.labels_are_ids:
         sequence_id = torch.zeros_like(batch["input_ids"]) if padding is None else -padding.long()
-    if sequence_id is None or not form.documents:
+    if sequence_id is None or not spec.documents:
         return {}
-    sequence_id = to_int64(sequence_id[:, : form.seq_len])
-    return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if form.positions else {})
+    sequence_id = to_int64(sequence_id[:, : spec.seq_len])
+    return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if spec.positions else {})
 
 
-def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) -> Tensor | None:
+def is_padding(ids: Tensor, attention_mask: Tensor | None, spec: BatchSpec) -> Tensor | None:
     """Where rows are padding: where the attention mask is 0, or without one, the run of pad ids that ends a row.
 
     Where EOS is the padding token too, the first EOS of that run is taken as the end of the text.
@@ -116,58 +116,58 @@ def is_padding(ids: Tensor, attention_mask: Tensor | None, form: BatchFormat) ->
     """
     if attention_mask is not None:
         return attention_mask == 0
-    if form.pad_id is None or form.pad_id not in ids.numpy()[:, -1].tolist():
+    if spec.pad_id is None or spec.pad_id not in ids.numpy()[:, -1].tolist():
         return None
-    run = (ids == form.pad_id).flip(1).cumprod(1).flip(1).bool()
-    if form.pad_id == form.eos_id:
+    run = (ids == spec.pad_id).flip(1).cumprod(1).flip(1).bool()
+    if spec.pad_id == spec.eos_id:
         run &= torch.nn.functional.pad(run[:, :-1], (1, 0), value=False)
     return run
 
 
-def check_keys(batch: Mapping[str, Any], form: BatchFormat) -> None:
+def check_keys(batch: Mapping[str, Any], spec: BatchSpec) -> None:
     """Raise DataError unless a batch has all that is taken from it, as tensors of one shape.
 
     llm-foundry's own have; those of a loader that a user has registered may not.
     """
-    needed = ("input_ids",) if form.labels_are_ids else ("input_ids", "labels")
+    needed = ("input_ids",) if spec.labels_are_ids else ("input_ids", "labels")
     missing = [key for key in needed if not isinstance(batch.get(key), Tensor)]
     if missing:
         raise DataError(
             f"A batch has no tensor {' nor '.join(missing)}, but: {', '.join(batch)}. Have the loader make them: ids, "
-            f"and as labels the same ids, with {IGNORE_INDEX} for what is not to be learned. {form.origin}"
+            f"and as labels the same ids, with {IGNORE_INDEX} for what is not to be learned. {spec.source}"
         )
     shapes = {key: list(batch[key].shape) for key in (*needed, "attention_mask", SEQUENCE_ID) if key in batch}
     if any(shape != shapes["input_ids"] for shape in shapes.values()):
-        raise DataError(f"A batch has tensors of several shapes, expected one: {shapes}. {form.origin}")
+        raise DataError(f"A batch has tensors of several shapes, expected one: {shapes}. {spec.source}")
 
 
-def check_shape(ids: Tensor, form: BatchFormat) -> None:
+def check_shape(ids: Tensor, spec: BatchSpec) -> None:
     """Raise DataError unless `ids` is `[rows, max_seq_len]`."""
-    expected = (form.rows, form.max_seq_len)
+    expected = (spec.rows, spec.max_seq_len)
     if tuple(ids.shape) == expected:
         return
     found = list(ids.shape)
     if ids.numel() == 0:
-        raise DataError(f"Empty batch of shape {found}, expected {list(expected)}. {form.origin}")
+        raise DataError(f"Empty batch of shape {found}, expected {list(expected)}. {spec.source}")
     hint = ""
-    if ids.ndim == 2 and ids.shape[1] == form.seq_len < form.max_seq_len:
+    if ids.ndim == 2 and ids.shape[1] == spec.seq_len < spec.max_seq_len:
         hint = (
-            f" The samples have {form.seq_len} tokens: set dataset.max_seq_len = {form.seq_len} (the last label of "
-            f"each is then -100), or write them with {form.max_seq_len} tokens, so that each label is real."
+            f" The samples have {spec.seq_len} tokens: set dataset.max_seq_len = {spec.seq_len} (the last label of "
+            f"each is then -100), or write them with {spec.max_seq_len} tokens, so that each label is real."
         )
     raise DataError(
         f"Batch of shape {found}, expected {list(expected)} (training.local_batch_size, dataset.max_seq_len).{hint} "
-        f"{form.origin}"
+        f"{spec.source}"
     )
 
 
-def check_ids(ids: Tensor, form: BatchFormat) -> None:
+def check_ids(ids: Tensor, spec: BatchSpec) -> None:
     """Raise DataError if an id has no row in the model's embedding."""
     array = ids.numpy()
     unsigned = array.view(np.dtype(f"u{array.itemsize}"))  # in which what is negative is beyond all
-    if unsigned.max() >= form.vocab_size:
+    if unsigned.max() >= spec.vocab_size:
         low, high = array.min(), array.max()
         raise DataError(
-            f"Token id {low if low < 0 else high} in a batch, the model knows 0 to {form.vocab_size - 1}. The data was "
-            f"made with another tokenizer, token_encoding_type is wrong, or model.flavor is. {form.origin}"
+            f"Token id {low if low < 0 else high} in a batch, the model knows 0 to {spec.vocab_size - 1}. The data was "
+            f"made with another tokenizer, token_encoding_type is wrong, or model.flavor is. {spec.source}"
         )

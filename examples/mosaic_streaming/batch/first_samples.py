@@ -12,14 +12,14 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch.collate import Collator
-from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.convert import BatchSpec
 from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
-from examples.mosaic_streaming.config.loader import Config, streams_of
+from examples.mosaic_streaming.config.job import BatchShape
+from examples.mosaic_streaming.config.loader import ResolvedLoader
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards.columns import FORMS, columns_of, form_of
 from examples.mosaic_streaming.shards.dataset import CheckedDataset
-from examples.mosaic_streaming.shards.prepare import stream_label
 
 SAMPLES, BYTES = 32, 1 << 20
 """Of a stream that are looked at, at most, but one sample at least."""
@@ -29,28 +29,26 @@ WORKERS = 4
 """Processes that read several streams."""
 
 
-def look_at_samples(
+def check_first_samples(
     loader: DataLoader[Any],
-    form: BatchFormat,
-    config: Config,
-    path: str,
+    spec: BatchSpec,
+    config: ResolvedLoader,
     tokenizer: PreTrainedTokenizerBase,
-    section: str = "training",
+    shape: BatchShape,
 ) -> list[str]:
     """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
 
-    Those that are tokenized as they are read are not looked at.
+    Samples that are tokenized as they are read are not looked at.
 
     Args:
         loader: of the streams.
-        form: what batches have to look like.
-        config: the resolved loader configuration.
-        path: the file it was read from, for messages.
-        tokenizer: the model's.
-        section: of the job config that has `seq_len`.
+        spec: what batches have to look like.
+        config: the loader's.
+        tokenizer: transformers', of the model.
+        shape: of the model's batches.
 
     Returns:
-        warnings: what can't be told.
+        warnings, where it can't be told.
 
     Raises:
         ConfigError: they need another setting, or have to be written anew.
@@ -58,15 +56,15 @@ def look_at_samples(
     """
     dataset, warnings = loader.dataset, []
     assert isinstance(dataset, CheckedDataset)
-    labels = [stream_label(name, path) for name in streams_of(config["dataset"])]
-    firsts = first_samples(dataset, config["name"]) if config["name"] in FORMS else {}
-    dtype = config["dataset"].get("token_encoding_type", "int64")  # as llm-foundry has it
-    for number, samples in read(dataset, firsts, form.origin, path):
-        check_types(samples, dtype, form.vocab_size, labels[number], path)
+    firsts = first_samples(dataset, config.name) if config.name in FORMS else {}
+    dtype = config.dataset.get("token_encoding_type", "int64")  # as llm-foundry has it
+    for number, samples in read(dataset, firsts, spec.source, config.source):
+        label = config.labels[number]
+        check_types(samples, dtype, spec.vocab_size, label, config.source)
         texts = [ids for sample in samples for ids in ids_of(sample, dtype)]
-        if config["name"] == "text":
-            check_lengths([len(ids) for ids in texts], form, dataset.may_cut, labels[number], section, path)
-        warnings += check_round_trip(texts, tokenizer, labels[number])
+        if config.name == "text":
+            check_lengths([len(ids) for ids in texts], spec.max_seq_len, shape, label, config)
+        warnings += check_round_trip(texts, tokenizer, label)
     return warnings
 
 
@@ -167,32 +165,29 @@ def fitting(content: Sequence[bytes], vocab_size: int, told: str) -> list[str]:
     return [name for name, width in fits.items() if width == max(fits.values())]
 
 
-def check_lengths(
-    lengths: Sequence[int], form: BatchFormat, may_cut: bool, label: str, section: str, path: str
-) -> None:
+def check_lengths(lengths: Sequence[int], row: int, shape: BatchShape, label: str, config: ResolvedLoader) -> None:
     """Raise ConfigError for samples of text that fill no row, or of which rows would leave out the end.
 
     Args:
         lengths: of samples, in tokens.
-        form: what batches have to look like.
-        may_cut: whether the end may be left out.
+        row: tokens that a row takes.
+        shape: of the model's batches.
         label: what their stream is called.
-        section: of the job config that has `seq_len`.
-        path: the file that configures the loader.
+        config: the loader's.
     """
-    low, high, row = min(lengths), max(lengths), form.max_seq_len
-    if high == row or (high > row and may_cut):
+    low, high, section, source = min(lengths), max(lengths), shape.section, config.source
+    if high == row or (high > row and config.may_cut):
         return
     # TorchTitan takes even lengths: an odd one is a sample's whose labels are all real.
     seq_len, ways = high - high % 2, []
-    if seq_len != form.seq_len:
+    if seq_len != shape.seq_len:
         ways.append(f"{section}.seq_len = {seq_len}")
     if seq_len == high:
-        ways.append(f"dataset.max_seq_len = {seq_len} in {path} (the last label of each is then -100)")
+        ways.append(f"dataset.max_seq_len = {seq_len} in {source} (the last label of each is then -100)")
     cut = ", and would leave out the rest" if high > row else ""
-    keep = f", or set dataset.max_seq_len = {row} in {path} to leave it out" if high > row else ""
+    keep = f", or set dataset.max_seq_len = {row} in {source} to leave it out" if high > row else ""
     raise ConfigError(
         f"Samples of {label} have {low if low == high else f'{low} to {high}'} tokens, but rows of {section}.seq_len = "
-        f"{form.seq_len} take {row} (dataset.max_seq_len){cut}. Set {' and '.join(ways)}, or write samples of {row} "
+        f"{shape.seq_len} take {row} (dataset.max_seq_len){cut}. Set {' and '.join(ways)}, or write samples of {row} "
         f"tokens{keep}."
     )

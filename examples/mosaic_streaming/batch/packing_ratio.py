@@ -11,7 +11,7 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch.collate import Collator
 from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
-from examples.mosaic_streaming.config.loader import MAX_RATIO
+from examples.mosaic_streaming.config.loader import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.sampling.order import set_order
 
 SAMPLES = 2_000
@@ -22,8 +22,8 @@ AT_ONCE = 16
 """Samples that a worker reads at once."""
 
 
-def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: str, path: str) -> float:
-    """The largest packing ratio, in tenths, that leaves nothing out of the samples that come first.
+def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> float:
+    """The largest packing ratio, in tenths, with which batches of the first samples drop no token.
 
     It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search
     (`auto_packing_ratio`, 0.22.0) reads other samples on each rank, and carries what doesn't fit to the next batch.
@@ -31,19 +31,17 @@ def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: s
     Args:
         loader: of single examples.
         rows: of a batch, per dp rank.
-        max_seq_len: tokens in a row.
-        origin: the streams, for messages.
-        path: the file that configures the loader, for messages.
+        config: the loader's.
 
     Raises:
         DataError: a sample can't be read, or makes no example.
     """
-    examples = list(read_first(loader, rows, origin, path))
+    examples = list(read_first(loader, rows, config))
     good, bad = TENTHS, TENTHS * min(MAX_RATIO, 1 + len(examples) // rows)
     while bad - good > 1:  # a larger batch that fits where a smaller one does not is not looked for
         ratio = (good + bad) // 2
         samples = int(rows * (ratio / TENTHS))  # as llm-foundry reckons
-        fits = samples <= len(examples) and not left_out(examples, rows, samples, max_seq_len)
+        fits = samples <= len(examples) and not dropped_tokens(examples, rows, samples, config.dataset["max_seq_len"])
         good, bad = (ratio, bad) if fits else (good, ratio)
     found = good / TENTHS
     logger.info(
@@ -53,20 +51,20 @@ def choose_ratio(loader: DataLoader[Any], rows: int, max_seq_len: int, origin: s
     return found
 
 
-def read_first(loader: DataLoader[Any], rows: int, origin: str, path: str) -> Iterator[Any]:
+def read_first(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> Iterator[Any]:
     """The first samples of the first epoch, as single examples without padding."""
-    dataset = loader.dataset
+    dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
     dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
-    picked, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
-    for batch in read_in_workers(picked, AT_ONCE, collate, max(1, loader.num_workers), origin, path):
+    items, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
+    for batch in read_in_workers(items, AT_ONCE, collate, max(1, loader.num_workers), source, config.source):
         padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
         yield from BinPackCollator._trim_batch(padded)[1]
 
 
-def left_out(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:
-    """Tokens that batches of so many samples leave out."""
+def dropped_tokens(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:
+    """Tokens that batches of so many samples drop."""
     packer = BinPackCollator(
         collator=lambda batch: batch,
         target_batch_size=rows,

@@ -114,7 +114,7 @@ class History:
             while not ends or step < min(ends):
                 _, epoch, begin = self._walk(segment, step)
                 batch = segment.global_batch_size
-                steps = min([self.left(begin, batch) // batch, *(end - step for end in ends)])
+                steps = min([self.remaining(begin, batch) // batch, *(end - step for end in ends)])
                 yield Slice(step, epoch, begin, begin + steps * batch, batch)
                 step += steps
 
@@ -123,15 +123,15 @@ class History:
         known = sum(part.end - part.begin for part in self.slices(until=until))
         return None if self.samples_before is None else self.samples_before + known
 
-    def left(self, sample_in_epoch: int, global_batch_size: int) -> int:
+    def remaining(self, sample_in_epoch: int, global_batch_size: int) -> int:
         """Samples of an epoch that follow a position, in whole global batches of a size."""
-        return dataclasses.replace(self.order, global_batch_size=global_batch_size).left(sample_in_epoch)
+        return dataclasses.replace(self.order, global_batch_size=global_batch_size).remaining(sample_in_epoch)
 
     def _walk(self, segment: Segment, step: int) -> Position:
         """Where the next batch is after a number of steps, of which the last are all of one segment."""
         batch, steps = segment.global_batch_size, step - segment.step
-        first = self.left(segment.sample_in_epoch, batch) // batch
+        first = self.remaining(segment.sample_in_epoch, batch) // batch
         if steps < first:
             return Position(step, segment.epoch, segment.sample_in_epoch + steps * batch)
-        epochs, rest = divmod(steps - first, self.left(0, batch) // batch)
+        epochs, rest = divmod(steps - first, self.remaining(0, batch) // batch)
         return Position(step, segment.epoch + 1 + epochs, rest * batch)

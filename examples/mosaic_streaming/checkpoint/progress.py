@@ -9,11 +9,11 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.utils import device_type
 
-from examples.mosaic_streaming.batch.convert import BatchFormat
-from examples.mosaic_streaming.shards.fetch_stats import Fetched
+from examples.mosaic_streaming.batch.convert import BatchSpec
+from examples.mosaic_streaming.shards.fetch_stats import FetchCounts
 
 
-class Seen(NamedTuple):
+class ConsumedCounts(NamedTuple):
     """What all ranks together have read, in whole optimizer steps.
 
     Attributes:
@@ -41,29 +41,29 @@ class Progress(NamedTuple):
 
     epoch: int
     share: float
-    seen: Seen
+    seen: ConsumedCounts
     padding: float
-    fetched: Fetched
+    fetched: FetchCounts
     cache: int
 
 
-class Counter:
+class ConsumptionCounter:
     """Counts what a loader hands out.
 
     Samples and tokens are known on each rank. Targets are summed over ranks by `count_targets` alone; in between, they
     are taken to have grown as samples have: exact where all labels are real.
 
     Args:
-        form: of the loader's batches.
+        spec: of the loader's batches.
         samples_per_batch: that a rank's batch is made of; with packing, more than its rows.
     """
 
-    def __init__(self, form: BatchFormat, samples_per_batch: int) -> None:
-        self._form = form
+    def __init__(self, spec: BatchSpec, samples_per_batch: int) -> None:
+        self._spec = spec
         self._samples_per_batch = samples_per_batch
-        self.go_on(Seen())
+        self.resume_from(ConsumedCounts())
 
-    def go_on(self, before: Seen) -> None:
+    def resume_from(self, before: ConsumedCounts) -> None:
         """Begin anew, after what has been read before this start."""
         self._before = before
         self._known = self._counted = (0, 0) if before.targets is None else (before.samples, before.targets)
@@ -83,15 +83,15 @@ class Counter:
         Returns:
             its targets.
         """
-        form = self._form
+        spec = self._spec
         self._inputs += labels.numel()
-        if padding is None and form.labels_are_ids:
-            targets = form.rows * (form.max_seq_len - 1)
+        if padding is None and spec.labels_are_ids:
+            targets = spec.rows * (spec.max_seq_len - 1)
         else:
             targets = int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
         self._targets += targets
         if padding is not None:
-            self._padding += np.count_nonzero(padding[:, : form.seq_len].numpy())
+            self._padding += np.count_nonzero(padding[:, : spec.seq_len].numpy())
         return targets
 
     def add_step(self, samples: int) -> None:
@@ -109,7 +109,7 @@ class Counter:
         samples, targets = self._known
         self._counted = (samples + self._samples, targets + int(total) // peers)
 
-    def seen(self) -> Seen:
+    def seen(self) -> ConsumedCounts:
         """What all ranks have read since the run's first step, or since its streams began anew.
 
         It is the same on each rank, without a collective.
@@ -117,11 +117,11 @@ class Counter:
         samples = self._before.samples + self._samples
         tokens = self._before.tokens + self.tokens(self._samples)
         counted, targets = self._counted
-        return Seen(samples, tokens, targets * samples // counted if counted else None)
+        return ConsumedCounts(samples, tokens, targets * samples // counted if counted else None)
 
     def tokens(self, samples: int) -> int:
         """The positions of the rows that so many samples make."""
-        return samples // self._samples_per_batch * self._form.rows * self._form.seq_len
+        return samples // self._samples_per_batch * self._spec.rows * self._spec.seq_len
 
     def take_padding(self) -> float:
         """The share of this rank's inputs, since the last look, that was padding."""

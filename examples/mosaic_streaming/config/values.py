@@ -1,4 +1,4 @@
-"""The types and limits of the loader's settings: streaming takes a string for true, and a negative number for none."""
+"""Types and limits of settings. Upstream takes a string for true, and a negative number for None."""
 
 import contextlib
 import os
@@ -6,10 +6,6 @@ import types
 import typing
 from collections.abc import Mapping
 from typing import Any
-
-from streaming.base.util import bytes_to_int, number_abbrev_to_int
-
-from examples.mosaic_streaming.config.typed import has_type, type_name
 
 LIMITS: dict[str, tuple[float, float]] = {
     "num_workers": (0, max(64, os.cpu_count() or 1)),
@@ -31,10 +27,38 @@ LIMITS: dict[str, tuple[float, float]] = {
 """The smallest and the largest value of a number."""
 
 WITH_UNITS = {
-    "cache_limit": (bytes_to_int, 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
-    "epoch_size": (number_abbrev_to_int, 'a whole number, also as "10k" (k, m, b, t)'),
+    "cache_limit": ("bytes_to_int", 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
+    "epoch_size": ("number_abbrev_to_int", 'a whole number, also as "10k" (k, m, b, t)'),
 }
-"""Numbers that can be strings with a unit: how streaming reads those, and what to call them."""
+"""Numbers that can be strings with a unit: the function of streaming that reads those, and what to call them."""
+
+
+def has_type(value: Any, hint: Any) -> bool:
+    """Whether a value of a TOML file is of a type; other types than those of TOML have any value."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return any(has_type(value, one) for one in arguments)
+    if origin is typing.Literal:
+        return value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(has_type(item, arguments[0]) for item in value)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (int, bool, str, types.NoneType):
+        return type(value) is hint
+    return True
+
+
+def type_name(hint: Any) -> str:
+    """What to call a type."""
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return f"one of: {', '.join(arguments)}"
+    if origin is list:
+        return "a list"
+    found = [type_name(one) for one in arguments] or [names.get(hint, "")]
+    return " or ".join(filter(None, found))
 
 
 def hints_of(function: Any) -> dict[str, Any]:
@@ -65,9 +89,19 @@ def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, An
 
 def in_limits(key: str, value: float | str) -> bool:
     """Whether a number is neither too small nor too large; it may be a string with a unit."""
+    from streaming.base import util
+
     low, high = LIMITS[key]
     try:
-        number = WITH_UNITS[key][0](value) if isinstance(value, str) else value
+        number = getattr(util, WITH_UNITS[key][0])(value) if isinstance(value, str) else value
     except (ValueError, TypeError, OverflowError):
         return False
     return low <= number <= high
+
+
+def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found

@@ -7,10 +7,10 @@ import os
 import sys
 import warnings
 
+from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config.cli import Parser, add_files, parse_known, split_flags
 from examples.mosaic_streaming.config.files import read_loaders, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 USAGE = """\
@@ -48,19 +48,20 @@ def main(argv: list[str] | None = None) -> None:
         read_toml(flags.config)  # before the slow imports
         train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         be_quiet()
-        job_config = load_job_config([f"--job.config_file={flags.config}", *titan_flags])
+        job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
+        settings = titan.settings_of(job_config, flags.config, titan_flags)
         log_aside()
         import_llm_foundry()
         channel.exit_on_signals()  # again: the import of composer sets its own
         from examples.mosaic_streaming.preview import commands as looks
-        from examples.mosaic_streaming.preview.offline import open_offline
+        from examples.mosaic_streaming.preview.job_data import open_job_data
 
         with contextlib.ExitStack() as stack:
             layout = (flags.world_size, flags.ranks_per_node)
             with looks.waiting("Opening the streams"):
-                offline = stack.enter_context(open_offline(job_config, train, validation, *layout, channel))
+                data = stack.enter_context(open_job_data(job_config, settings, train, validation, *layout, channel))
             try:
-                looks.LOOKS[flags.command](offline, flags, titan_flags)
+                looks.LOOKS[flags.command](data, flags)
                 sys.stdout.flush()
             except BrokenPipeError:  # whoever reads has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

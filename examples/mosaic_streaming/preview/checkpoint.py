@@ -8,25 +8,24 @@ from typing import Any, NamedTuple
 
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torchtitan.config import JobConfig
-from torchtitan.config.job_config import Checkpoint
 
+from examples.mosaic_streaming.checkpoint.fingerprint import differences
 from examples.mosaic_streaming.checkpoint.history import History, Segment, go_on
 from examples.mosaic_streaming.checkpoint.state import (
     STATE_KEY,
     State,
     check_position,
     damaged,
-    differences,
     explain_missing,
     unpack,
 )
+from examples.mosaic_streaming.config.job import Checkpoints, Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.preview.offline import Offline
-from examples.mosaic_streaming.titan.v0_2.job_config import steps_with
+from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.titan import steps_with
 
 
-def innermost(error: CheckpointException) -> str:
+def root_cause(error: CheckpointException) -> str:
     """What a failure to read a checkpoint comes down to, in a sentence."""
     [failure, *_] = [cause for cause, _ in error.failures.values()]
     return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}."
@@ -39,24 +38,24 @@ class Saved(NamedTuple):
     step: int
     state: State | None
 
-    def differences(self, offline: Offline) -> list[list[str]]:
+    def differences(self, data: JobData) -> list[list[str]]:
         """What is not as it was when the checkpoint was written: setting, value then, value now."""
-        return differences(self.state.data, offline.streams.data) if self.state else []
+        return differences(self.state.data, data.opened.fingerprint) if self.state else []
 
-    def history(self, offline: Offline) -> History | None:
+    def history(self, data: JobData) -> History | None:
         """What its run has read, up to its step; none where that was other data, or isn't known.
 
         Raises:
             DataError: the state is damaged.
         """
-        if not self.state or self.differences(offline):
+        if not self.state or self.differences(data):
             return None
-        state, order = self.state, offline.streams.order
-        check_position(state, offline.streams.dataset.epoch_size)
+        state, order = self.state, data.opened.order
+        check_position(state, data.opened.dataset.epoch_size)
         shift = self.step - state.steps
         segments = tuple(segment._replace(step=segment.step + shift) for segment in state.segments)
         history = History(order, segments)
-        fits = all(history.left(0, segment.global_batch_size) for segment in segments)
+        fits = all(history.remaining(0, segment.global_batch_size) for segment in segments)
         if not fits or history.position(self.step) != (self.step, state.epoch, state.sample_in_epoch):
             raise damaged(f"after {state.steps:,} steps, its position is not that of {list(state.segments)}")
         read = history.samples(self.step)
@@ -66,26 +65,26 @@ class Saved(NamedTuple):
         return dataclasses.replace(history, samples_before=before)
 
 
-def history_of_start(offline: Offline, saved: Saved | None) -> History | None:
+def history_of_start(data: JobData, saved: Saved | None) -> History | None:
     """What a run has read and will read that a start with the job's settings begins, or goes on with.
 
     Args:
-        offline: the streams.
+        data: the streams.
         saved: the checkpoint that it loads, also where `checkpoint.enable` is false; none for a run that begins.
 
     Returns:
         none where the start would be refused, as the checkpoint was written on other data.
     """
     if saved is None:
-        return offline.from_beginning()
-    order, excluded = offline.streams.order, offline.job_config.checkpoint.exclude_from_loading
-    known = saved.history(offline)
+        return data.from_beginning()
+    order, excluded = data.opened.order, data.job.checkpoints.exclude_from_loading
+    known = saved.history(data)
     step = 0 if "train_state" in excluded else saved.step
     if "dataloader" in excluded:
         here, known = Segment(step, 0, 0, order.global_batch_size), known if known and known.begins_anew else None
     elif known:
         _, epoch, sample = known.position(saved.step)
-        place = (epoch, sample) if order.left(sample) else (epoch + 1, 0)
+        place = (epoch, sample) if order.remaining(sample) else (epoch + 1, 0)
         here = Segment(step, *place, order.global_batch_size)
     else:
         return None
@@ -97,29 +96,29 @@ def history_of_start(offline: Offline, saved: Saved | None) -> History | None:
     return dataclasses.replace(known, segments=segments)
 
 
-def own_checkpoints(job_config: JobConfig) -> str | None:
+def own_checkpoints(job: Job) -> str | None:
     """The folder of a job's own checkpoints, if there are finished ones that a start would load."""
-    folder = os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)
-    return folder if job_config.checkpoint.enable and steps_with(folder, ".metadata") else None
+    folder = job.checkpoints.folder
+    return folder if job.checkpoints.enable and steps_with(folder, ".metadata") else None
 
 
-def checkpoint_of_start(job_config: JobConfig, path: str | None) -> Saved | None:
+def checkpoint_of_start(job: Job, path: str | None) -> Saved | None:
     """The checkpoint that a start loads.
 
     Args:
-        job_config: the whole job.
+        job: that starts.
         path: what the user has named; without, the job's own where its settings say how to load them.
 
     Raises:
         ConfigError, DataError: as `read_checkpoint`.
     """
-    settings = job_config.checkpoint
+    settings = job.checkpoints
     if not path and (settings.load_step != -1 or {"dataloader", "train_state"} & {*settings.exclude_from_loading}):
-        path = own_checkpoints(job_config)
+        path = own_checkpoints(job)
     return read_checkpoint(path, settings) if path else None
 
 
-def read_checkpoint(path: str, settings: Checkpoint) -> Saved:
+def read_checkpoint(path: str, settings: Checkpoints) -> Saved:
     """Read a checkpoint of TorchTitan's, or of several in a folder the one that a start loads.
 
     Args:
@@ -177,7 +176,7 @@ def load(folder: str, content: dict[str, Any]) -> None:
         with warnings.catch_warnings(action="ignore"):  # that there is no process group
             dcp.load(content, checkpoint_id=folder, no_dist=True)
     except CheckpointException as error:
-        reason = explain_missing(str(error)) or f"it can't be read: {innermost(error)} Name an earlier one."
+        reason = explain_missing(str(error)) or f"it can't be read: {root_cause(error)} Name an earlier one."
         raise ConfigError(f"--checkpoint {folder}: {reason}") from error
     finally:
         logging.disable(logging.NOTSET)

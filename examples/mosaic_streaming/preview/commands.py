@@ -10,14 +10,14 @@ from typing import Any
 import rich.progress
 from rich.console import Console
 
+from examples.mosaic_streaming.checkpoint.fingerprint import check_same_data
 from examples.mosaic_streaming.checkpoint.history import History
-from examples.mosaic_streaming.checkpoint.state import check_same_data
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview import plots
 from examples.mosaic_streaming.preview import tables as printing
 from examples.mosaic_streaming.preview.checkpoint import Saved, checkpoint_of_start, history_of_start
+from examples.mosaic_streaming.preview.job_data import JobData, NoRowError, open_validation
 from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
-from examples.mosaic_streaming.preview.offline import NoRowError, Offline, open_validation
 from examples.mosaic_streaming.preview.plan import plan, resume_section
 from examples.mosaic_streaming.preview.rows import KINDS, Row, rows_of
 from examples.mosaic_streaming.preview.warnings import advice, of_own_checkpoints
@@ -46,53 +46,53 @@ def tell(report: Any, flags: Namespace, print_tables: Callable[[Console], None])
         print_tables(printing.console())
 
 
-def show(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
+def show(data: JobData, flags: Namespace) -> None:
     """Rows as the model sees them.
 
     Raises:
         ConfigError: those of validation are asked for, and the job reads none.
     """
     if flags.validation:
-        if not (of_validation := open_validation(offline)):
+        if not (of_validation := open_validation(data)):
             raise ConfigError(
                 "--validation, but the job reads no validation streams: name their file with "
                 "--mosaic-validation-config, and set validation.enable to true."
             )
-        offline = of_validation
-    offline.look()
+        data = of_validation
+    data.look()
     report = []
-    for samples, count in groups(offline, flags):
+    for samples, count in groups(data, flags):
         try:
-            report += [describe_row(offline, row) for row in rows_of(offline, samples)[:count]]
+            report += [describe_row(data, row) for row in rows_of(data, samples)[:count]]
         except NoRowError as error:
-            report.append({"samples": [describe_sample(offline, sample) for sample in samples], "error": str(error)})
-    tell(report, flags, lambda console: printing.print_rows(console, report, offline.streams.form, flags.full))
+            report.append({"samples": [describe_sample(data, sample) for sample in samples], "error": str(error)})
+    tell(report, flags, lambda console: printing.print_rows(console, report, data.opened.spec, flags.full))
     if flags.plot:
         plots.plot_lengths(flags.plot, report)
 
 
-def groups(offline: Offline, flags: Namespace) -> Iterator[tuple[list[int], int]]:
+def groups(data: JobData, flags: Namespace) -> Iterator[tuple[list[int], int]]:
     """Samples to make rows of, and how many of those to show; packed rows are those of the run's first batches."""
-    order, names = offline.streams.order, offline.streams.names
+    order, names = data.opened.order, data.opened.names
     if flags.sample:
-        yield from (([sample], 1) for sample in flags.sample if offline.place(sample))
+        yield from (([sample], 1) for sample in flags.sample if data.locate(sample))
     elif order.packed:
         if flags.stream:
             raise ConfigError("--stream: packed rows are made of a batch, which has samples of all streams.")
-        for row in range(0, flags.rows, made := offline.streams.form.rows):
-            yield offline.global_batch(1 + row // made)[0, 0].tolist(), flags.rows - row
+        for row in range(0, flags.rows, made := data.opened.spec.rows):
+            yield data.global_batch(1 + row // made)[0, 0].tolist(), flags.rows - row
     else:
         if flags.stream not in [None, *names]:
-            raise ConfigError(f"--stream {flags.stream}, but {offline.streams.path} has: {', '.join(names)}.")
+            raise ConfigError(f"--stream {flags.stream}, but {data.opened.config.source} has: {', '.join(names)}.")
         for number in watched([names.index(flags.stream)] if flags.stream else range(len(names)), "Reading streams"):
-            begin, size = int(offline.offsets[number]), int(offline.streams.dataset.samples_per_stream[number])
+            begin, size = int(data.offsets[number]), int(data.opened.dataset.samples_per_stream[number])
             yield from (([sample], 1) for sample in range(begin, begin + min(size, flags.rows)))
 
 
-def describe_row(offline: Offline, row: Row) -> dict[str, Any]:
+def describe_row(data: JobData, row: Row) -> dict[str, Any]:
     """A row for a report."""
     return {
-        "samples": [describe_sample(offline, sample) for sample in row.samples],
+        "samples": [describe_sample(data, sample) for sample in row.samples],
         "tokens": sum(row.lengths) + row.padding,
         **{kind: row.count(kind) for kind in KINDS},
         "documents": [
@@ -102,118 +102,118 @@ def describe_row(offline: Offline, row: Row) -> dict[str, Any]:
     }
 
 
-def describe_sample(offline: Offline, sample: int) -> dict[str, Any]:
+def describe_sample(data: JobData, sample: int) -> dict[str, Any]:
     """A sample for a report."""
-    return {"sample": sample, **offline.place(sample)._asdict()}
+    return {"sample": sample, **data.locate(sample)._asdict()}
 
 
-def show_plan(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
+def show_plan(data: JobData, flags: Namespace) -> None:
     """What a job will read and need, and what a resume would do.
 
     Raises:
         ConfigError: the checkpoint was written on other data, and a start would load it.
     """
-    saved = checkpoint_of_start(offline.job_config, flags.checkpoint)
-    history = history_of_start(offline, saved)
-    looked = offline.look()
-    report = plan(offline, history, flags.config, titan_flags, watched)
-    report["resume"] = resume_section(offline, saved, history) if saved else None
-    report["warnings"] = looked + advice(offline, report)
+    saved = checkpoint_of_start(data.job, flags.checkpoint)
+    history = history_of_start(data, saved)
+    looked = data.look()
+    report = plan(data, history, watched)
+    report["resume"] = resume_section(data, saved, history) if saved else None
+    report["warnings"] = looked + advice(data, report)
     tell(report, flags, lambda console: printing.print_plan(console, report))
     if saved and saved.state and report["resume"]["streams_are_loaded"]:
-        check_same_data(saved.state.data, offline.streams.data, offline.streams.path)
+        check_same_data(saved.state.data, data.opened.fingerprint, data.opened.config.source)
 
 
-def layout_of_report(offline: Offline) -> dict[str, int]:
+def layout_of_report(data: JobData) -> dict[str, int]:
     """What a report is true for."""
-    layout = offline.layout
+    layout = data.job.layout
     return {
         "world_size": layout.world_size,
         "dp_world_size": layout.dp_world_size,
-        "global_batch_size": offline.streams.order.global_batch_size,
+        "global_batch_size": data.opened.order.global_batch_size,
     }
 
 
-def known_history(offline: Offline, saved: Saved | None, of_start: bool = True) -> History:
+def known_history(data: JobData, saved: Saved | None, of_start: bool = True) -> History:
     """What a run has read and, of a start, will read.
 
     Args:
-        offline: the streams.
+        data: the streams.
         saved: its checkpoint; none for a run that begins.
         of_start: whether the run goes on from there, with the job's settings.
 
     Raises:
         ConfigError: the checkpoint was written on other data.
     """
-    history = history_of_start(offline, saved) if of_start or not saved else saved.history(offline)
+    history = history_of_start(data, saved) if of_start or not saved else saved.history(data)
     if history is None:
         assert saved
         if not saved.state:
             raise ConfigError(f"--checkpoint {saved.folder} has no dataloader state that can be read.")
-        check_same_data(saved.state.data, offline.streams.data, offline.streams.path)
+        check_same_data(saved.state.data, data.opened.fingerprint, data.opened.config.source)
     assert history
     return history
 
 
-def step(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
+def step(data: JobData, flags: Namespace) -> None:
     """The samples of global batches; with a checkpoint, of the run that has come to it and goes on from it."""
-    saved, dp_ranks = checkpoint_of_start(offline.job_config, flags.checkpoint), range(offline.layout.dp_world_size)
-    history = known_history(offline, saved)
+    saved, dp_ranks = checkpoint_of_start(data.job, flags.checkpoint), range(data.job.layout.dp_world_size)
+    history = known_history(data, saved)
     if flags.dp_rank not in [None, *dp_ranks]:
         raise ConfigError(f"--dp-rank {flags.dp_rank}, but on these ranks there are 0 to {dp_ranks[-1]}.")
     samples: list[dict[str, Any]] = []
     for number in watched(flags.steps, "Reading steps"):
-        for dp_rank, batches in enumerate(offline.global_batch(number, history).tolist()):
+        for dp_rank, batches in enumerate(data.global_batch(number, history).tolist()):
             if flags.dp_rank in (None, dp_rank):
-                samples += samples_of(offline, flags, number, dp_rank, batches)
-    report = layout_of_report(offline) | {
+                samples += samples_of(data, flags, number, dp_rank, batches)
+    report = layout_of_report(data) | {
         "global_batch_size_before": saved.state.global_batch_size if saved and saved.state else None,
         "segments": [segment._asdict() for segment in history.segments],
-        "packed": offline.streams.order.packed,
+        "packed": data.opened.order.packed,
         "samples": samples,
-        "warnings": list(of_own_checkpoints(offline.job_config, saved is not None)),
+        "warnings": list(of_own_checkpoints(data.job, saved is not None)),
     }
     tell(report, flags, lambda console: printing.print_steps(console, report, flags.full, bool(flags.find)))
 
 
 def samples_of(
-    offline: Offline, flags: Namespace, number: int, dp_rank: int, batches: list[list[int]]
+    data: JobData, flags: Namespace, number: int, dp_rank: int, batches: list[list[int]]
 ) -> Iterator[dict[str, Any]]:
     """The samples that a dp rank reads in a step, for a report; if a text is looked for, those that have it."""
     for batch, samples in enumerate(batches):
         for sample in samples:
-            content = {} if flags.no_text and not flags.find else content_of(offline, sample)
+            content = {} if flags.no_text and not flags.find else content_of(data, sample)
             if not flags.find or flags.find in content.get("text", ""):
-                place = describe_sample(offline, sample)
+                place = describe_sample(data, sample)
                 yield {"step": number, "dp_rank": dp_rank, "batch": batch, **place, **content}
 
 
-def content_of(offline: Offline, sample: int) -> dict[str, str]:
+def content_of(data: JobData, sample: int) -> dict[str, str]:
     """The text of a sample, or why it makes no row."""
     try:
-        return {"text": offline.text(sample)}
+        return {"text": data.text(sample)}
     except NoRowError as error:
         return {"error": str(error)}
 
 
-def show_ledger(offline: Offline, flags: Namespace, titan_flags: list[str]) -> None:
+def show_ledger(data: JobData, flags: Namespace) -> None:
     """What each stream was asked for and has given, up to a step or a checkpoint."""
-    saved = checkpoint_of_start(offline.job_config, flags.checkpoint)
+    saved = checkpoint_of_start(data.job, flags.checkpoint)
     is_past = bool(saved and flags.checkpoint and not flags.step)
-    history = known_history(offline, saved, of_start=not is_past)
-    until = saved.step if saved and is_past else flags.step or offline.job_config.training.steps
-    report = layout_of_report(offline) | ledger(offline, history, until, watched)
+    history = known_history(data, saved, of_start=not is_past)
+    until = saved.step if saved and is_past else flags.step or data.job.steps
+    report = layout_of_report(data) | ledger(data, history, until, watched)
     report["global_batch_size"] = history.segment(max(until, history.segments[0].step + 1)).global_batch_size
     report["samples_by_checkpoint"] = saved.state.seen.samples if saved and saved.state and saved.state.seen else None
-    report["warnings"] = list(of_own_checkpoints(offline.job_config, saved is not None))
+    report["warnings"] = list(of_own_checkpoints(data.job, saved is not None))
     tell(report, flags, lambda console: printing.print_ledger(console, report))
     if flags.plot:
-        steps, shares = shares_over_steps(offline, history, until, watched)
+        steps, shares = shares_over_steps(data, history, until, watched)
         asked = [stream["share_asked"] for stream in report["streams"]]
-        plots.plot_shares(flags.plot, offline.streams.names, steps, shares, asked)
+        plots.plot_shares(flags.plot, data.opened.names, steps, shares, asked)
 
 
-LOOKS: dict[str, Callable[[Offline, Namespace, list[str]], None]] = {
+LOOKS: dict[str, Callable[[JobData, Namespace], None]] = {
     "show": show,
     "plan": show_plan,
     "step": step,

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from examples.mosaic_streaming.checkpoint.history import History, Slice
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.offline import Offline
+from examples.mosaic_streaming.preview.job_data import JobData
 
 POINTS = 200
 """Of a curve, at most."""
@@ -17,13 +17,13 @@ Watched = Callable[[Iterable[int], str], Iterable[int]]
 """Shows how far one is in some numbers, while passing them on."""
 
 
-def samples_of_streams(offline: Offline, parts: Iterable[Slice], watched: Watched) -> NDArray[np.int64]:
+def samples_of_streams(data: JobData, parts: Iterable[Slice], watched: Watched) -> NDArray[np.int64]:
     """Samples of each stream in parts of epochs, int64 [streams]."""
-    counts = np.zeros(len(offline.streams.names), np.int64)
+    counts = np.zeros(len(data.opened.names), np.int64)
     parts = list(parts)
     for number in watched(range(len(parts)), "epochs"):
-        samples = offline.in_order(parts[number].epoch)[parts[number].begin : parts[number].end]
-        counts += np.bincount(offline.stream_of(samples), minlength=counts.size)
+        samples = data.in_order(parts[number].epoch)[parts[number].begin : parts[number].end]
+        counts += np.bincount(data.stream_of(samples), minlength=counts.size)
     return counts
 
 
@@ -43,7 +43,7 @@ def before(history: History) -> list[Slice]:
     return [Slice(first.step, 0, 0, first.sample_in_epoch, first.global_batch_size)] * bool(first.sample_in_epoch)
 
 
-def ledger(offline: Offline, history: History, until: int, watched: Watched) -> dict[str, Any]:
+def ledger(data: JobData, history: History, until: int, watched: Watched) -> dict[str, Any]:
     """What has been asked of each stream and what it has given, up to a step.
 
     Shares are of samples, as `proportion` and the like are. Tokens are those that the model gets, none where samples
@@ -53,10 +53,10 @@ def ledger(offline: Offline, history: History, until: int, watched: Watched) -> 
         ConfigError: that is not known.
     """
     history.segment(until + 1)
-    read = samples_of_streams(offline, [*before(history), *history.slices(until=until)], watched)
-    tokens = offline.streams.tokens_of_a_sample
-    dataset, streams = offline.streams.dataset, []
-    for number, name in enumerate(offline.streams.names):
+    read = samples_of_streams(data, [*before(history), *history.slices(until=until)], watched)
+    tokens = data.opened.tokens_of_a_sample
+    dataset, streams = data.opened.dataset, []
+    for number, name in enumerate(data.opened.names):
         asked = float(dataset.streams[number].proportion) * int(read.sum())
         delivered = int(read[number])
         section = {
@@ -77,7 +77,7 @@ def ledger(offline: Offline, history: History, until: int, watched: Watched) -> 
 
 
 def shares_over_steps(
-    offline: Offline, history: History, until: int, watched: Watched
+    data: JobData, history: History, until: int, watched: Watched
 ) -> tuple[list[int], NDArray[np.float64]]:
     """The share of each stream in all that a run has read from the streams' beginning, at some steps up to one.
 
@@ -86,9 +86,9 @@ def shares_over_steps(
     """
     after = history.segments[0].step
     steps = sorted({round(step) for step in np.linspace(after + 1, until, max(0, min(POINTS, until - after)))})
-    counts, shares = samples_of_streams(offline, before(history), quietly), []
+    counts, shares = samples_of_streams(data, before(history), quietly), []
     for step in watched(steps, "steps"):
-        counts += samples_of_streams(offline, history.slices(after, step), quietly)
+        counts += samples_of_streams(data, history.slices(after, step), quietly)
         after = step
         shares.append(counts / counts.sum())
     return steps, np.array(shares)

@@ -1,6 +1,5 @@
 """What a job will read and need, from its settings and the streams' indexes alone."""
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.mosaic_streaming.build import ORDER_BYTES
+from examples.mosaic_streaming.checkpoint.fingerprint import shards_of
 from examples.mosaic_streaming.checkpoint.history import History
-from examples.mosaic_streaming.checkpoint.state import shards_of
-from examples.mosaic_streaming.config.files import read_toml
-from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, has_cache, hashes_of, stream_folders, streams_of
+from examples.mosaic_streaming.config.streams import has_cache
+from examples.mosaic_streaming.config.values import flat
 from examples.mosaic_streaming.preview.checkpoint import Saved
+from examples.mosaic_streaming.preview.job_data import JobData, open_validation
 from examples.mosaic_streaming.preview.ledger import Watched
-from examples.mosaic_streaming.preview.offline import Offline, open_validation
-from examples.mosaic_streaming.rounds import size_of_round
+from examples.mosaic_streaming.sampling.memory import ORDER_BYTES
 from examples.mosaic_streaming.sampling.mixture import mixture
+from examples.mosaic_streaming.validator import size_of_round
 
 EXACT = 20_000_000
 """Samples of an epoch up to which the first repeat is looked for; beyond, only what it can't come before is said."""
@@ -28,62 +27,49 @@ DERIVED = {
     "dataset.decoder_only_format": "derived: the models are decoders",
 }
 
-JOB_KEYS = (
-    *("model.name", "model.flavor", "model.hf_assets_path", "training.local_batch_size", "training.global_batch_size"),
-    *("training.seq_len", "training.steps", "parallelism.pipeline_parallel_degree"),
-    *("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
-    *("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
-    *("checkpoint.enable", "checkpoint.last_save_model_only", "validation.enable"),
-)
-"""Of the job config, what decides what is read and how."""
 
-
-def plan(
-    offline: Offline, history: History | None, job_path: str, titan_flags: list[str], watched: Watched
-) -> dict[str, Any]:
+def plan(data: JobData, history: History | None, watched: Watched) -> dict[str, Any]:
     """All sections of the plan.
 
     Args:
-        offline: the streams.
+        data: the streams.
         history: of the run; none where a start would be refused.
-        job_path: the job config's file.
-        titan_flags: those of the command line that are TorchTitan's.
         watched: shows how far it is, where it takes long.
     """
-    streams = offline.streams
+    streams = data.opened
     parts = mixture(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
     return {
-        "streams": [part._asdict() | sizes_of(offline, number) for number, part in enumerate(parts)],
-        "epoch": epoch_section(offline),
-        "run": run_section(offline, history, watched),
-        "validation": validation_section(offline),
-        "layout": layout_section(offline),
-        "needs": needs_section(offline),
-        "settings": settings_section(offline, job_path, titan_flags),
-        "checks": checks(offline),
+        "streams": [part._asdict() | sizes_of(data, number) for number, part in enumerate(parts)],
+        "epoch": epoch_section(data),
+        "run": run_section(data, history, watched),
+        "validation": validation_section(data),
+        "layout": layout_section(data),
+        "needs": needs_section(data),
+        "settings": settings_section(data),
+        "checks": checks(data),
     }
 
 
-def sizes_of(offline: Offline, number: int) -> dict[str, Any]:
+def sizes_of(data: JobData, number: int) -> dict[str, Any]:
     """A stream's source, shards, and their bytes as they are read."""
-    name = offline.streams.names[number]
-    shards = shards_of(offline.streams.dataset, number)
+    name = data.opened.names[number]
+    shards = shards_of(data.opened.dataset, number)
     return {
-        "source": stream_folders(offline.config["dataset"])[name],
+        "source": data.config.sources[name],
         "shards": len(shards),
         "bytes": sum(raw.bytes for shard in shards for raw, _ in shard.file_pairs),
     }
 
 
-def epoch_section(offline: Offline) -> dict[str, Any]:
+def epoch_section(data: JobData) -> dict[str, Any]:
     """What an epoch is."""
-    order = offline.streams.order
-    samples = order.left(0)
+    order = data.opened.order
+    samples = order.remaining(0)
     return {
         "samples": samples,
-        "left_out": offline.streams.dataset.epoch_size - samples,
-        "steps": offline.steps_per_epoch,
-        "tokens": times(samples, offline.streams.tokens_of_a_sample),
+        "left_out": data.opened.dataset.epoch_size - samples,
+        "steps": data.steps_per_epoch,
+        "tokens": times(samples, data.opened.tokens_of_a_sample),
     }
 
 
@@ -92,19 +78,19 @@ def times(samples: int | None, tokens: int | None) -> int | None:
     return None if samples is None or tokens is None else samples * tokens
 
 
-def run_section(offline: Offline, history: History | None, watched: Watched) -> dict[str, Any]:
+def run_section(data: JobData, history: History | None, watched: Watched) -> dict[str, Any]:
     """What all steps read, and when a sample is read for the second time; none where that isn't known."""
-    steps, tokens = offline.job_config.training.steps, offline.streams.tokens_of_a_sample
-    repeat, exact = first_repeat(offline, history, watched) if history else (None, False)
+    steps, tokens = data.job.steps, data.opened.tokens_of_a_sample
+    repeat, exact = first_repeat(data, history, watched) if history else (None, False)
     samples = history.samples(steps) if history else None
     unrepeated = history.samples(repeat - 1) if history and repeat else None
     return {
         "steps": steps,
-        "global_batch_size": offline.streams.order.global_batch_size,
+        "global_batch_size": data.opened.order.global_batch_size,
         "since_step": history.segments[0].step if history and history.begins_anew else 0,
         "samples": samples,
         "tokens": times(samples, tokens),
-        "epochs": None if samples is None else samples / offline.streams.order.left(0),
+        "epochs": None if samples is None else samples / data.opened.order.remaining(0),
         "first_repeat_step": repeat,
         "first_repeat_epoch": history.batch(repeat).epoch if history and repeat else None,
         "first_repeat_samples": unrepeated,
@@ -114,14 +100,14 @@ def run_section(offline: Offline, history: History | None, watched: Watched) -> 
     }
 
 
-def first_repeat(offline: Offline, history: History, watched: Watched) -> tuple[int | None, bool]:
+def first_repeat(data: JobData, history: History, watched: Watched) -> tuple[int | None, bool]:
     """The first step that has a sample again, and whether it is just that; else no earlier step has one.
 
     None where it isn't known what was read before.
     """
     if not history.begins_anew:
         return None, False
-    dataset = offline.streams.dataset
+    dataset = data.opened.dataset
     samples, choose = dataset.samples_per_stream, [int(stream.choose) for stream in dataset.streams]
     if dataset.epoch_size > EXACT:
         within = any(chosen > size for chosen, size in zip(choose, samples, strict=True))
@@ -132,7 +118,7 @@ def first_repeat(offline: Offline, history: History, watched: Watched) -> tuple[
     parts = history.slices()
     for _ in watched(itertools.count(), "looking for the first repeat"):
         part = next(parts)
-        read = offline.in_order(part.epoch)[part.begin : part.end]
+        read = data.in_order(part.epoch)[part.begin : part.end]
         again = np.flatnonzero(seen[read] | is_again(read, dataset.num_samples))
         if again.size:
             return part.step + int(again[0]) // part.global_batch_size + 1, True
@@ -152,40 +138,41 @@ def is_again(samples: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
     return first[samples] != np.arange(samples.size)
 
 
-def validation_section(offline: Offline) -> dict[str, Any] | None:
+def validation_section(data: JobData) -> dict[str, Any] | None:
     """The validation streams, and what a round reads of them; none where the job reads none.
 
     Raises:
         ConfigError, DataError: a start would refuse their first samples.
     """
-    if not (opened := open_validation(offline)):
+    if not (found := open_validation(data)):
         return None
-    settings, order, dataset = offline.job_config.validation, opened.streams.order, opened.streams.dataset
+    assert data.job.validation
+    settings, order, dataset = data.job.validation, found.opened.order, found.opened.dataset
     batches, samples = size_of_round(dataset.epoch_size, order.global_batch_size, settings.steps)
     streams = [
-        {"name": name, "samples": int(dataset.samples_per_stream[number])} | sizes_of(opened, number)
-        for number, name in enumerate(opened.streams.names)
+        {"name": name, "samples": int(dataset.samples_per_stream[number])} | sizes_of(found, number)
+        for number, name in enumerate(found.opened.names)
     ]
     return {
         "streams": streams,
         "samples": dataset.epoch_size,
         "round": {"batches": batches, "samples": samples, "global_batch_size": order.global_batch_size},
-        "seq_len": settings.seq_len,
+        "seq_len": settings.shape.seq_len,
         "freq": settings.freq,
-        "warnings": opened.look(),
+        "warnings": found.look(),
     }
 
 
-def layout_section(offline: Offline) -> dict[str, Any]:
+def layout_section(data: JobData) -> dict[str, Any]:
     """Who reads what."""
-    layout, order = offline.layout, offline.streams.order
+    layout, order = data.job.layout, data.opened.order
     return {
         "world_size": layout.world_size,
         "nodes": layout.nodes,
         "ranks_per_node": layout.ranks_per_node,
         "degrees": dict(layout.degrees),
         "dp_world_size": layout.dp_world_size,
-        "local_batch_size": offline.job_config.training.local_batch_size,
+        "local_batch_size": data.job.training.local_batch_size,
         "samples_per_batch": order.local_batch_size,
         "batches_per_step": order.global_batch_size // order.local_batch_size // layout.dp_world_size,
         "global_batch_size": order.global_batch_size,
@@ -202,78 +189,60 @@ def ranges(numbers: Sequence[int]) -> str:
     return ", ".join(parts)
 
 
-def needs_section(offline: Offline) -> dict[str, Any]:
+def needs_section(data: JobData) -> dict[str, Any]:
     """What each node needs, in bytes: shared memory, that of the order while an epoch begins; memory; and disk."""
-    streams, config = offline.streams, offline.config
+    streams, config = data.opened, data.config.config
     ahead = config["num_workers"] * (config.get("prefetch_factor") or 2)  # 2 is llm-foundry's default
-    tensors = 3 if streams.form.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
-    batch = streams.form.rows * streams.form.max_seq_len * 8 * tensors
+    tensors = 3 if streams.spec.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
+    batch = streams.spec.rows * streams.spec.max_seq_len * 8 * tensors
     return {
-        "shared_memory_order": 8 * streams.order.left(0),
+        "shared_memory_order": 8 * streams.order.remaining(0),
         "shared_memory_shards": 9 * streams.dataset.num_shards,
-        "shared_memory_batches": offline.layout.ranks_per_node * ahead * batch,
+        "shared_memory_batches": data.job.layout.ranks_per_node * ahead * batch,
         "memory_to_order_an_epoch": ORDER_BYTES * streams.dataset.epoch_size,
-        "cache": cache_bytes(offline),
-        "cache_limit": config["dataset"].get("cache_limit"),
-        "hashed_at_a_start": bytes_of(offline, cached=False) if any(hashes_of(config["dataset"])) else 0,
+        "cache": cache_bytes(data),
+        "cache_limit": data.config.dataset.get("cache_limit"),
+        "hashed_at_a_start": bytes_of(data, cached=False) if any(data.config.hashes) else 0,
     }
 
 
-def bytes_of(offline: Offline, cached: bool) -> int:
+def bytes_of(data: JobData, cached: bool) -> int:
     """Bytes that the shards of the streams take that have a cache, or of those that have none."""
-    dataset, total = offline.config["dataset"], 0
-    for number, stream in enumerate(streams_of(dataset).values()):
-        keeps_packed = (STREAM_DEFAULTS | dataset | stream)["keep_zip"] or not cached
-        if has_cache(dataset, stream) == cached:
-            shards = shards_of(offline.streams.dataset, number)
+    total = 0
+    for number, stream in enumerate(data.config.streams.values()):
+        keeps_packed = stream["keep_zip"] or not cached
+        if has_cache(stream) == cached:
+            shards = shards_of(data.opened.dataset, number)
             total += sum(shard.get_persistent_size(keeps_packed) for shard in shards)
     return total
 
 
-def cache_bytes(offline: Offline) -> int:
+def cache_bytes(data: JobData) -> int:
     """What a node's caches hold in the end, if nothing limits them: all shards, or those of its own ranges."""
-    nodes, order = offline.layout.world().num_nodes, offline.streams.order
-    ranges = offline.config["dataset"]["num_canonical_nodes"]
+    nodes, order = data.job.layout.world().num_nodes, data.opened.order
+    ranges = data.config.dataset["num_canonical_nodes"]
     keeps_to_own = order.batching_method in ("random", "per_stream") and ranges % nodes == 0
-    return bytes_of(offline, cached=True) // (nodes if keeps_to_own else 1)
+    return bytes_of(data, cached=True) // (nodes if keeps_to_own else 1)
 
 
-def settings_section(offline: Offline, job_path: str, titan_flags: list[str]) -> list[dict[str, Any]]:
+def settings_section(data: JobData) -> list[dict[str, Any]]:
     """Each setting that decides what is read and how, its value, and who has set it."""
     rows = []
-    given, resolved = flat(offline.given.config), flat(offline.config)
+    given, resolved = flat(data.given.config), flat(data.config.config)
     for key, value in resolved.items():
         filled = DERIVED.get(key, "this project's default")
-        rows.append((key, value, offline.given.path if key in given else filled))
-    for key, value in offline.streams.data.items():
+        rows.append((key, value, data.config.source if key in given else filled))
+    for key, value in data.opened.fingerprint.items():
         if key.startswith("dataset.") and key not in resolved:
             rows.append((key, value, "streaming's default"))
-    in_file, job = flat(read_toml(job_path)), flat(dataclasses.asdict(offline.job_config))
-    for key in JOB_KEYS:
-        owner = job_path if key in in_file else "TorchTitan's default"
-        rows.append((key, job[key], "command line" if is_given(key, titan_flags) else owner))
-    return [{"setting": key, "value": value, "owner": owner} for key, value, owner in rows]
+    settings = [{"setting": key, "value": value, "owner": owner} for key, value, owner in rows]
+    return settings + data.job_settings
 
 
-def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
-
-
-def is_given(key: str, titan_flags: list[str]) -> bool:
-    """Whether a flag of TorchTitan's sets a key."""
-    section, _, name = key.rpartition(".")
-    names = [flag.partition("=")[0].replace("-", "_") for flag in titan_flags]
-    return f"__{key}" in names or f"__{section}.no_{name}" in names
-
-
-def checks(offline: Offline) -> dict[str, list[str]]:
+def checks(data: JobData) -> dict[str, list[str]]:
     """What has been looked at just now, as at each start, and what a job looks at while it reads."""
-    form, layout = offline.streams.form, offline.layout
-    hashes = "".join(f", {name}" for name in sorted(filter(None, set(hashes_of(offline.config["dataset"])))))
+    form, layout = data.opened.spec, data.job.layout
+    hashes = "".join(f", {name}" for name in sorted(filter(None, set(data.config.hashes))))
     now = [
         "tokenizer: TorchTitan and transformers read the same ids from the same assets",
         "index of each stream: its form, files inside of its folder, no pickled columns, columns that a batch can have",
@@ -286,15 +255,15 @@ def checks(offline: Offline) -> dict[str, list[str]]:
     ]
     if layout.world_size > 1:
         later.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
-    if offline.job_config.checkpoint.enable:
+    if data.job.checkpoints.enable:
         later.append("checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with")
     return {"now": now, "later": later}
 
 
-def resume_section(offline: Offline, saved: Saved, history: History | None) -> dict[str, Any]:
+def resume_section(data: JobData, saved: Saved, history: History | None) -> dict[str, Any]:
     """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
-    order, checkpoint = offline.streams.order, offline.job_config.checkpoint
-    state, differences = saved.state, saved.differences(offline)
+    order, checkpoint = data.opened.order, data.job.checkpoints
+    state, differences = saved.state, saved.differences(data)
     anew = "dataloader" in checkpoint.exclude_from_loading
     done = 0 if "train_state" in checkpoint.exclude_from_loading else saved.step
     epoch, sample = history.position(done)[1:] if history else state[:2] if state else (0, 0)
@@ -304,9 +273,9 @@ def resume_section(offline: Offline, saved: Saved, history: History | None) -> d
         "step": saved.step,
         "epoch": epoch,
         "sample_in_epoch": sample,
-        "steps_left_in_epoch": order.left(sample) // order.global_batch_size if history else None,
+        "steps_left_in_epoch": order.remaining(sample) // order.global_batch_size if history else None,
         "steps_done": done,
-        "steps_left": max(0, offline.job_config.training.steps - done),
+        "steps_left": max(0, data.job.steps - done),
         "is_loaded": checkpoint.enable,
         "streams_are_loaded": checkpoint.enable and not anew,
         "begins_anew": anew,

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 
-from examples.mosaic_streaming.batch.convert import BatchFormat, is_padding, to_titan_batch
+from examples.mosaic_streaming.batch.convert import BatchSpec, is_padding, to_titan_batch
 from examples.mosaic_streaming.batch.documents import SEQUENCE_ID, ends
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.preview.offline import NoRowError, Offline
+from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
 
 KINDS = CONTEXT, TARGET, PADDING = "context", "target", "padding"
 """What a token of a row is: read but not learned, learned, there to fill up."""
@@ -62,31 +62,31 @@ class Row:
         return [sum(len(span.ids) for span in document) for document in self.documents]
 
 
-def rows_of(offline: Offline, samples: Sequence[int]) -> list[Row]:
+def rows_of(data: JobData, samples: Sequence[int]) -> list[Row]:
     """The rows that llm-foundry's collator and ours make of samples.
 
     Args:
-        offline: the streams.
+        data: the streams.
         samples: their ids; with packing, those of a batch, of which some may find no room.
 
     Raises:
         DataError: a sample can't be read.
         NoRowError: one makes no row, or none for the model.
     """
-    batch = offline.collate(samples)
+    batch = data.collate(samples)
     ids = batch["input_ids"]
-    form = dataclasses.replace(offline.streams.form, rows=len(ids))
+    form = dataclasses.replace(data.opened.spec, rows=len(ids))
     try:
         _, labels = to_titan_batch(batch, form)
     except DataError as error:
         raise NoRowError(f"{named(samples)} no row for the model, and training would stop there: {error}") from error
     kinds, last = kinds_of(batch, labels, form), last_tokens(batch, form)
     left = defaultdict(list)  # samples by their tokens, of which several may have the same
-    for sample in samples if offline.streams.order.packed else []:
-        left[tuple(offline.tokens(sample))].append(sample)
+    for sample in samples if data.opened.order.packed else []:
+        left[tuple(data.tokens(sample))].append(sample)
     rows = []
     for number in range(len(ids)):
-        documents = documents_of(ids[number], kinds[number], last[number], offline.decode)
+        documents = documents_of(ids[number], kinds[number], last[number], data.decode)
         padding = int((kinds[number] == KINDS.index(PADDING)).sum())
         tokens = [tuple(token for span in document for token in span.ids) for document in documents if left]
         rows.append(Row([left[key].pop(0) for key in tokens] or [samples[number]], documents, padding))
@@ -98,7 +98,7 @@ def named(samples: Sequence[int]) -> str:
     return f"Sample {samples[0]} makes" if len(samples) == 1 else f"Samples {', '.join(map(str, samples))} make"
 
 
-def kinds_of(batch: Mapping[str, Any], labels: Tensor, form: BatchFormat) -> Tensor:
+def kinds_of(batch: Mapping[str, Any], labels: Tensor, form: BatchSpec) -> Tensor:
     """The kind of each token, as an index of `KINDS`.
 
     Args:
@@ -116,7 +116,7 @@ def kinds_of(batch: Mapping[str, Any], labels: Tensor, form: BatchFormat) -> Ten
     return kinds if padding is None else kinds.masked_fill(padding, KINDS.index(PADDING))
 
 
-def last_tokens(batch: Mapping[str, Any], form: BatchFormat) -> Tensor:
+def last_tokens(batch: Mapping[str, Any], form: BatchSpec) -> Tensor:
     """Where documents end: as llm-foundry says or, in text of which it says nothing, behind each EOS.
 
     Returns:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from examples.mosaic_streaming.batch.convert import BatchFormat
+from examples.mosaic_streaming.batch.convert import BatchSpec
 from examples.mosaic_streaming.checkpoint.history import Segment
 from examples.mosaic_streaming.preview.rows import CONTEXT, TARGET
 
@@ -67,7 +67,7 @@ def middle_out(text: str, shown: int) -> str:
     return text if len(text) <= shown else f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
 
 
-def print_rows(out: Console, rows: Sequence[dict[str, Any]], form: BatchFormat, full: bool) -> None:
+def print_rows(out: Console, rows: Sequence[dict[str, Any]], form: BatchSpec, full: bool) -> None:
     """Rows of a batch, each document's spans with their ids and text."""
     for row in rows:
         names = ", ".join(

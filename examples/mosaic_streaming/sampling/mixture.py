@@ -6,7 +6,7 @@ from typing import NamedTuple
 from streaming import StreamingDataset
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.checkpoint.state import table
+from examples.mosaic_streaming.errors import text_table
 from examples.mosaic_streaming.sampling.order import Order, shares
 
 HEAD = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"]
@@ -39,7 +39,7 @@ def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, s
         tokens = "-" if part.tokens is None else f"{part.tokens:,}"
         share = [f"{part.share_asked:.2%}", f"{part.share:.2%}", f"{part.passes:.3f}"]
         rows.append([part.name, f"{part.samples:,}", tokens, *share])
-    logger.info(f"Streams, and their part of an epoch:\n{table(HEAD, rows)}")
+    logger.info(f"Streams, and their part of an epoch:\n{text_table(HEAD, rows)}")
 
 
 def mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[Part]:
@@ -60,6 +60,6 @@ def mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_l
     for number, name in enumerate(names):
         samples = int(dataset.samples_per_stream[number])
         tokens = samples * seq_len if seq_len else None
-        passes = effect[number] * order.left(0) / samples
+        passes = effect[number] * order.remaining(0) / samples
         parts.append(Part(name, samples, tokens, asked[number], effect[number], passes))
     return parts

@@ -28,7 +28,7 @@ from torch.utils.data import get_worker_info
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.errors import DataError, is_rank_0
-from examples.mosaic_streaming.shards.fetch_stats import fetched_file
+from examples.mosaic_streaming.shards.fetch_stats import fetch_stats_file
 from examples.mosaic_streaming.shards.index import FileError
 from examples.mosaic_streaming.shards.reader import CheckedReader
 from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
@@ -58,23 +58,23 @@ class CheckedDataset(StreamingDataset):
     """A dataset whose faults reach whoever reads it, in all processes of a node.
 
     Attributes:
-        as_written: whether samples of text that are tokens are arrays of the type that they were written in, rather
+        keep_dtype: whether samples of text that are tokens are arrays of the type that they were written in, rather
             than tensors of int64.
         may_cut: whether samples of text that are longer than a row may lose their end.
     """
 
-    as_written = False
+    keep_dtype = False
     may_cut = False
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Have a shard ready, as streaming does; what fails is given up, for all processes of this node."""
-        if fault := self.fault():
+        if fault := self.failure_reason():
             raise DataError(fault)
         try:
             super().prepare_shard(shard_id, blocking)
         except Exception as error:
-            self.give_up(shard_id, error)
+            self.mark_failed(shard_id, error)
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
@@ -99,15 +99,15 @@ class CheckedDataset(StreamingDataset):
     def _has_failed(self) -> bool:
         return "_event" in self.__dict__ and self._event.is_set()
 
-    def fault(self) -> str | None:
+    def failure_reason(self) -> str | None:
         """Why a shard was given up on this node."""
-        path = self._fault_file()
+        path = self._failure_file()
         return Path(path).read_text() if os.path.exists(path) else None
 
-    def _fault_file(self) -> str:
+    def _failure_file(self) -> str:
         return f"/dev/shm/{self._shm_prefix_int:06}_fault"
 
-    def give_up(self, shard_id: int, error: Exception) -> None:
+    def mark_failed(self, shard_id: int, error: Exception) -> None:
         """Tell all processes of this node, and let none wait for the shard.
 
         streaming leaves it in the state PREPARING, for which others wait; where it is LOCAL they miss its file and ask
@@ -115,9 +115,9 @@ class CheckedDataset(StreamingDataset):
         """
         if self._cache_filelock.is_locked:
             self._cache_filelock.release(force=True)
-        part = Path(f"{self._fault_file()}.{os.getpid()}-{threading.get_ident()}")
+        part = Path(f"{self._failure_file()}.{os.getpid()}-{threading.get_ident()}")
         part.write_text(str(error) if isinstance(error, DataError) else describe(error))
-        part.rename(self._fault_file())
+        part.rename(self._failure_file())
         self._shard_states[shard_id] = _ShardState.LOCAL
 
     def bytes_in_cache(self) -> int:
@@ -157,7 +157,7 @@ class CheckedDataset(StreamingDataset):
         except DataError:
             raise
         except Exception as error:
-            raise DataError(self.fault() or self._describe(at, error)) from error
+            raise DataError(self.failure_reason() or self._describe(at, error)) from error
 
     def tokenize_example(self, example: Any) -> Any:
         """The turns of an example that is text; a list of parts is joined where its chat template would print it."""
@@ -180,7 +180,7 @@ class CheckedDataset(StreamingDataset):
         except DataError:
             raise
         except Exception as error:
-            raise DataError(self.fault() or self._describe(sample_id, error)) from error
+            raise DataError(self.failure_reason() or self._describe(sample_id, error)) from error
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
         """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
@@ -190,7 +190,7 @@ class CheckedDataset(StreamingDataset):
             tokens = np.frombuffer(tokens, dataset.token_encoding_type)
         if len(tokens) > dataset.max_seq_len:
             self._cut(len(tokens), dataset.max_seq_len)
-        if self.as_written:
+        if self.keep_dtype:
             return tokens[: dataset.max_seq_len]
         return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
 
@@ -290,7 +290,7 @@ def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
     for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
         checked = make_checked(stream, label)
-        checked.tally = fetched_file(dataset._shm_prefix_int)
+        checked.fetch_stats = fetch_stats_file(dataset._shm_prefix_int)
         begin = int(dataset.shard_offset_per_stream[number])
         for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
             if type(shard) is MDSReader:

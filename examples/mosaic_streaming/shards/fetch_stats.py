@@ -13,7 +13,7 @@ RECORD = struct.Struct("<q")
 RETRY = -1
 
 
-class Fetched(NamedTuple):
+class FetchCounts(NamedTuple):
     """What has been fetched.
 
     Attributes:
@@ -31,7 +31,7 @@ class Fetched(NamedTuple):
         return shards + (f", retries: {self.retries:,}" if self.retries else "")
 
 
-class Tally:
+class FetchStats:
     """Reads what a node has fetched, each time from where it has stopped.
 
     Args:
@@ -41,9 +41,9 @@ class Tally:
     def __init__(self, path: str) -> None:
         self._path = path
         self._end = 0
-        self._fetched = Fetched()
+        self._fetched = FetchCounts()
 
-    def read(self) -> Fetched:
+    def read(self) -> FetchCounts:
         """What all processes have fetched since the start."""
         with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
             file.seek(self._end)
@@ -51,11 +51,11 @@ class Tally:
             self._end += records.nbytes
             shards = records[records != RETRY]
             more = (shards.size, int(shards.sum()), records.size - shards.size)
-            self._fetched = Fetched(*np.add(self._fetched, more).tolist())
+            self._fetched = FetchCounts(*np.add(self._fetched, more).tolist())
         return self._fetched
 
 
-def fetched_file(number: int) -> str:
+def fetch_stats_file(number: int) -> str:
     """The file of a node, by the number of a dataset's shared memory, which removes it as well."""
     return f"/dev/shm/{number:06}_fetched"
 

@@ -10,7 +10,8 @@ from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.config.folders import identity
-from examples.mosaic_streaming.config.loader import STREAM_DEFAULTS, Config, streams_of
+from examples.mosaic_streaming.config.loader import ResolvedLoader
+from examples.mosaic_streaming.config.streams import Config, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import take_cache
 from examples.mosaic_streaming.shards.index import FileError, Part, read_index
@@ -21,42 +22,32 @@ THREADS = 4
 """That verify files."""
 
 
-def prepare_streams(config: Config, path: str) -> None:
-    """Have the indexes and caches of all streams ready on this node; its local leader calls it.
-
-    Args:
-        config: the resolved loader configuration.
-        path: the file it was read from, for messages.
+def prepare_streams(loader: ResolvedLoader) -> None:
+    """Make the indexes and caches of all streams ready on this node; its local leader calls it.
 
     Raises:
         ConfigError: a cache is in use, or can't be used.
         DataError: an index can't be had or can't be believed, or a file that can't be fetched again is damaged.
     """
     remove_stale()
-    dataset = config["dataset"]
-    for name, settings in streams_of(dataset).items():
-        stream = make_stream(settings, dataset, stream_label(name, path))
+    for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
+        stream = make_stream(settings, label)
         if stream.is_cache:
-            take_cache(stream, path)
-        parts = get_index(stream, bool(dataset.get("allow_unsafe_types")))
+            take_cache(stream, loader.source)
+        parts = get_index(stream, bool(loader.dataset.get("allow_unsafe_types")))
         verify(stream, parts)
 
 
-def stream_label(name: str, path: str) -> str:
-    """What a stream is called in messages."""
-    return f"the stream in {path}" if name == "dataset" else f"stream {name!r} in {path}"
-
-
-def make_stream(settings: Config, dataset: Config, label: str) -> CheckedStream:
-    """A stream as streaming will make it from its settings.
+def make_stream(settings: Config, label: str) -> CheckedStream:
+    """A stream as streaming will make it from its complete settings.
 
     Raises:
         ConfigError: streaming refuses them.
     """
-    keys = ("remote", "local", "split", *STREAM_DEFAULTS)
+    keys = ("remote", "local", *stream_defaults())
     try:
         stream = Stream(**{key: settings[key] for key in keys if key in settings})
-        stream.apply_default({"split": None} | STREAM_DEFAULTS | {key: dataset[key] for key in keys if key in dataset})
+        stream.apply_default(stream_defaults())
     except Exception as error:  # a store's client, too, may refuse
         raise ConfigError(f"{label}: {describe(error)}") from error
     return make_checked(stream, label)

@@ -39,12 +39,12 @@ class CheckedStream(Stream):
     Attributes:
         label: what it is called in messages.
         is_cache: whether `local` is a copy of a remote, that can be fetched again.
-        tally: the file that counts what is fetched; none where nothing is counted.
+        fetch_stats: the file that counts what is fetched; none where nothing is counted.
     """
 
     label: str
     is_cache: bool
-    tally: str | None = None
+    fetch_stats: str | None = None
 
     def path(self, basename: str) -> str:
         """Where a file of the stream lies on this machine."""
@@ -142,8 +142,8 @@ class CheckedStream(Stream):
 
     def count(self, record: int) -> None:
         """Count a file that has been fetched, or a retry."""
-        if self.tally:
-            count_fetched(self.tally, record)
+        if self.fetch_stats:
+            count_fetched(self.fetch_stats, record)
 
     def download(self, remote: str, path: str, folder: str) -> None:
         """Download a file; one that doesn't grow for `download_timeout` seconds is given up.

@@ -1,1 +1,40 @@
-"""The seam to TorchTitan: a package for each generation of it."""
+"""The seam to TorchTitan: a package for each generation of it. Nothing else knows its configuration and specs.
+
+Nothing slow is imported before a function is called.
+"""
+
+from typing import Any
+
+from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.job import Job
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.titan.v0_2.checkpoints import next_start, steps_with
+from examples.mosaic_streaming.titan.v0_2.checks import check_job
+from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config, settings_of
+from examples.mosaic_streaming.titan.v0_2.refusals import refusal
+
+__all__ = [
+    "check_job",
+    "import_custom",
+    "load_job_config",
+    "make_job",
+    "next_start",
+    "refusal",
+    "register",
+    "settings_of",
+    "steps_with",
+]
+
+
+def register(name: str, train: LoaderFile, validation: LoaderFile | None, channel: AbortChannel) -> None:
+    """Make the Mosaic form of a text model known to TorchTitan; arguments and errors are those of `spec.register`."""
+    from examples.mosaic_streaming.titan.v0_2 import spec
+
+    spec.register(name, train, validation, channel)
+
+
+def make_job(job_config: Any, world_size: int, ranks_per_node: int) -> Job:
+    """What the rest of this project knows of a job; arguments and errors are those of `job.make_job`."""
+    from examples.mosaic_streaming.titan.v0_2 import job
+
+    return job.make_job(job_config, world_size, ranks_per_node)

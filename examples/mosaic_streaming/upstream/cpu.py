@@ -5,6 +5,7 @@ TorchTitan that takes "cpu" makes this module unnecessary.
 """
 
 import importlib
+import os
 import resource
 import types
 from collections.abc import Callable
@@ -16,7 +17,6 @@ import torch.distributed.checkpoint  # takes the functions patched below by name
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from examples.mosaic_streaming.upstream.memory import memory_limit
 from examples.mosaic_streaming.upstream.patch import replaced
 
 ACTIVE = torch._utils._get_available_device_type() is None
@@ -37,7 +37,7 @@ class CpuModule(types.ModuleType):
         return "CPU"
 
     def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
-        return types.SimpleNamespace(total_memory=memory_limit())
+        return types.SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def memory_stats(self, device: Any = None) -> dict[str, int]:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB

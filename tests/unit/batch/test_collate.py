@@ -17,9 +17,8 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from examples.mosaic_streaming.batch import collate
 from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Collator, RowCollator, to_arrays, to_tensors
 from examples.mosaic_streaming.batch.convert import TitanBatch, to_titan_batch
-from examples.mosaic_streaming.streams import resolve_training
 from tests.support.ranks import run_rank_values
-from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job
+from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, resolved
 
 SAMPLES, ROWS, BATCHES = 24, 4, 5
 EOS, PAD = 1, 2
@@ -63,8 +62,7 @@ def write(folder: Path, form: str) -> dict[str, Any]:
 
 def llm_foundry(config: dict[str, Any]) -> Iterator[Any]:
     """The batches of llm-foundry's own loader, of a configuration without shuffling."""
-    resolved = resolve_training(job(ROWS), config, "loader.toml", 1)
-    loader = build_dataloader(resolved, AutoTokenizer.from_pretrained(TOKENIZER), ROWS).dataloader
+    loader = build_dataloader(resolved(config, ROWS).config, AutoTokenizer.from_pretrained(TOKENIZER), ROWS).dataloader
     assert isinstance(loader, DataLoader)
     return iter(loader)
 
@@ -83,9 +81,9 @@ def test_batches_are_those_of_llm_foundry(tmp_path: Path, form: str) -> None:
 
     def read() -> list[bool]:
         loader = build_loader(config, job(ROWS))
-        loader._form = dataclasses.replace(loader._form, documents="eos_token_id" in config["dataset"])
+        loader._spec = dataclasses.replace(loader._spec, documents="eos_token_id" in config["dataset"])
         theirs = llm_foundry(config)
-        batches = [(batch, to_titan_batch(next(theirs), loader._form)) for batch in itertools.islice(loader, BATCHES)]
+        batches = [(batch, to_titan_batch(next(theirs), loader._spec)) for batch in itertools.islice(loader, BATCHES)]
         assert all(("sequence_id" in inputs) == (form == "documents") for (inputs, _), _ in batches)
         return [same(*pair) for pair in batches]
 
@@ -103,7 +101,7 @@ def test_workers_hand_on_the_same_batches(tmp_path: Path, monkeypatch: pytest.Mo
         kinds = {type(value) for value in next(iter(loader._batches._loader)).values()}
         assert kinds == {torch.Tensor if limit == 0 else np.ndarray}
         other = build_loader(config, job(ROWS))
-        return [same(batch, to_titan_batch(next(theirs), loader._form)) for batch in itertools.islice(other, BATCHES)]
+        return [same(batch, to_titan_batch(next(theirs), loader._spec)) for batch in itertools.islice(other, BATCHES)]
 
     assert run_rank_values(read) == [[True] * BATCHES]
 

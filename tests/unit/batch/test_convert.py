@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mosaic_streaming.batch.convert import BatchFormat, to_titan_batch
+from examples.mosaic_streaming.batch.convert import BatchSpec, to_titan_batch
 from examples.mosaic_streaming.errors import DataError
 
 PAD, EOS = 2, 1
-FORM = BatchFormat(
+SPEC = BatchSpec(
     rows=1,
     seq_len=4,
     max_seq_len=5,
@@ -17,16 +17,16 @@ FORM = BatchFormat(
     pad_id=PAD,
     eos_id=EOS,
     labels_are_ids=True,
-    origin="Rank 3 reads s3://bucket/web.",
+    source="Rank 3 reads s3://bucket/web.",
 )
-PAD_IS_EOS = dataclasses.replace(FORM, pad_id=EOS)
+PAD_IS_EOS = dataclasses.replace(SPEC, pad_id=EOS)
 
 
-def labels(row: list[int], form: BatchFormat = FORM, mask: list[int] | None = None) -> list[int]:
+def labels(row: list[int], spec: BatchSpec = SPEC, mask: list[int] | None = None) -> list[int]:
     batch = {"input_ids": torch.tensor([row])}
     if mask is not None:
         batch["attention_mask"] = torch.tensor([mask])
-    return to_titan_batch(batch, form)[1][0].tolist()
+    return to_titan_batch(batch, spec)[1][0].tolist()
 
 
 def test_each_label_is_the_next_token() -> None:
@@ -34,13 +34,13 @@ def test_each_label_is_the_next_token() -> None:
 
 
 def test_last_label_of_a_sample_of_seq_len_tokens_is_ignored() -> None:
-    assert labels([10, 11, 12, 13], dataclasses.replace(FORM, max_seq_len=4)) == [11, 12, 13, -100]
+    assert labels([10, 11, 12, 13], dataclasses.replace(SPEC, max_seq_len=4)) == [11, 12, 13, -100]
 
 
 def test_only_input_reaches_the_model() -> None:
     ids = torch.tensor([[10, 11, 12, 13, 14]])
     batch = {"input_ids": ids, "labels": ids, "sequence_id": ids, "attention_mask": ids, "total_tokens": [5]}
-    inputs, targets = to_titan_batch(batch, FORM)
+    inputs, targets = to_titan_batch(batch, SPEC)
     assert list(inputs) == ["input"]
     assert inputs["input"].tolist() == [[10, 11, 12, 13]]
     assert inputs["input"].dtype == targets.dtype == torch.int64
@@ -76,7 +76,7 @@ def test_first_eos_of_a_trailing_run_is_real_where_padding_is_eos(row: list[int]
 
 
 def test_without_a_padding_token_nothing_is_padding() -> None:
-    assert labels([10, EOS, EOS, EOS, EOS], dataclasses.replace(FORM, pad_id=None)) == [EOS, EOS, EOS, EOS]
+    assert labels([10, EOS, EOS, EOS, EOS], dataclasses.replace(SPEC, pad_id=None)) == [EOS, EOS, EOS, EOS]
 
 
 def test_labels_of_a_loader_that_chooses_targets_are_kept() -> None:
@@ -85,7 +85,7 @@ def test_labels_of_a_loader_that_chooses_targets_are_kept() -> None:
         "labels": torch.tensor([[-100, -100, 12, EOS, -100]]),
         "attention_mask": torch.tensor([[1, 1, 1, 1, 0]]),
     }
-    _, targets = to_titan_batch(batch, dataclasses.replace(FORM, labels_are_ids=False))
+    _, targets = to_titan_batch(batch, dataclasses.replace(SPEC, labels_are_ids=False))
     assert targets.tolist() == [[-100, 12, EOS, -100]]
 
 
@@ -97,12 +97,12 @@ def test_samples_one_token_short_are_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize("shape", [(1, 9), (1, 3), (2, 5), (5,)])
 def test_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"Batch of shape .*, expected \[1, 5\] .*s3://bucket/web"):
-        to_titan_batch({"input_ids": torch.ones(shape, dtype=torch.int64)}, FORM)
+        to_titan_batch({"input_ids": torch.ones(shape, dtype=torch.int64)}, SPEC)
 
 
 def test_empty_batch_is_refused() -> None:
     with pytest.raises(DataError, match=r"Empty batch of shape \[0, 5\].*Rank 3"):
-        to_titan_batch({"input_ids": torch.ones((0, 5), dtype=torch.int64)}, FORM)
+        to_titan_batch({"input_ids": torch.ones((0, 5), dtype=torch.int64)}, SPEC)
 
 
 @pytest.mark.parametrize("token", [100, -1])

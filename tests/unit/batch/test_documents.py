@@ -24,21 +24,26 @@ from torchtitan.config import JobConfig
 from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.batch.documents import (
-    check_attention,
-    ends,
-    masks_documents,
-    no_masks,
-    positions,
-    takes_positions,
-    within_documents,
-)
+from examples.mosaic_streaming.batch.documents import ends, positions
+from examples.mosaic_streaming.config.warnings import warnings_of_documents
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.sampling.placement import Layout
+from examples.mosaic_streaming.titan import make_job
+from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, takes_positions, within_documents
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, logged, losses, train, write_files
 from tests.support.ranks import run_rank_values, run_ranks
-from tests.support.reading import TURN
-from tests.support.streams import SEQ_LEN, TOKENIZER, build_loader, job, loader_config, sample_tokens, write_tokens
+from tests.support.reading import TURN, write_turns
+from tests.support.streams import (
+    SEQ_LEN,
+    TOKENIZER,
+    build_loader,
+    job,
+    loader_config,
+    resolved,
+    sample_tokens,
+    write_tokens,
+)
 from tests.support.tokenizing import derive
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
@@ -160,23 +165,49 @@ def test_flavors_that_mask_are_known() -> None:
     }
     assert {("llama3", "8B_flex"), ("llama3", "8B_varlen"), ("deepseek_v3", "671B")} <= masking
     assert not {("llama3", "8B"), ("qwen3", "0.6B"), ("gpt_oss", "debugmodel")} & masking
-    told = no_masks("packed examples", "llama3_mosaic", get_train_spec("llama3").model_args, "8B")
-    assert "These flavors do, on a GPU: debugmodel_flex_attn, debugmodel_varlen_attn, 8B_flex, 8B_varlen." in told
-    assert "No flavor of this model does." in no_masks("", "qwen3", get_train_spec("qwen3").model_args, "0.6B")
+
+
+@pytest.mark.parametrize(
+    ("model", "flavor", "hint"),
+    [
+        *(
+            (
+                "llama3",
+                "8B",
+                "These flavors do, on a GPU: debugmodel_flex_attn, debugmodel_varlen_attn, 8B_flex, 8B_var",
+            ),
+        ),
+        *(("qwen3", "0.6B", "No flavor of this model does."),),
+        *(("llama3", "8B_flex", None),),
+    ],
+)
+def test_flavors_that_keep_attention_within_documents_are_named(
+    tmp_path: Path, model: str, flavor: str, hint: str | None
+) -> None:
+    config = job()
+    config.model.name, config.model.flavor = model, flavor
+    stream = write_turns(tmp_path / "stream", 4)
+    dataset = {"remote": str(stream), "local": str(tmp_path / "cache"), "packing_ratio": 2}
+    told = warnings_of_documents(resolved({"name": "finetuning", "dataset": dataset}, 2), make_job(config, 1, 1))
+    assert len(told) == (hint is not None) and (not hint or "Rows are made of packed examples, and model.f" in told[0])
+    assert hint is None or hint in told[0]
 
 
 def test_positions_are_given_where_all_layers_get_them() -> None:
-    single = {"pp": 1, "cp": 1, "tp": 1}
+    single = Layout(1, 1, dict.fromkeys(("pp", "dp_replicate", "dp_shard", "cp", "tp"), 1))
+    for name in ("pp", "cp", "tp"):
+        assert not takes_positions(get_train_spec("llama3").model_cls, Layout(2, 2, {**single.degrees, name: 2}))
     assert takes_positions(get_train_spec("llama3").model_cls, single)
     assert not takes_positions(get_train_spec("gpt_oss").model_cls, single)
-    assert not any(takes_positions(get_train_spec("llama3").model_cls, single | {name: 2}) for name in single)
 
 
 def test_varlen_under_pipeline_parallelism_is_refused() -> None:
-    args = get_train_spec("llama3").model_args["8B_varlen"]
-    check_attention(args, "8B_varlen", 1)
+    config = job()
+    config.model.name, config.model.flavor = "llama3", "8B_varlen"
+    make_job(config, 2, 2)
+    config.parallelism.pipeline_parallel_degree = 2
     with pytest.raises(ConfigError, match="has varlen attention, whose masks pipeline parallelism"):
-        check_attention(args, "8B_varlen", 2)
+        make_job(config, 2, 2)
 
 
 def test_tokenizer_without_an_eos_is_refused_where_masks_need_one(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchtitan.tools.logging import init_logger
 
-from examples.mosaic_streaming.checkpoint.state import STATE_VERSION, differences, unpack
+from examples.mosaic_streaming.checkpoint.fingerprint import differences
+from examples.mosaic_streaming.checkpoint.state import STATE_VERSION, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.reading import write_turns

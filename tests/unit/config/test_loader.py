@@ -10,9 +10,10 @@ from llmfoundry.data import StreamingTextDataset
 from streaming import StreamingDataset
 from streaming.base.storage import CloudDownloader, LocalDownloader
 
-from examples.mosaic_streaming.build import warnings_of_patience
-from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.config.loader import ResolvedLoader
+from examples.mosaic_streaming.config.warnings import warnings_of_timeouts
 from examples.mosaic_streaming.errors import ConfigError
+from tests.support import streams as support
 from tests.support.streams import write_stream
 
 
@@ -27,7 +28,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    return resolve(config, "loader.toml", seq_len=16, local_batch_size=8, replication=4)
+    return support.resolved(config, replication=4).config
 
 
 def refuse(config: dict[str, Any], message: str) -> None:
@@ -215,4 +216,5 @@ def test_local_folder_is_one_however_it_is_called(config: dict[str, Any]) -> Non
 )
 def test_store_that_ranks_would_not_wait_for_is_warned_of(remote: str, warns: bool) -> None:
     stream = {"remote": remote, "local": "/cache", "download_retry": 3, "download_timeout": 60}
-    assert any("3 (download_retry) x 60 s" in line for line in warnings_of_patience(stream, 100, "x.toml")) is warns
+    loader = ResolvedLoader({"name": "text", "dataset": stream}, "x.toml", False)
+    assert any("3 (download_retry) x 60 s" in line for line in warnings_of_timeouts(loader, 100)) is warns

@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 from llmfoundry import registry
 from streaming import Stream, StreamingDataset
 
-from examples.mosaic_streaming.config.loader import resolve
-from examples.mosaic_streaming.config.typed import has_type
-from examples.mosaic_streaming.config.values import LIMITS, WITH_UNITS, hints_of
+from examples.mosaic_streaming.config.values import LIMITS, WITH_UNITS, has_type, hints_of
 from examples.mosaic_streaming.errors import ConfigError
+from tests.support import streams as support
 from tests.support.streams import write_stream
 
 TOP = hints_of(registry.dataloaders.get("text"))
@@ -55,7 +54,7 @@ def with_value(config: dict[str, Any], place: str, key: str, value: Any) -> dict
 
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
-    return resolve(config, "loader.toml", seq_len=16, local_batch_size=8, replication=1)
+    return support.resolved(config).config
 
 
 def test_all_numbers_that_the_loader_has_are_tried() -> None:

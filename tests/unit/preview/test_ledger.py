@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
-from examples.mosaic_streaming.preview.offline import Offline
 from tests.support.looking import offline, preview, quietly
 from tests.support.streams import BATCHING, SEQ_LEN, WEIGHTS, job, mixture, read_steps
 
@@ -26,7 +26,7 @@ def test_ledger_counts_what_is_delivered(
     of_a = np.cumsum([sum(sample < 50 for sample in step) for step in read])
     at = (1, 5, 9, 10, 11, STEPS)
 
-    def look(opened: Offline) -> Any:
+    def look(opened: JobData) -> Any:
         history = opened.from_beginning()
         return [ledger(opened, history, step, quietly) for step in at], shares_over_steps(
             opened, history, STEPS, quietly

@@ -11,7 +11,9 @@ from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.offline import Layout, layout_of, open_offline
+from examples.mosaic_streaming.preview.job_data import check_ranks, open_job_data
+from examples.mosaic_streaming.sampling.placement import Layout
+from examples.mosaic_streaming.titan import make_job
 from tests.support.looking import offline
 from tests.support.ranks import can_make_nodes, run_rank_values
 from tests.support.reading import write_turns
@@ -79,7 +81,7 @@ def looked_up(
     found: list[list[list[list[int]]]] = offline(
         config,
         lambda opened: [
-            opened.global_batch(step, start and History(opened.streams.order, (start,))).tolist() for step in steps
+            opened.global_batch(step, start and History(opened.opened.order, (start,))).tolist() for step in steps
         ],
         job_config,
         world_size=4,
@@ -145,8 +147,8 @@ def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[
         job_config.model.name = "llama3_mosaic"
         for names in (["a"], ["b"], ["a", "b"]):
             file = LoaderFile(mixture({name: streams[name] for name in names}), "loader.toml")
-            with open_offline(job_config, file, None, 1, None, AbortChannel()) as opened:
-                found.append((opened.streams.dataset.num_samples, opened.streams.names))
+            with open_job_data(job_config, [], file, None, 1, None, AbortChannel()) as data:
+                found.append((data.opened.dataset.num_samples, data.opened.names))
         return found
 
     assert run_rank_values(run) == [[(50, ["a"]), (33, ["b"]), (83, ["a", "b"])]]
@@ -164,11 +166,11 @@ def test_layout_that_does_not_fit_is_refused(world_size: int, ranks_per_node: in
     config = job()
     config.parallelism.tensor_parallel_degree = 2
     with pytest.raises(ConfigError, match=message):
-        layout_of(config, world_size, ranks_per_node)
+        make_job(config, world_size, check_ranks(world_size, ranks_per_node))
 
 
 def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:
-    assert [layout_of(job(), size, None).ranks_per_node for size in (1, 6, 8, 12, 64)] == [1, 6, 8, 4, 8]
+    assert [check_ranks(size, None) for size in (1, 6, 8, 12, 64)] == [1, 6, 8, 4, 8]
     layout = Layout(16, 8, {"pp": 2, "dp_replicate": 1, "dp_shard": 2, "cp": 1, "tp": 4})
     assert (layout.dp_world_size, layout.nodes) == (2, 2)
     assert layout.readers() == [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]]
@@ -176,7 +178,7 @@ def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:
 
 def test_timeout_of_a_jobs_workers_is_none_of_a_reader_without(tmp_path: Path) -> None:
     config = loader_config(write_stream(tmp_path / "stream", 8), num_workers=2) | {"timeout": 30}
-    given, own = offline(config, lambda opened: (opened.config["timeout"], opened.streams.loader.timeout))
+    given, own = offline(config, lambda data: (data.config.config["timeout"], data.opened.loader.timeout))
     assert (given, own) == (30, 0)
 
 

@@ -16,7 +16,7 @@ from streaming import MDSWriter
 
 from examples.mosaic_streaming.preview import plan as planning
 from examples.mosaic_streaming.preview.__main__ import main
-from examples.mosaic_streaming.preview.offline import Offline
+from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.plan import first_repeat, is_again, ranges
 from tests.support.jobs import command
 from tests.support.looking import offline, preview, printed, quietly
@@ -51,7 +51,7 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
         True,
     )
 
-    def bound(opened: Offline) -> Any:
+    def bound(opened: JobData) -> Any:
         planning.EXACT = 0
         return first_repeat(opened, opened.from_beginning(), quietly), opened.steps_per_epoch
 

@@ -6,7 +6,7 @@ from typing import Any
 from streaming import MDSWriter
 from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.preview.offline import Offline
+from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.rows import CONTEXT, PADDING, TARGET, Row, rows_of
 from tests.support.looking import offline, preview
 from tests.support.reading import TURN, write_turns
@@ -102,7 +102,7 @@ def test_equal_samples_of_a_packed_batch_are_named_each_once(tmp_path: Path) -> 
 
 
 def test_sample_is_its_tokens_without_padding(tmp_path: Path) -> None:
-    def tokens(opened: Offline) -> list[list[int]]:
+    def tokens(opened: JobData) -> list[list[int]]:
         return [opened.tokens(sample) for sample in (0, 1)]
 
     found = offline(finetuning(tmp_path, 2), tokens, job(seq_len=64))

@@ -2,14 +2,12 @@
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
 
 import pytest
 
-from examples.mosaic_streaming import build
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.upstream.memory import memory_limit
+from examples.mosaic_streaming.sampling import memory
+from examples.mosaic_streaming.sampling.memory import memory_limit
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NONE_V1 = 9223372036854771712
@@ -51,10 +49,10 @@ def test_without_cgroups_it_is_the_machines(tmp_path: Path) -> None:
 
 
 def test_epoch_that_the_limit_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = limit(tmp_path, "0::/", {"sys/fs/cgroup/memory.max": 4_700_000_000})
-    monkeypatch.setattr(build, "memory_limit", lambda: memory)
-    build.check_memory(cast(Any, SimpleNamespace(epoch_size=100_000_000)), "loader.toml")
+    bytes_free = limit(tmp_path, "0::/", {"sys/fs/cgroup/memory.max": 4_700_000_000})
+    monkeypatch.setattr(memory, "memory_limit", lambda: bytes_free)
+    memory.check_memory(100_000_000, "loader.toml")
     with pytest.raises(
         ConfigError, match=r"An epoch of 200,000,000 samples takes about 9\.4 GB .* of 4\.7 GB that a process may use"
     ):
-        build.check_memory(cast(Any, SimpleNamespace(epoch_size=200_000_000)), "loader.toml")
+        memory.check_memory(200_000_000, "loader.toml")

@@ -50,7 +50,7 @@ def test_delivered_shares_are_those_of_the_table(streams: dict[str, str], weight
         loader = build_loader(config, job(TOTAL // 2, TOTAL))
         batches, found = iter(loader), Counter[str]()
         bounds = [(name, first) for name, first in zip(SIZES, (0, 400, 700), strict=True)]
-        samples = loader._order.left(0)
+        samples = loader._order.remaining(0)
         for _ in range(samples // TOTAL * 2):
             for sample in (next(batches)[0]["input"][:, 0] - FIRST_ID).tolist():
                 found[[name for name, first in bounds if sample >= first][-1]] += 1

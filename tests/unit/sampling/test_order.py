@@ -13,7 +13,7 @@ from streaming.base.shuffle import algos as shuffle_algos
 from streaming.base.world import World
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.sampling.order import epoch_samples, whole
+from examples.mosaic_streaming.sampling.order import epoch_samples, round_down
 from tests.support.ranks import dp_ranks_of, run_rank_values
 from tests.support.streams import (
     BATCHING,
@@ -71,10 +71,10 @@ def test_epoch_is_as_long_as_reckoned_and_repeats_what_is_asked_alone(
     def read() -> tuple[int, int, list[int], list[list[int]]]:
         loader = build_loader(config, job(2, 8))
         dataset, order = loader._dataset, loader._order
-        samples = read_samples(loader, order.left(0) // 2)
+        samples = read_samples(loader, order.remaining(0) // 2)
         given = batching_methods[order.batching_method](dataset, World(1, 1, 1, 0), 0, 0)
         assert int((given >= 0).sum()) == order.epoch_samples
-        return order.left(0), order.epoch_samples, [int(stream.choose) for stream in dataset.streams], samples
+        return order.remaining(0), order.epoch_samples, [int(stream.choose) for stream in dataset.streams], samples
 
     [(length, given, choose, samples)] = run_rank_values(read)
     assert given - 8 < length <= given
@@ -177,4 +177,4 @@ def test_streams_that_fill_no_batch_are_refused_with_their_samples(
 def test_whole_epoch_of_one_canonical_node_leaves_nothing_out() -> None:
     assert epoch_samples("random", [50, 33], [0.6, 0.4], 1, 8, 2) == 83
     assert epoch_samples("random", [50, 33], [0.6, 0.4], 4, 8, 2) == 80
-    assert whole(7, 8) == 0
+    assert round_down(7, 8) == 0

@@ -10,7 +10,7 @@ from streaming.base.world import World
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torchtitan.distributed import ParallelDims
 
-from examples.mosaic_streaming.sampling.placement import deal, dp_ranks_per_node, sample_world
+from examples.mosaic_streaming.sampling.placement import Layout, assign_to_ranks
 from tests.support.ranks import dp_ranks_of, run_rank_values
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -32,9 +32,8 @@ def layouts(draw: st.DrawFn) -> dict[str, int]:
 def worlds_of(layout: dict[str, int]) -> list[World]:
     """The world of samples of every rank."""
     dp_ranks = dp_ranks_of(layout)
-    dp = max(dp_ranks) + 1
-    per_node = dp_ranks_per_node(len(dp_ranks), dp, layout["pp"], layout["local_world_size"])
-    return [sample_world(dp_rank, dp, per_node) for dp_rank in dp_ranks]
+    made = Layout(len(dp_ranks), layout["local_world_size"], layout)
+    return [made.world(dp_rank) for dp_rank in dp_ranks]
 
 
 def test_dp_ranks_are_those_of_torchtitans_mesh() -> None:
@@ -71,7 +70,7 @@ def test_peers_take_the_same_samples_and_dp_ranks_together_each_global_batch_onc
     for world, dp_rank in zip(worlds, dp_ranks, strict=True):
         shape = World(world.num_nodes, world.ranks_per_node, max(1, workers), 0)
         if not taken:
-            dealt = deal(in_order, shape, local_batch_size, local_batch_size if per_device else 1)
+            dealt = assign_to_ranks(in_order, shape, local_batch_size, local_batch_size if per_device else 1)
         # DataLoader takes a batch of each worker in turn.
         batches = dealt[world.node, world.rank_of_node].transpose(1, 0, 2).reshape(-1, local_batch_size)
         batches = batches[batches[:, 0] >= 0].reshape(steps, -1)
@@ -88,7 +87,7 @@ def test_machine_reads_from_no_more_canonical_nodes_than_its_share(layout: dict[
     worlds = worlds_of(layout)
     dp, per_node = worlds[0].num_ranks, worlds[0].ranks_per_node
     size = layout["local_world_size"]
-    samples = deal(np.arange(4 * dp), World(worlds[0].num_nodes, per_node, 1, 0), 1)
+    samples = assign_to_ranks(np.arange(4 * dp), World(worlds[0].num_nodes, per_node, 1, 0), 1)
     for first in range(0, len(worlds), size):
         machine = worlds[first : first + size]
         canonical = {s % worlds[0].num_nodes for w in machine for s in samples[w.node, w.rank_of_node].ravel().tolist()}
@@ -100,14 +99,14 @@ def test_machine_reads_from_no_more_canonical_nodes_than_its_share(layout: dict[
 
 
 def test_samples_of_a_device_batch_stay_together() -> None:
-    dealt = deal(np.arange(24), World(2, 2, 1, 0), 3, together=3)
+    dealt = assign_to_ranks(np.arange(24), World(2, 2, 1, 0), 3, group_size=3)
     assert dealt[0, 0, 0].tolist() == [[0, 1, 2], [12, 13, 14]]
     assert dealt[1, 1, 0].tolist() == [[9, 10, 11], [21, 22, 23]]
 
 
 def test_example_of_eight_machines() -> None:
     """tp 8: each machine feeds one dp rank, so each is a node of samples."""
-    assert dp_ranks_per_node(world_size=64, dp_world_size=8, pp=1, local_world_size=8) == 1
-    assert sample_world(5, 8, 1).num_nodes == 8
-    assert dp_ranks_per_node(world_size=64, dp_world_size=32, pp=2, local_world_size=8) == 8
-    assert dp_ranks_per_node(world_size=8, dp_world_size=2, pp=4, local_world_size=8) == 2
+    alone = dict.fromkeys(DEGREES, 1)
+    assert Layout(64, 8, alone | {"dp_shard": 8, "tp": 8}).world(5).num_nodes == 8
+    assert Layout(64, 8, alone | {"dp_shard": 32, "pp": 2}).world().ranks_per_node == 8
+    assert Layout(8, 8, alone | {"dp_shard": 2, "pp": 4}).world().ranks_per_node == 2

@@ -15,11 +15,11 @@ from streaming import Stream
 from streaming.base.storage.download import DOWNLOADER_MAPPINGS, LocalDownloader
 
 from examples.mosaic_streaming.config.folders import check_folders, default_cache, is_url, private_root
-from examples.mosaic_streaming.config.loader import folders_of, place_streams, resolve
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import IN_USE, MARKER
 from examples.mosaic_streaming.shards.prepare import prepare_streams
 from examples.mosaic_streaming.shards.stream import CheckedStream, Storing, make_checked, size_of
+from tests.support import streams as support
 from tests.support.ranks import CLONE_NEWNS, MS_PRIVATE, MS_REC, call_libc, can_make_nodes, run_rank_values, run_ranks
 from tests.support.reading import read_job
 from tests.support.streams import loader_config, mark, mixture, tree, write_stream
@@ -31,8 +31,7 @@ OTHER_USER = 12345
 
 def resolved(config: dict[str, Any]) -> dict[str, Any]:
     """`dataset` as streaming gets it."""
-    dataset: dict[str, Any] = resolve(config, "loader.toml", seq_len=16, local_batch_size=8, replication=1)["dataset"]
-    return dataset
+    return support.resolved(config).dataset
 
 
 def refuse(config: dict[str, Any], message: str) -> None:
@@ -182,10 +181,11 @@ def test_validation_neither_empties_trainings_streams_nor_has_its_emptied(tmp_pa
     streams = {name: {"local": str(write_stream(tmp_path / name, 4))} for name in ("train", "val")}
 
     def check(train: dict[str, Any], validation: dict[str, Any]) -> None:
-        both = [{"dataset": dict(stream)}["dataset"] for stream in (train, validation)]
-        for dataset, path in zip(both, ("train.toml", "val.toml"), strict=True):
-            place_streams(dataset, path)
-        one, other = (folders_of(dataset, path) for dataset, path in zip(both, ("train.toml", "val.toml"), strict=True))
+        both = zip((train, validation), ("train.toml", "val.toml"), strict=True)
+        one, other = (
+            support.resolved({"name": "text", "dataset": dict(stream)}, source=source).folders
+            for stream, source in both
+        )
         check_folders(other, one)
 
     for reads, keeps in (("train", "val"), ("val", "train")):
@@ -213,8 +213,7 @@ def prepare(config: dict[str, Any], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     folder.chmod(0o1777)
     tempfile.tempdir = str(folder)
-    complete = resolve(config, "loader.toml", seq_len=16, local_batch_size=8, replication=1)
-    prepare_streams(complete, "loader.toml")
+    prepare_streams(support.resolved(config))
 
 
 def test_default_cache_is_this_users_alone(tmp_path: Path, train: Path) -> None:

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming import build
+from examples.mosaic_streaming import dataloader
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.v0_2 import job_values
-from examples.mosaic_streaming.titan.v0_2.job_config import check_job, import_custom, load_job_config
+from examples.mosaic_streaming.titan.v0_2.checks import check_job, check_training
+from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config
 from examples.mosaic_streaming.titan.v0_2.job_values import AT_LEAST, leaves, wrong_job_values
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses
@@ -50,7 +51,7 @@ def check(*flags: str, ranks: int = 1) -> None:
     )
     check_job(job_config, False, ranks)
     import_custom(job_config)
-    build.check_training(job_config, ranks)
+    check_training(job_config, ranks)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +226,7 @@ def crashed(files: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: s
 
 
 def test_error_in_our_own_code_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = crashed(files, monkeypatch, build, "check_memory", KeyError("ours"))
+    rank = crashed(files, monkeypatch, dataloader, "check_memory", KeyError("ours"))
     assert "Traceback" in rank.output and rank.output.splitlines()[-1] == "KeyError: 'ours'"
 
 

@@ -1,26 +1,32 @@
 """TrainSpecs that read Mosaic streams, made on demand from TorchTitan's own: `llama3_mosaic` from `llama3`."""
 
 import dataclasses
+import os
 from typing import Any
 
 import torch.distributed as dist
 from torchtitan.components.metrics import MetricsProcessor, build_metrics_processor
+from torchtitan.config import JobConfig
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.models import _supported_models
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
+from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.documents import within_documents
-from examples.mosaic_streaming.build import build_mosaic_dataloader
 from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.config.job import Job
+from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.config.warnings import warnings_of_validation
+from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.metrics import log_data
-from examples.mosaic_streaming.rounds import resolve_validation
+from examples.mosaic_streaming.titan.v0_2.documents import within_documents
+from examples.mosaic_streaming.titan.v0_2.job import make_job
+from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from examples.mosaic_streaming.upstream import cpu
-from examples.mosaic_streaming.validator import MosaicValidator
+from examples.mosaic_streaming.validator import build_validation_loader, resolve_validation
 
 SUFFIX = "_mosaic"
 
@@ -98,33 +104,37 @@ def mosaic_spec(
         channel: tells all ranks why one stops.
     """
 
-    built: list[MosaicDataLoader] = []
-    """TorchTitan builds the metrics after the loader, and doesn't show it to them (torchtitan 0.2.2, train.py)."""
+    built: list[tuple[Job, MosaicDataLoader]] = []
+    """TorchTitan doesn't show the loader to what it builds later (torchtitan 0.2.2, train.py)."""
 
-    def build_dataloader(**arguments: Any) -> Any:
+    def build_loader(dp_rank: int, tokenizer: Any, job_config: JobConfig, **arguments: Any) -> MosaicDataLoader:
         channel.exit_on_signals()  # from here on there is something to close
-        loader = build_mosaic_dataloader(
-            loader_config=train.config, loader_config_path=train.path, channel=channel, **arguments
-        )
-        if validation and arguments["job_config"].validation.enable:  # say what is wrong before a model is built
-            replication = dist.get_world_size() // arguments["dp_world_size"]
-            resolve_validation(arguments["job_config"], replication, validation, train)
-        built.append(loader)
+        job = make_job(job_config, dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
+        config = resolve(train, job.training, job.layout.replication)
+        if validation and job.validation:  # before a model is built
+            resolve_validation(validation, job, config)
+        loader = build_mosaic_dataloader(job, dp_rank, tokenizer, config, channel)
+        built.append((job, loader))
         return loader
 
     def build_metrics(*arguments: Any) -> MetricsProcessor:
         build = spec.build_metrics_processor_fn or build_metrics_processor
-        return log_data(build(*arguments), built[-1])
+        return log_data(build(*arguments), built[-1][1])
 
-    def build_validator(**arguments: Any) -> Any:
+    def build_validator(dp_rank: int, tokenizer: Any, **arguments: Any) -> MosaicValidator:
+        job, loader = built[-1]
         assert validation is not None
-        return MosaicValidator(validation_file=validation, train_file=train, **arguments)
+        config = resolve_validation(validation, job, loader.config)
+        for warning in warnings_of_validation(config, loader.config) if is_rank_0() else []:
+            logger.warning(warning)
+        rounds = build_validation_loader(job, dp_rank, tokenizer, config)
+        return MosaicValidator(loader=rounds, tokenizer=tokenizer, **arguments)
 
     return dataclasses.replace(
         spec,
         model_cls=within_documents(spec.model_cls),
-        build_tokenizer_fn=build_tokenizer,
-        build_dataloader_fn=build_dataloader,
+        build_tokenizer_fn=lambda job_config: build_tokenizer(job_config.model.hf_assets_path),
+        build_dataloader_fn=build_loader,
         build_validator_fn=build_validator,
         build_metrics_processor_fn=build_metrics,
         parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),

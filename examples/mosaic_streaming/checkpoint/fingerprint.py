@@ -1,0 +1,160 @@
+"""The fingerprint of the data: what decides which samples come next, and what is in them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from streaming import Stream, StreamingDataset
+from streaming.base.format import Reader
+from torchtitan.components.tokenizer import HuggingFaceTokenizer
+
+from examples.mosaic_streaming.config.assets import explained
+from examples.mosaic_streaming.config.loader import ResolvedLoader
+from examples.mosaic_streaming.errors import ConfigError, text_table
+from examples.mosaic_streaming.sampling.order import Order
+
+Fingerprint = dict[str, Any]
+"""What a checkpoint records of the data, by the setting's name; values are those of JSON."""
+
+ORDER_KEYS = ("num_canonical_nodes", "shuffle", "shuffle_seed", "sampling_method", "sampling_granularity", "epoch_size")
+OTHER_KEYS = {
+    *("streams", "stream_name", "stream_config", "batching_method", "shuffle_algo", "shuffle_block_size"),
+    *("local", "remote", "split", "download_retry", "download_timeout", "validate_hash", "keep_zip"),
+    *("predownload", "cache_limit", "allow_unsafe_types", "replication", "partition_algo", "max_seq_len"),
+    *("eos_token_id", "override_eos_token_id_mismatch_error"),
+    *("bos_token_id", "override_bos_token_id_mismatch_error"),
+}
+"""Settings of `dataset` that are recorded in another way, or that change neither samples nor their order."""
+
+ASSETS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
+CONFIG_KEYS = ("bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
+"""Of tokenizer_config.json, what decides ids."""
+
+START_ANEW = (
+    "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader, for this one start: "
+    "each one that has the flag begins anew"
+)
+
+
+def fingerprint_of(
+    loader: ResolvedLoader, dataset: StreamingDataset, order: Order, seq_len: int, tokenizer: HuggingFaceTokenizer
+) -> Fingerprint:
+    """The fingerprint of a loader's data. Paths, workers and caches are not in it.
+
+    Args:
+        loader: its configuration.
+        dataset: built from it.
+        order: the dataset's.
+        seq_len: `training.seq_len`, in tokens.
+        tokenizer: the model's.
+    """
+    data: Fingerprint = {"name": loader.name, "training.seq_len": seq_len}
+    data["model.hf_assets_path"] = f"tokenizer {digest(tokenizer_fingerprint(tokenizer))}"
+    data["dataset.max_seq_len"] = loader.dataset["max_seq_len"]
+    for number, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
+        data[f"stream {number + 1}"] = {"name": name} | describe_stream(stream, shards_of(dataset, number))
+    data["dataset.batching_method"] = order.batching_method
+    if order.batching_method in ("per_stream", "stratified"):
+        data["training.global_batch_size"] = order.global_batch_size
+    if order.group_size > 1 or order.packed:
+        samples = "samples packed into a batch" if order.packed else "training.local_batch_size"
+        data[samples] = order.local_batch_size
+    data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
+    if dataset.shuffle:
+        data["dataset.shuffle_algo"] = dataset.shuffle_algo
+        # The default is streaming 0.13.0's, base/dataset.py, which fills it in when it is first iterated.
+        default = max(4_000_000 // loader.dataset["num_canonical_nodes"], 1 << 18)
+        data["dataset.shuffle_block_size"] = dataset.shuffle_block_size or default
+    rest = sorted(set(loader.dataset) - OTHER_KEYS - set(ORDER_KEYS))
+    data |= {f"dataset.{key}": loader.dataset[key] for key in rest}
+    fingerprint: Fingerprint = json.loads(json.dumps(data))  # as it will be read back
+    return fingerprint
+
+
+def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
+    """The shards of a stream, by its number."""
+    begin = int(dataset.shard_offset_per_stream[stream])
+    return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
+
+
+def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
+    """Size, weight and index of a stream; of the index only what says which samples there are."""
+    index = [
+        [
+            shard.samples,
+            getattr(shard, "column_names", None),
+            getattr(shard, "column_encodings", None),
+            [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs],
+        ]
+        for shard in shards
+    ]
+    return {
+        "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
+        "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
+    }
+
+
+def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
+    """The content of the assets that ids depend on, whichever versions of the libraries read them.
+
+    Raises:
+        ConfigError: a file that neither of the libraries has read is damaged.
+    """
+    config = tokenizer.config
+    found: list[object] = [
+        {key: config.get(key, getattr(tokenizer, key, None)) for key in CONFIG_KEYS} if config else None
+    ]
+    with explained(tokenizer.tokenizer_path, "Python"):
+        for name in ASSETS:
+            if (file := Path(tokenizer.tokenizer_path, name)).is_file():
+                text = file.read_text()
+                found += [name, json.loads(text) if name.endswith(".json") else text]
+    return found
+
+
+def digest(value: object) -> str:
+    """A short hash of a value of JSON."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def check_same_data(saved: Fingerprint, now: Fingerprint, source: str) -> None:
+    """Raise ConfigError, with all differences, unless the samples that come next are those of the saved run.
+
+    Args:
+        saved: that of the checkpoint.
+        now: that of this run.
+        source: the file that configures the loader.
+    """
+    if rows := differences(saved, now):
+        raise ConfigError(
+            f"The checkpoint was written on other data. Going on from it would not give the samples that come next.\n"
+            f"{text_table(['setting', 'checkpoint', 'now'], rows)}\n"
+            f"Restore these in {source} and the job config, or {START_ANEW}."
+        )
+
+
+def differences(saved: Fingerprint, now: Fingerprint) -> list[list[str]]:
+    """The settings that differ, each with both values; a stream's name makes no difference."""
+    rows = []
+    for key in [*saved, *(key for key in now if key not in saved)]:
+        old, new = without_name(saved.get(key)), without_name(now.get(key))
+        if key.startswith("stream ") and isinstance(old, dict) and isinstance(new, dict):
+            label = f"{key} ({now[key].get('name')})"
+            changed = [part for part in new if old.get(part) != new[part]]
+            rows += [[f"{label}: {part}", shown(old.get(part)), shown(new[part])] for part in changed]
+        elif old != new:
+            rows.append([key, shown(old), shown(new)])
+    return rows
+
+
+def without_name(value: Any) -> Any:
+    """A value without the name of a stream."""
+    return {part: value[part] for part in value if part != "name"} if isinstance(value, dict) else value
+
+
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
+    if isinstance(value, dict):
+        return ", ".join(map(str, value.values()))
+    return "not set" if value is None else str(value)

@@ -1,0 +1,49 @@
+"""Attention that stays within documents: llm-foundry's `sequence_id` as TorchTitan's attention masks."""
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtitan.components.tokenizer import BaseTokenizer
+from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
+
+from examples.mosaic_streaming.batch.documents import SEQUENCE_ID, ends
+from examples.mosaic_streaming.sampling.placement import Layout
+
+
+def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
+    """A model whose attention masks follow the batch's `sequence_id`, where there is one.
+
+    Source: TorchTitan makes masks from the input's EOS tokens (torchtitan 0.2.2, models/attention.py), which chats and
+    prompts have anywhere. It is given marks instead of tokens, and makes the same kind of mask from them.
+    """
+
+    def get_attention_masks(
+        self: Any, input_batch: Tensor, tokenizer: BaseTokenizer, extra_inputs: dict[str, Tensor] | None = None
+    ) -> Any:
+        sequence_id = (extra_inputs or {}).pop(SEQUENCE_ID, None)  # the model's `forward` doesn't take it
+        if sequence_id is not None:
+            assert tokenizer.eos_id is not None
+            input_batch = torch.where(ends(sequence_id), tokenizer.eos_id, tokenizer.eos_id + 1)
+        return model_cls.get_attention_masks(self, input_batch, tokenizer, extra_inputs)
+
+    return type(model_cls.__name__, (model_cls,), {"get_attention_masks": get_attention_masks})
+
+
+def masks_documents(model_args: BaseModelArgs) -> bool:
+    """Whether attention of a flavor can be kept within documents."""
+    attention = getattr(model_args, "attn_type", "sdpa")
+    return attention in ("flex", "varlen") and getattr(model_args, "attn_mask_type", "") == "block_causal"
+
+
+def takes_positions(model_cls: type[ModelProtocol], layout: Layout) -> bool:
+    """Whether a model can be given positions.
+
+    Where it can't, positions continue through the whole row. With rotary embeddings, which know distances alone, that
+    is the same. Under pp only the first stage would get positions, cp makes its own, and tp doesn't expect any
+    (torchtitan 0.2.2, train.py, distributed/context_parallel.py, models/*/infra).
+    """
+    return "positions" in inspect.signature(model_cls.forward).parameters and all(
+        layout.degrees[name] == 1 for name in ("pp", "cp", "tp")
+    )
