@@ -58,6 +58,7 @@ format: .venv/.synced
 lint: .venv/.synced
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
 
 typecheck: .venv/.synced
 	$(BIN)/mypy $(SOURCES)

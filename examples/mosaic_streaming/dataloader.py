@@ -18,38 +18,72 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.collate import DROPPED_TOKENS, PACKED_TOKENS, Collator, use_fast_collator
-from examples.mosaic_streaming.batch.convert import BatchSpec, TitanBatch, convert
-from examples.mosaic_streaming.batch.first_samples import check_first_samples
-from examples.mosaic_streaming.batch.iterator import Batches
-from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
-from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint, check_same_data, fingerprint_of
-from examples.mosaic_streaming.checkpoint.history import Segment, go_on
-from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
-from examples.mosaic_streaming.checkpoint.state import State, check_position, pack, unpack
-from examples.mosaic_streaming.config.job import BatchShape, Job
-from examples.mosaic_streaming.config.loader import ResolvedLoader, dataset_keys, takes, without_token_ids
-from examples.mosaic_streaming.config.warnings import warnings_of
-from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.distributed.agreement import check_peers
-from examples.mosaic_streaming.distributed.store import check_machines, new_job_id, on_each_node, on_rank_0, open_store
+from examples.mosaic_streaming.batch import (
+    DROPPED_TOKENS,
+    PACKED_TOKENS,
+    Batches,
+    BatchSpec,
+    Collator,
+    TitanBatch,
+    check_first_samples,
+    choose_ratio,
+    convert,
+    use_fast_collator,
+)
+from examples.mosaic_streaming.checkpoint import (
+    ConsumedCounts,
+    ConsumptionCounter,
+    Fingerprint,
+    Progress,
+    Segment,
+    State,
+    check_position,
+    check_same_data,
+    fingerprint_of,
+    go_on,
+    pack,
+    unpack,
+)
+from examples.mosaic_streaming.config import (
+    BatchShape,
+    Job,
+    ResolvedLoader,
+    dataset_keys,
+    takes,
+    warnings_of,
+    without_token_ids,
+)
+from examples.mosaic_streaming.distributed import (
+    AbortChannel,
+    check_machines,
+    check_peers,
+    new_job_id,
+    on_each_node,
+    on_rank_0,
+    open_store,
+)
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.sampling.memory import check_memory
-from examples.mosaic_streaming.sampling.mixture import log_mixture
-from examples.mosaic_streaming.sampling.order import (
+from examples.mosaic_streaming.sampling import (
     Order,
     check_blocks,
     check_epoch,
+    check_memory,
     global_batch,
+    log_mixture,
     round_down,
     set_order,
     start_at,
 )
-from examples.mosaic_streaming.shards.columns import check_columns
-from examples.mosaic_streaming.shards.dataset import CheckedDataset, check_dataset
-from examples.mosaic_streaming.shards.fetch_stats import FetchCounts, FetchStats, fetch_stats_file
-from examples.mosaic_streaming.shards.prepare import prepare_streams
-from examples.mosaic_streaming.shards.stream import CheckedStream
+from examples.mosaic_streaming.shards import (
+    CheckedDataset,
+    CheckedStream,
+    FetchCounts,
+    FetchStats,
+    check_columns,
+    check_dataset,
+    fetch_stats_file,
+    prepare_streams,
+)
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_pad_token, check_tokenizer
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 

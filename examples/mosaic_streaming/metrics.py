@@ -5,7 +5,7 @@ from typing import Any
 from torchtitan.components.metrics import MetricsProcessor
 from torchtitan.tools.utils import Color, NoColor
 
-from examples.mosaic_streaming.checkpoint.progress import Progress
+from examples.mosaic_streaming.checkpoint import Progress
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.upstream.patch import replaced
 

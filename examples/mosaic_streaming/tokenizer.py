@@ -7,14 +7,11 @@ from typing import Any
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from examples.mosaic_streaming.config.assets import check_folder, explained
-from examples.mosaic_streaming.config.job import Job
+from examples.mosaic_streaming.batch import PROBE
+from examples.mosaic_streaming.config import Job, check_folder, explained
 from examples.mosaic_streaming.errors import ConfigError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at each fork of a dataloader worker
-
-PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
-"""A text on which two tokenizers that differ in normalization, splitting or merges give different ids."""
 
 
 def build_tokenizer(path: str) -> HuggingFaceTokenizer:

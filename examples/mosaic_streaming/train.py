@@ -1,4 +1,4 @@
-"""Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `flags.py`.
+"""Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `config/cli.py`.
 
 Like TorchTitan's own `train.py`, but the model's TrainSpec reads Mosaic streams. What takes long to import is imported
 where it is needed, so that `--help` and typing errors don't wait half a minute.
@@ -13,9 +13,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.config.cli import parse_flags
-from examples.mosaic_streaming.config.files import read_loaders, read_toml
-from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
+from examples.mosaic_streaming.config import parse_flags, read_loaders, read_toml
+from examples.mosaic_streaming.distributed import AbortChannel, handle_signals
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
@@ -64,7 +63,7 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming.checkpoint import state as resume
+    from examples.mosaic_streaming.checkpoint import explain_missing
     from examples.mosaic_streaming.upstream import cpu
     from examples.mosaic_streaming.upstream.rendezvous import fresh_rendezvous
 
@@ -106,7 +105,7 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
             log_stop(trainer, channel.stopped_by)
         if lost and not isinstance(error, DataError):
             raise DataError(lost) from error
-        if isinstance(error, CheckpointException) and (missing := resume.explain_missing(str(error))):
+        if isinstance(error, CheckpointException) and (missing := explain_missing(str(error))):
             raise ConfigError(missing) from error
         if refused:
             raise ConfigError(refused) from error

@@ -13,20 +13,20 @@ from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.convert import BatchSpec, TitanBatch, check_keys, to_titan_batch
-from examples.mosaic_streaming.batch.first_samples import check_first_samples
-from examples.mosaic_streaming.batch.iterator import Batches
-from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.folders import check_folders
-from examples.mosaic_streaming.config.job import Job
-from examples.mosaic_streaming.config.loader import ResolvedLoader, resolve, without_token_ids
+from examples.mosaic_streaming.batch import (
+    Batches,
+    BatchSpec,
+    TitanBatch,
+    check_first_samples,
+    check_keys,
+    to_titan_batch,
+)
+from examples.mosaic_streaming.config import Job, LoaderFile, ResolvedLoader, check_folders, resolve, without_token_ids
 from examples.mosaic_streaming.dataloader import batch_spec, open_loader
-from examples.mosaic_streaming.distributed.agreement import check_peers
-from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0
+from examples.mosaic_streaming.distributed import check_peers, new_job_id, on_each_node, on_rank_0
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.sampling.order import set_validation_order
-from examples.mosaic_streaming.shards.dataset import CheckedDataset
-from examples.mosaic_streaming.shards.prepare import prepare_streams
+from examples.mosaic_streaming.sampling import set_validation_order
+from examples.mosaic_streaming.shards import CheckedDataset, prepare_streams
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from examples.mosaic_streaming.batch.convert import TitanBatch
+from examples.mosaic_streaming.batch.titan_batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.make_demo_data import make_demo_data
 from examples.mosaic_streaming.train import main

@@ -16,7 +16,7 @@ from examples.mosaic_streaming.upstream import cpu
 
 cpu.prepare_torchtitan()
 
-from examples.mosaic_streaming.batch.convert import TitanBatch
+from examples.mosaic_streaming.batch.titan_batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.train import main
 from tests.support.streams import FIRST_ID

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import DataCollatorForLanguageModeling
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.shards.dataset import CheckedDataset, Failure
+from examples.mosaic_streaming.shards import CheckedDataset, Failure
 
 DROPPED_TOKENS, PACKED_TOKENS = "dropped_tokens", "packed_tokens"
 """Keys of a packed batch: how many tokens of its samples found no room in its rows, and how many did."""

@@ -12,14 +12,12 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch.collate import Collator
-from examples.mosaic_streaming.batch.convert import BatchSpec
 from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
-from examples.mosaic_streaming.config.job import BatchShape
-from examples.mosaic_streaming.config.loader import ResolvedLoader
+from examples.mosaic_streaming.batch.titan_batch import BatchSpec
+from examples.mosaic_streaming.config import BatchShape, ResolvedLoader
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.shards.columns import FORMS, columns_of, form_of
-from examples.mosaic_streaming.shards.dataset import CheckedDataset
+from examples.mosaic_streaming.shards import FORMS, CheckedDataset, columns_of, form_of
 
 SAMPLES, BYTES = 32, 1 << 20
 """Of a stream that are looked at, at most, but one sample at least."""

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from examples.mosaic_streaming.batch.collate import Collator, to_tensors
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.shards.dataset import Failure
+from examples.mosaic_streaming.shards import Failure
 from examples.mosaic_streaming.upstream.torchelastic import SIGNALS
 from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down_workers
 

@@ -11,8 +11,8 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch.collate import Collator
 from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
-from examples.mosaic_streaming.config.loader import MAX_RATIO, ResolvedLoader
-from examples.mosaic_streaming.sampling.order import set_order
+from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
+from examples.mosaic_streaming.sampling import set_order
 
 SAMPLES = 2_000
 """That are looked at, at most."""

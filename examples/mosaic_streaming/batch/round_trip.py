@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.tokenizer import PROBE
+
+PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
+"""A text on which two tokenizers that differ in normalization, splitting or merges give different ids."""
 
 FEWEST, MOST, PIECE = 512, 16_384, 256
 """Ids: fewer don't tell, more aren't looked at, and so many of each text at least."""

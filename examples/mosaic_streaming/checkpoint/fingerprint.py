@@ -9,10 +9,9 @@ from streaming import Stream, StreamingDataset
 from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from examples.mosaic_streaming.config.assets import explained
-from examples.mosaic_streaming.config.loader import ResolvedLoader
+from examples.mosaic_streaming.config import ResolvedLoader, explained
 from examples.mosaic_streaming.errors import ConfigError, text_table
-from examples.mosaic_streaming.sampling.order import Order
+from examples.mosaic_streaming.sampling import Order
 
 Fingerprint = dict[str, Any]
 """What a checkpoint records of the data, by the setting's name; values are those of JSON."""

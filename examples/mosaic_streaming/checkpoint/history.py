@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.sampling.order import Order
+from examples.mosaic_streaming.sampling import Order
 
 
 class Position(NamedTuple):

@@ -9,8 +9,8 @@ from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 from torchtitan.tools.utils import device_type
 
-from examples.mosaic_streaming.batch.convert import BatchSpec
-from examples.mosaic_streaming.shards.fetch_stats import FetchCounts
+from examples.mosaic_streaming.batch import BatchSpec
+from examples.mosaic_streaming.shards import FetchCounts
 
 
 class ConsumedCounts(NamedTuple):

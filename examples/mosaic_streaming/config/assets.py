@@ -5,12 +5,9 @@ import json
 import os
 import textwrap
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import tokenizers
-import transformers
-from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from examples.mosaic_streaming.errors import ConfigError
 
@@ -78,8 +75,8 @@ def explain(folder: Path, reader: str, error: Exception) -> str:
         )
     return (
         f"{reader} can't read the tokenizer ({type(error).__name__}: {textwrap.shorten(str(error), 200)}). Put "
-        f"{CONFIG} or tokenizer.json right, or save them anew with transformers {transformers.__version__} and "
-        f"tokenizers {tokenizers.__version__}, which read them here."
+        f"{CONFIG} or tokenizer.json right, or save them anew with transformers {version('transformers')} and "
+        f"tokenizers {version('tokenizers')}, which read them here."
     )
 
 
@@ -110,10 +107,12 @@ def fault_of_class(folder: Path, name: Any, error: str) -> str:
         else:
             add = '`tokenizer_class`: "GPT2Tokenizer" for a vocab.json and merges.txt like GPT-2\'s'
         return f"transformers can't tell which class the tokenizer is of. Add to {CONFIG}: {add}."
+    from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+
     known = isinstance(name, str) and (tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast"))
     if name is None or known:
         return ""
     return (
-        f"{CONFIG} has tokenizer_class = {name!r}, which transformers {transformers.__version__} doesn't know. "
+        f"{CONFIG} has tokenizer_class = {name!r}, which transformers {version('transformers')} doesn't know. "
         f"Set it to {FAST}."
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from examples.mosaic_streaming.sampling.placement import Layout
+    from examples.mosaic_streaming.sampling import Layout
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torchtitan.tools.logging import logger
 from torchtitan.tools.utils import device_type
 
-from examples.mosaic_streaming.batch.convert import TitanBatch
-from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint, differences, without_name
+from examples.mosaic_streaming.batch import TitanBatch
+from examples.mosaic_streaming.checkpoint import Fingerprint, differences, without_name
 from examples.mosaic_streaming.errors import DataError, text_table
 
 

@@ -8,9 +8,8 @@ import sys
 import warnings
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.config.cli import Parser, add_files, parse_known, split_flags
-from examples.mosaic_streaming.config.files import read_loaders, read_toml
-from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.config import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
+from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 USAGE = """\

@@ -9,17 +9,19 @@ from typing import Any, NamedTuple
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from examples.mosaic_streaming.checkpoint.fingerprint import differences
-from examples.mosaic_streaming.checkpoint.history import History, Segment, go_on
-from examples.mosaic_streaming.checkpoint.state import (
+from examples.mosaic_streaming.checkpoint import (
     STATE_KEY,
+    History,
+    Segment,
     State,
     check_position,
     damaged,
+    differences,
     explain_missing,
+    go_on,
     unpack,
 )
-from examples.mosaic_streaming.config.job import Checkpoints, Job
+from examples.mosaic_streaming.config import Checkpoints, Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import steps_with

@@ -10,8 +10,7 @@ from typing import Any
 import rich.progress
 from rich.console import Console
 
-from examples.mosaic_streaming.checkpoint.fingerprint import check_same_data
-from examples.mosaic_streaming.checkpoint.history import History
+from examples.mosaic_streaming.checkpoint import History, check_same_data
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview import plots
 from examples.mosaic_streaming.preview import tables as printing

@@ -26,14 +26,19 @@ from streaming.base.world import World
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.batch.collate import to_tensors
-from examples.mosaic_streaming.batch.convert import check_keys, is_padding
-from examples.mosaic_streaming.batch.first_samples import check_first_samples
-from examples.mosaic_streaming.checkpoint.history import History, Segment
-from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.job import BatchShape, Job
-from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, ResolvedLoader, resolve, without_token_ids
-from examples.mosaic_streaming.config.streams import is_local, streams_of
+from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
+from examples.mosaic_streaming.checkpoint import History, Segment
+from examples.mosaic_streaming.config import (
+    WITHOUT_WORKERS,
+    BatchShape,
+    Job,
+    LoaderFile,
+    ResolvedLoader,
+    is_local,
+    resolve,
+    streams_of,
+    without_token_ids,
+)
 from examples.mosaic_streaming.dataloader import (
     OpenLoader,
     batch_spec,
@@ -41,13 +46,10 @@ from examples.mosaic_streaming.dataloader import (
     open_loader,
     open_streams,
 )
-from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.distributed.store import new_job_id
+from examples.mosaic_streaming.distributed import AbortChannel, new_job_id
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.sampling.memory import check_memory
-from examples.mosaic_streaming.sampling.order import Order
-from examples.mosaic_streaming.sampling.placement import assign_to_ranks
-from examples.mosaic_streaming.shards.prepare import get_index, make_stream
+from examples.mosaic_streaming.sampling import Order, assign_to_ranks, check_memory
+from examples.mosaic_streaming.shards import get_index, make_stream
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.mosaic_streaming.checkpoint.history import History, Slice
+from examples.mosaic_streaming.checkpoint import History, Slice
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
 

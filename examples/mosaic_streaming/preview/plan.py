@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from examples.mosaic_streaming.checkpoint.fingerprint import shards_of
-from examples.mosaic_streaming.checkpoint.history import History
-from examples.mosaic_streaming.config.streams import has_cache
-from examples.mosaic_streaming.config.values import flat
+from examples.mosaic_streaming.checkpoint import History, shards_of
+from examples.mosaic_streaming.config import flat, has_cache
 from examples.mosaic_streaming.preview.checkpoint import Saved
 from examples.mosaic_streaming.preview.job_data import JobData, open_validation
 from examples.mosaic_streaming.preview.ledger import Watched
-from examples.mosaic_streaming.sampling.memory import ORDER_BYTES
-from examples.mosaic_streaming.sampling.mixture import mixture
+from examples.mosaic_streaming.sampling import ORDER_BYTES, stream_shares
 from examples.mosaic_streaming.validator import size_of_round
 
 EXACT = 20_000_000
@@ -37,7 +34,7 @@ def plan(data: JobData, history: History | None, watched: Watched) -> dict[str, 
         watched: shows how far it is, where it takes long.
     """
     streams = data.opened
-    parts = mixture(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
+    parts = stream_shares(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
     return {
         "streams": [part._asdict() | sizes_of(data, number) for number, part in enumerate(parts)],
         "epoch": epoch_section(data),

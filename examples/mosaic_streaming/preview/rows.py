@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
 
-from examples.mosaic_streaming.batch.convert import BatchSpec, is_padding, to_titan_batch
-from examples.mosaic_streaming.batch.documents import SEQUENCE_ID, ends
+from examples.mosaic_streaming.batch import SEQUENCE_ID, BatchSpec, ends, is_padding, to_titan_batch
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from examples.mosaic_streaming.batch.convert import BatchSpec
-from examples.mosaic_streaming.checkpoint.history import Segment
+from examples.mosaic_streaming.batch import BatchSpec
+from examples.mosaic_streaming.checkpoint import Segment
 from examples.mosaic_streaming.preview.rows import CONTEXT, TARGET
 
 WIDTH = 140

@@ -5,13 +5,12 @@ from typing import Any
 
 from streaming.base.util import bytes_to_int
 
-from examples.mosaic_streaming.checkpoint.fingerprint import shards_of
-from examples.mosaic_streaming.config.job import Job
-from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation
+from examples.mosaic_streaming.checkpoint import shards_of
+from examples.mosaic_streaming.config import Job, warnings_of, warnings_of_validation
 from examples.mosaic_streaming.dataloader import DROP_WARN_FRACTION
 from examples.mosaic_streaming.preview.checkpoint import own_checkpoints
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.shards.index import ADD_HASHES
+from examples.mosaic_streaming.shards import ADD_HASHES
 
 MANY_PASSES = 4
 """Beyond so many over the same text, one more teaches next to nothing.

@@ -12,7 +12,7 @@ from examples.mosaic_streaming.sampling.order import Order, shares
 HEAD = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"]
 
 
-class Part(NamedTuple):
+class StreamShare(NamedTuple):
     """A stream, and its part of an epoch.
 
     Attributes:
@@ -33,16 +33,18 @@ class Part(NamedTuple):
 
 
 def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
-    """Log a table of a dataset's streams; the arguments are those of `mixture`."""
+    """Log a table of a dataset's streams; the arguments are those of `stream_shares`."""
     rows = []
-    for part in mixture(names, dataset, order, seq_len):
+    for part in stream_shares(names, dataset, order, seq_len):
         tokens = "-" if part.tokens is None else f"{part.tokens:,}"
         share = [f"{part.share_asked:.2%}", f"{part.share:.2%}", f"{part.passes:.3f}"]
         rows.append([part.name, f"{part.samples:,}", tokens, *share])
     logger.info(f"Streams, and their part of an epoch:\n{text_table(HEAD, rows)}")
 
 
-def mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[Part]:
+def stream_shares(
+    names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None
+) -> list[StreamShare]:
     """Each stream's size, and its part of an epoch.
 
     Args:
@@ -61,5 +63,5 @@ def mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_l
         samples = int(dataset.samples_per_stream[number])
         tokens = samples * seq_len if seq_len else None
         passes = effect[number] * order.remaining(0) / samples
-        parts.append(Part(name, samples, tokens, asked[number], effect[number], passes))
+        parts.append(StreamShare(name, samples, tokens, asked[number], effect[number], passes))
     return parts

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,7 @@ from typing import Any
 from streaming.base.compression import decompress
 from streaming.base.hashing import get_hash, get_hashes
 
-from examples.mosaic_streaming.config.cli import Parser
-from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.config import Parser
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.index import FILES, FileError, read_index
 
@@ -111,25 +111,26 @@ def write_whole(path: Path, text: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and run."""
-    with AbortChannel().report_errors_once():
-        parser = Parser(
-            prog="python -m examples.mosaic_streaming.shards.add_hashes",
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the stream, with its index.json")
-        parser.add_argument("--hash", default="xxh64", help="algorithm (default: %(default)s)")
+    parser = Parser(
+        prog="python -m examples.mosaic_streaming.shards.add_hashes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the stream, with its index.json")
+    parser.add_argument("--hash", default="xxh64", help="algorithm (default: %(default)s)")
+    try:
         flags = parser.parse_args(argv)
         if flags.hash not in get_hashes():
             raise ConfigError(f"--hash {flags.hash}, expected one of: {', '.join(sorted(get_hashes()))}.")
-        try:
-            size = add_hashes(flags.folder, flags.hash)
-        except OSError as error:
-            raise DataError(f"{flags.folder}: {error}") from error
-        print(
-            f"{flags.folder / INDEX} has the {flags.hash} of each file ({size:,} bytes were read). To compare them at "
-            f'each start, set validate_hash = "{flags.hash}".'
-        )
+        size = add_hashes(flags.folder, flags.hash)
+    except (ConfigError, DataError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(f"DataError: {flags.folder}: {error}")
+    print(
+        f"{flags.folder / INDEX} has the {flags.hash} of each file ({size:,} bytes were read). To compare them at "
+        f'each start, set validate_hash = "{flags.hash}".'
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config.folders import is_url, private_root, resolved_path
+from examples.mosaic_streaming.config import is_url, private_root, resolved_path
 from examples.mosaic_streaming.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

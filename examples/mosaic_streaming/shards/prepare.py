@@ -9,9 +9,7 @@ from streaming import Stream
 from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config.folders import identity
-from examples.mosaic_streaming.config.loader import ResolvedLoader
-from examples.mosaic_streaming.config.streams import Config, stream_defaults
+from examples.mosaic_streaming.config import Config, ResolvedLoader, identity, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import take_cache
 from examples.mosaic_streaming.shards.index import FileError, Part, read_index

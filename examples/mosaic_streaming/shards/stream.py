@@ -23,7 +23,7 @@ from streaming.base.hashing import get_hash
 from streaming.base.storage import CloudDownloader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config.folders import is_copy
+from examples.mosaic_streaming.config import is_copy
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.shards.cache import INCOMING
 from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched

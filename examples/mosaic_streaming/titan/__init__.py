@@ -5,25 +5,12 @@ Nothing slow is imported before a function is called.
 
 from typing import Any
 
-from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.job import Job
-from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.config import Job, LoaderFile
+from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.checkpoints import next_start, steps_with
 from examples.mosaic_streaming.titan.v0_2.checks import check_job
 from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config, settings_of
 from examples.mosaic_streaming.titan.v0_2.refusals import refusal
-
-__all__ = [
-    "check_job",
-    "import_custom",
-    "load_job_config",
-    "make_job",
-    "next_start",
-    "refusal",
-    "register",
-    "settings_of",
-    "steps_with",
-]
 
 
 def register(name: str, train: LoaderFile, validation: LoaderFile | None, channel: AbortChannel) -> None:

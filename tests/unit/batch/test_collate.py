@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from examples.mosaic_streaming.batch import collate
 from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Collator, RowCollator, to_arrays, to_tensors
-from examples.mosaic_streaming.batch.convert import TitanBatch, to_titan_batch
+from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_batch
 from tests.support.ranks import run_rank_values
 from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, resolved
 

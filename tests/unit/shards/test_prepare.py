@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 from streaming.base.shared import SharedMemory
 
-from examples.mosaic_streaming.batch.convert import TitanBatch
+from examples.mosaic_streaming.batch.titan_batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.distributed.store import new_job_id
 from examples.mosaic_streaming.train import main

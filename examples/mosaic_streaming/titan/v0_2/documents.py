@@ -8,8 +8,8 @@ from torch import Tensor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from examples.mosaic_streaming.batch.documents import SEQUENCE_ID, ends
-from examples.mosaic_streaming.sampling.placement import Layout
+from examples.mosaic_streaming.batch import SEQUENCE_ID, ends
+from examples.mosaic_streaming.sampling import Layout
 
 
 def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:

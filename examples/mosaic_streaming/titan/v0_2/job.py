@@ -3,8 +3,8 @@
 from torchtitan.config import JobConfig
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.config.job import BatchShape, Checkpoints, Job, Validation
-from examples.mosaic_streaming.sampling.placement import Layout
+from examples.mosaic_streaming.config import BatchShape, Checkpoints, Job, Validation
+from examples.mosaic_streaming.sampling import Layout
 from examples.mosaic_streaming.titan.v0_2.checkpoints import checkpoint_folder
 from examples.mosaic_streaming.titan.v0_2.checks import (
     check_model,

@@ -7,8 +7,7 @@ import io
 import tempfile
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming.config.files import read_toml
-from examples.mosaic_streaming.config.values import flat
+from examples.mosaic_streaming.config import flat, read_toml
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.titan.v0_2.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.v0_2.refusals import first_line, keep_traceback

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from examples.mosaic_streaming.config.values import has_type, type_name
+from examples.mosaic_streaming.config import has_type, type_name
 
 AT_LEAST: dict[str, int] = {
     **{"training.seq_len": 1, "training.steps": 1, "training.gc_freq": 1, "training.max_norm": 0},

@@ -13,12 +13,9 @@ from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec, register_train_spec
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.job import Job
-from examples.mosaic_streaming.config.loader import resolve
-from examples.mosaic_streaming.config.warnings import warnings_of_validation
+from examples.mosaic_streaming.config import Job, LoaderFile, resolve, warnings_of_validation
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
-from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.metrics import log_data
 from examples.mosaic_streaming.titan.v0_2.documents import within_documents

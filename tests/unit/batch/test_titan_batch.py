@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from examples.mosaic_streaming.batch.convert import BatchSpec, to_titan_batch
+from examples.mosaic_streaming.batch.titan_batch import BatchSpec, to_titan_batch
 from examples.mosaic_streaming.errors import DataError
 
 PAD, EOS = 2, 1
