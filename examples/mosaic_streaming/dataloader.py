@@ -1,4 +1,4 @@
-"""The loader that TorchTitan reads: how it is built, and its batches, epochs and position."""
+"""The training loader: `build_mosaic_dataloader` builds it, and `MosaicDataLoader` is what TorchTitan iterates."""
 
 import copy
 import functools
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
 import torch.distributed as dist
 from llmfoundry.data.dataloader import build_dataloader
 from streaming import StreamingDataset
@@ -18,96 +17,33 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch import (
-    DROPPED_TOKENS,
-    PACKED_TOKENS,
-    Batches,
-    BatchSpec,
-    Collator,
-    TitanBatch,
-    check_first_samples,
-    choose_ratio,
-    convert,
-    use_fast_collator,
-)
-from examples.mosaic_streaming.checkpoint import (
-    ConsumedCounts,
-    ConsumptionCounter,
-    Fingerprint,
-    Progress,
-    Segment,
-    State,
-    check_position,
-    check_same_data,
-    fingerprint_of,
-    go_on,
-    pack,
-    unpack,
-)
-from examples.mosaic_streaming.config import (
-    BatchShape,
-    Job,
-    ResolvedLoader,
-    dataset_keys,
-    takes,
-    warnings_of,
-    without_token_ids,
-)
-from examples.mosaic_streaming.distributed import (
-    AbortChannel,
-    check_machines,
-    check_peers,
-    new_job_id,
-    on_each_node,
-    on_rank_0,
-    open_store,
-)
+from examples.mosaic_streaming import batch, checkpoint, config, distributed, sampling, shards
+from examples.mosaic_streaming.batch import BatchSpec, TitanBatch
+from examples.mosaic_streaming.checkpoint import Segment, State
+from examples.mosaic_streaming.config import BatchShape, Job, ResolvedLoader
+from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.sampling import (
-    Order,
-    check_blocks,
-    check_epoch,
-    check_memory,
-    global_batch,
-    log_mixture,
-    round_down,
-    set_order,
-    start_at,
-)
-from examples.mosaic_streaming.shards import (
-    CheckedDataset,
-    CheckedStream,
-    FetchCounts,
-    FetchStats,
-    check_columns,
-    check_dataset,
-    fetch_stats_file,
-    prepare_streams,
-)
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_pad_token, check_tokenizer
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
 DROP_LOG_STEPS = {10**digits for digits in range(10)}
-"""Steps after a start at which the log says what packing has dropped, beside the ends of epochs."""
+"""Steps after a start at which the log says how much packing has dropped. It also does at the ends of epochs."""
 
 DROP_WARN_FRACTION = 0.01
-"""If more of the data is left out, the log warns."""
-
-SHOWN_SAMPLES = 8
-"""Of a global batch, by number, in a message."""
+"""The log warns if a larger share of the data is left out."""
 
 
 def build_mosaic_dataloader(
-    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, config: ResolvedLoader, channel: AbortChannel
+    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader, channel: AbortChannel
 ) -> "MosaicDataLoader":
-    """Build the training loader of one rank; all ranks call it together.
+    """Build the training loader of one rank. All ranks call it together.
 
     Args:
-        job: that reads the streams.
-        dp_rank: this rank on TorchTitan's batch mesh.
+        job: the training job.
+        dp_rank: this rank's coordinate on TorchTitan's batch mesh.
         tokenizer: TorchTitan's tokenizer.
-        config: of the loader.
-        channel: tells all ranks why one stops.
+        loader_config: the complete configuration of the loader.
+        channel: tells all ranks why one of them stops.
 
     Raises:
         ConfigError: the loader, the tokenizer, the model and the job don't fit together.
@@ -115,85 +51,90 @@ def build_mosaic_dataloader(
     """
     hf_tokenizer = build_transformers_tokenizer(job.assets, tokenizer)
     check_tokenizer(tokenizer, job)
-    config = without_token_ids(config, hf_tokenizer)
-    job_id = new_job_id()
+    loader_config = config.without_token_ids(loader_config, hf_tokenizer)
+    job_id = distributed.new_job_id()
     channel.connect(job_id)
-    check_machines()
-    on_each_node(job_id, lambda: prepare_streams(config))
-    config = fill_in_packing_ratio(config, job, hf_tokenizer, functools.partial(on_rank_0, job_id))
+    distributed.check_machines()
+    distributed.on_each_node(job_id, lambda: shards.prepare_streams(loader_config))
+    on_rank_0 = functools.partial(distributed.on_rank_0, job_id)
+    loader_config = fill_in_packing_ratio(loader_config, job, hf_tokenizer, on_rank_0)
     if is_rank_0():
-        logger.info(f"Mosaic loader, resolved: {json.dumps(config.config)}")
-    opened = open_streams(job, config, tokenizer, hf_tokenizer, job_id, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
-    check_memory(opened.dataset.epoch_size, config.source)
-    look = functools.partial(check_first_samples, opened.loader, opened.spec, config, hf_tokenizer, job.training)
-    warnings: list[str] = on_rank_0(new_job_id(), look)
+        logger.info(f"Mosaic loader, resolved: {json.dumps(loader_config.config)}")
+    reader = f"Rank {dist.get_rank()} (dp rank {dp_rank})"
+    opened = open_streams(job, loader_config, tokenizer, hf_tokenizer, job_id, reader)
+    sampling.check_memory(opened.dataset.epoch_size, loader_config.source)
+    warnings: list[str] = distributed.on_rank_0(
+        distributed.new_job_id(),
+        lambda: batch.check_first_samples(opened.loader, opened.spec, loader_config, hf_tokenizer, job.training),
+    )
     opened.dataset._parallel_rank_world = job.layout.world(dp_rank)
     if is_rank_0():
-        log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
-        for warning in warnings + warnings_of(config, job, hf_tokenizer, opened.columns):
+        sampling.log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
+        for warning in warnings + config.warnings_of(loader_config, job, hf_tokenizer, opened.columns):
             logger.warning(warning)
-    return MosaicDataLoader(opened, dp_rank, job.steps, functools.partial(open_store, job_id), channel)
+    return MosaicDataLoader(opened, dp_rank, job.steps, channel)
 
 
 def open_loader(
-    config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
+    loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
 ) -> DataLoader[Any]:
-    """llm-foundry's loader over streams that are ready on this machine; all ranks call it together.
+    """Build llm-foundry's loader over streams that are ready on this machine. All ranks call it together.
 
     Args:
-        config: of the loader.
-        tokenizer: transformers', of the model.
+        loader_config: the complete configuration of the loader.
+        tokenizer: the model's tokenizer, as transformers has it.
         batch_size: rows of a batch, per dp rank.
-        shm_number: for the dataset's shared memory.
+        shm_number: names the dataset's shared memory; the same on all ranks.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
     """
-    given = {key: value for key, value in config.config.items() if key == "name" or takes(config.name, key)}
+    name, source = loader_config.name, loader_config.source
+    given = {key: value for key, value in loader_config.config.items() if key == "name" or config.takes(name, key)}
     try:
         with shared_memory(shm_number):
             spec: Any = build_dataloader(copy.deepcopy(given), tokenizer, batch_size)  # which changes what it is given
     except Exception as error:
-        who = "llm-foundry" if config.name in dataset_keys() else f"The loader {config.name!r}"
-        raise ConfigError(f"{who} refuses {config.source}: {type(error).__name__}: {error}") from error
+        who = "llm-foundry" if name in config.dataset_keys() else f"The loader {name!r}"
+        raise ConfigError(f"{who} refuses {source}: {type(error).__name__}: {error}") from error
     loader = getattr(spec, "dataloader", spec)
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
-        raise ConfigError(f"{config.source} does not stream: give `dataset` a `remote` or `streams`.")
-    if loader.batch_size is None or len(loader.dataset.streams) != len(config.streams):
+        raise ConfigError(f"{source} does not stream: give `dataset` a `remote` or `streams`.")
+    if loader.batch_size is None or len(loader.dataset.streams) != len(loader_config.streams):
         raise ConfigError(
-            f"The loader {config.name!r} of {config.source} has {len(loader.dataset.streams)} streams and batch_size = "
-            f"{loader.batch_size}, expected the {len(config.streams)} of the file, and a number."
+            f"The loader {name!r} of {source} has {len(loader.dataset.streams)} streams and batch_size = "
+            f"{loader.batch_size}, expected the {len(loader_config.streams)} of the file, and a number."
         )
-    check_columns(loader.dataset, config.name, config.labels, config.source)
-    check_dataset(loader.dataset, config.labels, config.may_cut)
-    check_pad_token(config.name, loader.dataset.shards[0], tokenizer)
-    use_fast_collator(loader, config.name == "text")
+    shards.check_columns(loader.dataset, name, loader_config.labels, source)
+    shards.check_dataset(loader.dataset, loader_config.labels, loader_config.may_cut)
+    check_pad_token(name, loader.dataset.shards[0], tokenizer)
+    batch.use_fast_collator(loader, name == "text")
     keep_locks_together(loader.dataset)
     return loader
 
 
 @dataclass(frozen=True)
 class OpenLoader:
-    """llm-foundry's loader over streams that are open, in the order in which they are read.
+    """llm-foundry's loader over open streams, with the order in which they are read.
 
     Attributes:
-        config: the loader's.
-        loader: llm-foundry's.
-        order: of its samples.
-        spec: what its batches have to look like.
-        fingerprint: of the data.
+        config: the configuration of the loader.
+        loader: llm-foundry's loader.
+        order: the order of the samples.
+        spec: what the batches have to look like.
+        fingerprint: what a checkpoint records of the data.
     """
 
     config: ResolvedLoader
     loader: DataLoader[Any]
-    order: Order
+    order: sampling.Order
     spec: BatchSpec
-    fingerprint: Fingerprint
+    fingerprint: checkpoint.Fingerprint
 
     @property
-    def dataset(self) -> CheckedDataset:
-        """The streams."""
-        assert isinstance(self.loader.dataset, CheckedDataset)
+    def dataset(self) -> shards.CheckedDataset:
+        """The dataset of all streams."""
+        assert isinstance(self.loader.dataset, shards.CheckedDataset)
         return self.loader.dataset
 
     @property
@@ -214,335 +155,252 @@ class OpenLoader:
 
 def open_streams(
     job: Job,
-    config: ResolvedLoader,
+    loader_config: ResolvedLoader,
     tokenizer: HuggingFaceTokenizer,
     hf_tokenizer: PreTrainedTokenizerBase,
     shm_number: int,
     reader: str,
 ) -> OpenLoader:
-    """Open the training streams, which are ready on this machine; all ranks call it together.
+    """Open the training streams, which are ready on this machine. All ranks call it together.
 
     Args:
-        job: that reads them.
-        config: of the loader.
-        tokenizer: TorchTitan's.
-        hf_tokenizer: the same, of transformers.
-        shm_number: for the dataset's shared memory.
+        job: the training job.
+        loader_config: the complete configuration of the loader.
+        tokenizer: TorchTitan's tokenizer.
+        hf_tokenizer: the same tokenizer, as transformers has it.
+        shm_number: names the dataset's shared memory; the same on all ranks.
         reader: who reads the streams, for messages.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
     """
-    loader = open_loader(config, hf_tokenizer, job.training.local_batch_size, shm_number)
+    loader = open_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    order = set_order(dataset, batch_size, global_batch_size, cast(Collator, loader.collate_fn).packs)
-    check_epoch(order, dataset, list(config.streams), config.source)
-    check_blocks(order, dataset, list(config.streams), config.source)
-    spec = batch_spec(job, job.training, config, hf_tokenizer, reader)
-    fingerprint = fingerprint_of(config, dataset, order, job.training.seq_len, tokenizer)
-    return OpenLoader(config, loader, order, spec, fingerprint)
+    order = sampling.set_order(dataset, batch_size, global_batch_size, cast(batch.Collator, loader.collate_fn).packs)
+    sampling.check_epoch(order, dataset, list(loader_config.streams), loader_config.source)
+    sampling.check_blocks(order, dataset, list(loader_config.streams), loader_config.source)
+    spec = batch_spec(job, job.training, loader_config, hf_tokenizer, reader)
+    fingerprint = checkpoint.fingerprint_of(loader_config, dataset, order, job.training.seq_len, tokenizer)
+    return OpenLoader(loader_config, loader, order, spec, fingerprint)
 
 
 def fill_in_packing_ratio(
-    config: ResolvedLoader, job: Job, tokenizer: PreTrainedTokenizerBase, on_one: Callable[[Callable[[], Any]], Any]
+    loader_config: ResolvedLoader,
+    job: Job,
+    tokenizer: PreTrainedTokenizerBase,
+    on_one: Callable[[Callable[[], Any]], Any],
 ) -> ResolvedLoader:
-    """Replace `packing_ratio = "auto"` by a number; all ranks call it together.
+    """Replace `packing_ratio = "auto"` by a number. All ranks call it together.
 
     Args:
-        config: of the loader.
-        job: that reads the streams.
-        tokenizer: transformers', of the model.
-        on_one: calls a function on one rank, and returns its result on all.
+        loader_config: the configuration of the loader.
+        job: the training job.
+        tokenizer: the model's tokenizer, as transformers has it.
+        on_one: calls a function on one rank and returns its result on all.
     """
-    if config.dataset.get("packing_ratio") != "auto":
-        return config
-    rows = job.training.local_batch_size
-    loader = open_loader(config.with_settings(packing_ratio=1), tokenizer, rows, new_job_id())
-    return config.with_settings(packing_ratio=on_one(lambda: choose_ratio(loader, rows, config)))
+    if loader_config.dataset.get("packing_ratio") != "auto":
+        return loader_config
+    rows, any_ratio = job.training.local_batch_size, loader_config.with_settings(packing_ratio=1)
+    loader = open_loader(any_ratio, tokenizer, rows, distributed.new_job_id())
+    return loader_config.with_settings(packing_ratio=on_one(lambda: batch.choose_ratio(loader, rows, loader_config)))
 
 
 def batch_spec(
-    job: Job, shape: BatchShape, config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, reader: str
+    job: Job, shape: BatchShape, loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, reader: str
 ) -> BatchSpec:
-    """What the batches of a loader have to look like.
+    """Tell what the batches of a loader have to look like.
 
     Args:
-        job: that reads them.
-        shape: of the batches.
-        config: of the loader.
-        tokenizer: transformers', of the model.
+        job: the training job.
+        shape: the size of the batches.
+        loader_config: the configuration of the loader.
+        tokenizer: the model's tokenizer, as transformers has it.
         reader: who reads the streams, for messages.
     """
     return BatchSpec(
         rows=shape.local_batch_size,
         seq_len=shape.seq_len,
-        max_seq_len=config.dataset["max_seq_len"],
+        max_seq_len=loader_config.dataset["max_seq_len"],
         vocab_size=job.vocab_size,
         pad_id=tokenizer.pad_token_id,
         eos_id=tokenizer.eos_token_id,
-        labels_are_ids=config.name == "text",
-        source=f"{reader} reads {config.sources}, set in {config.source}.",
+        labels_are_ids=loader_config.name == "text",
+        source=f"{reader} reads {loader_config.sources}, set in {loader_config.source}.",
         documents=job.documents,
         positions=job.positions,
     )
 
 
 class MosaicDataLoader(BaseDataLoader):
-    """Batches of this rank without end, epoch after epoch, from any position.
+    """Yields this rank's batches without end, epoch after epoch, from any saved position.
 
-    An epoch is as many whole global batches as the streams' epoch holds; the rest of it is left out, so that no
-    optimizer step mixes two epochs. The position counts optimizer steps whose batches have all been handed out: what
-    workers have prefetched doesn't count.
+    An epoch is as many whole global batches as the streams' epoch holds. The rest of it is left out, so that no
+    optimizer step mixes two epochs. The position counts the optimizer steps whose batches have all been yielded.
+    What workers have prefetched doesn't count.
 
     Args:
-        opened: llm-foundry's, over a dataset that has this rank's place in its `_parallel_rank_world`.
-        dp_rank: this rank on TorchTitan's batch mesh.
+        opened: the open streams. Their dataset has this rank's place in its `_parallel_rank_world`.
+        dp_rank: this rank's coordinate on TorchTitan's batch mesh.
         steps: optimizer steps of the whole run, for the log.
-        open_store: connects to the store of the job.
-        channel: tells all ranks why one stops.
+        channel: tells all ranks why one of them stops.
     """
 
-    def __init__(
-        self,
-        opened: OpenLoader,
-        dp_rank: int,
-        steps: int,
-        open_store: Callable[[], dist.Store],
-        channel: AbortChannel,
-    ) -> None:
+    def __init__(self, opened: OpenLoader, dp_rank: int, steps: int, channel: AbortChannel) -> None:
         order = opened.order
         self.config = opened.config
-        self._batches = Batches(opened.loader, opened.spec.source, opened.config.source)
-        self._dataset = opened.dataset
-        self._spec = opened.spec
-        self._order = order
-        self._fingerprint = opened.fingerprint
-        self._dp_rank = dp_rank
-        self._steps_of_run = steps
-        self._open_store = open_store
-        self._channel = channel
-        self._global_batch_sizes = {order.global_batch_size}
-        """Of all steps, as far as they are known."""
-        self._samples_per_batch = order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
-        self._epoch = 0
-        self._sample_in_epoch = 0
-        """Samples of this epoch that all ranks together have read, in whole optimizer steps."""
-        self._steps_read = 0
-        """Since the streams' beginning, as far as it is known: those of `_segments`."""
-        self._segments: tuple[Segment, ...] = (Segment(0, 0, 0, order.global_batch_size),)
-        self._steps = self._left_out = self._packed = 0
-        """Since the start: steps, and tokens of this rank's samples that packing has left out, and that it has not."""
-        self._counter = ConsumptionCounter(opened.spec, order.local_batch_size)
-        self._fetch_stats = FetchStats(fetch_stats_file(self._dataset._shm_prefix_int))
-        self._fetched_before = FetchCounts()
-        """In earlier epochs, since the start."""
-        self._is_read = False
+        self.is_read = False
+        """Whether a batch has been asked for."""
+        self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
+        self._dataset, self._spec, self._order = opened.dataset, opened.spec, order
+        self._dp_rank, self._steps_of_run, self._channel = dp_rank, steps, channel
+        beginning = Segment(0, 0, 0, order.global_batch_size)
+        self._state = State(0, 0, order.global_batch_size, opened.fingerprint, None, 0, (beginning,))
+        """The position after the last whole optimizer step; `seen` is in the counter."""
+        self._has_one_batch_size = True
+        """Whether all steps of the run have the same global batch size, as far as they are known."""
+        self._counter = checkpoint.ConsumptionCounter(opened.spec, order.local_batch_size)
+        self._fetch_stats = shards.FetchStats(shards.fetch_stats_file(self._dataset._shm_prefix_int))
+        self._fetched_before = shards.FetchCounts()
+        """Fetched in earlier epochs of this start."""
+        self._steps = self._dropped_tokens = self._packed_tokens = 0
+        """Since this start: optimizer steps, and tokens of this rank that packing has dropped and kept."""
 
     def __iter__(self) -> Iterator[TitanBatch]:
-        """Yield batches from the present position on, for ever; their shapes are in `to_titan_batch`.
+        """Yield batches from the present position on, for ever; `to_titan_batch` has their shapes.
 
         Raises:
             DataError: a batch is not as it has to be, ranks don't read the same data, an epoch ends early, or a global
                 batch has no loss token.
-            RuntimeError: this is not the first iteration: the position is that of one reader.
+            RuntimeError: this is not the first iteration.
         """
-        if self._is_read:
+        if self.is_read:
             raise RuntimeError("A MosaicDataLoader can be iterated once.")
-        self._is_read = True
+        self.is_read = True
         self._log_start()
-        checked = False
+        is_checked = False
         while True:
             self._batches.begin()
-            while step := self._next_step():
-                targets = 0
-                for number, batch in enumerate(step, start=1):
-                    titan_batch, padding = convert(batch, self._spec)
-                    if not checked:
-                        check_peers(titan_batch, self._dp_rank, self._fingerprint | self._place(), self.config.source)
-                        checked = True
-                    targets += self._counter.add(titan_batch[1], padding)
-                    if number == len(step):
-                        if not targets:
-                            self._check_others()
-                        self._sample_in_epoch += self._order.global_batch_size
-                        self._steps_read += 1
-                        self._counter.add_step(self._order.global_batch_size)
+            while micro_batches := self._next_step():
+                loss_tokens = 0
+                for number, micro_batch in enumerate(micro_batches, start=1):
+                    titan_batch, padding = batch.convert(micro_batch, self._spec)
+                    if not is_checked:
+                        settings = self._state.data | self._place()
+                        distributed.check_peers(titan_batch, self._dp_rank, settings, self.config.source)
+                        is_checked = True
+                    loss_tokens += self._counter.add(titan_batch[1], padding)
+                    if number == len(micro_batches):
+                        if not loss_tokens:
+                            self._check_other_ranks()
+                        self._count_step()
                     yield titan_batch
-            self._log_end()
-            self._log_left_out()
-            self._epoch, self._sample_in_epoch = self._epoch + 1, 0
+            self._log_epoch_end()
+            self._log_dropped_tokens()
+            self._state = self._state._replace(epoch=self._state.epoch + 1, sample_in_epoch=0)
 
     @property
-    def is_read(self) -> bool:
-        """Whether a batch has been asked for."""
-        return self._is_read
+    def _remaining(self) -> int:
+        """Samples of this epoch that follow, in whole global batches."""
+        return self._order.remaining(self._state.sample_in_epoch)
 
-    def _log_start(self) -> None:
-        """Say on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
-        if is_rank_0():
-            samples, start = self._dataset.epoch_size, self._sample_in_epoch
-            left = self._order.remaining(start)
-            before = self._counter.seen().samples
-            more = [self._whole_run(), f"{before:,} samples were read before this start." if before else ""]
-            logger.log(
-                logging.INFO if start + left > (1 - DROP_WARN_FRACTION) * samples else logging.WARNING,
-                f"The streams start at sample {start:,} of epoch {self._epoch}, of which "
-                f"{left // self._order.global_batch_size:,} steps follow; it leaves out {samples - start - left:,} of "
-                f"{samples:,} samples (what fills no global batch, or no turn of dataset.num_canonical_nodes: fewer of "
-                f"them leave out less). {' '.join(filter(None, more))}",
+    def _next_step(self) -> list[Mapping[str, Any]]:
+        """This rank's micro-batches of the next optimizer step; none at the end of the epoch."""
+        self._channel.exit_if_signalled()
+        if not self._remaining:
+            return []
+        samples_per_batch = self._order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
+        accumulation = self._order.global_batch_size // samples_per_batch
+        micro_batches = self._batches.take(accumulation)
+        if len(micro_batches) < accumulation:
+            raise DataError(
+                f"Epoch {self._state.epoch} ended after {self._state.sample_in_epoch} of {self._order.epoch_samples} "
+                f"samples. {self._spec.source}"
             )
+        self._dropped_tokens += sum(one.get(batch.DROPPED_TOKENS, 0) for one in micro_batches)
+        self._packed_tokens += sum(one.get(batch.PACKED_TOKENS, 0) for one in micro_batches)
+        self._steps += 1
+        if self._steps in DROP_LOG_STEPS:
+            self._log_dropped_tokens()
+        return micro_batches
 
-    def _whole_run(self) -> str:
-        """What all steps of a run read that has one global batch size; of another, nothing is said."""
-        if len(self._global_batch_sizes) > 1:
-            return ""
-        samples = self._steps_of_run * self._order.global_batch_size
-        return (
-            f"In all, {self._steps_of_run:,} steps (training.steps) read {samples:,} samples, "
-            f"{self._counter.tokens(samples):,} tokens, {samples / self._order.remaining(0):.2f} epochs."
-        )
+    def _count_step(self) -> None:
+        samples = self._order.global_batch_size
+        self._counter.add_step(samples)
+        sample_in_epoch, steps = self._state.sample_in_epoch + samples, self._state.steps + 1
+        self._state = self._state._replace(sample_in_epoch=sample_in_epoch, steps=steps)
 
-    def _log_end(self) -> None:
-        """Say on rank 0 what this start has read of the epoch, and what its machine has fetched meanwhile."""
-        if is_rank_0():
-            start = self._order.first_sample if self._epoch == self._order.first_epoch else 0
-            samples = self._sample_in_epoch - start
-            now, before = self._fetch_stats.read(), self._fetched_before
-            fetched = FetchCounts(*(new - old for new, old in zip(now, before, strict=True)))
-            self._fetched_before = now
-            logger.info(
-                f"Epoch {self._epoch} of the streams ends: {samples:,} samples read"
-                f"{f' since this start, at sample {start:,}' if start else ''}, in "
-                f"{samples // self._order.global_batch_size:,} steps, {self._counter.tokens(samples):,} tokens"
-                f"{f'; fetched: {fetched}' if any(fetched) else ''}."
-            )
+    def _check_other_ranks(self) -> None:
+        """Raise DataError if no rank has a loss token in this step, as this one has none.
 
-    def _place(self) -> Fingerprint:
+        TorchTitan would divide by their number, log a loss of NaN and go on. It sums that number over ranks once each
+        of them has all batches of the step. So where one stops before its last, no rank changes the model (torchtitan
+        0.2.2, train.py).
+        """
+        epoch, sample = self._state.epoch, self._state.sample_in_epoch
+        if self._channel.count(f"no loss token in epoch {epoch} at {sample}") == dist.get_world_size():
+            raise batch.no_loss_token(self._dataset, self._order, epoch, sample)
+
+    def _place(self) -> checkpoint.Fingerprint:
         """What all ranks have to agree on at a start, beside the data."""
         world = self._dataset._parallel_rank_world
         return {
             "samples of a global batch": self._order.global_batch_size,
             "samples of a rank's batch": self._order.local_batch_size,
             "nodes x dp ranks on each": f"{world.num_nodes} x {world.ranks_per_node}",
-            "epoch": self._epoch,
-            "samples read of it": self._sample_in_epoch,
+            "epoch": self._state.epoch,
+            "samples read of it": self._state.sample_in_epoch,
         }
-
-    def _next_step(self) -> list[Mapping[str, Any]]:
-        """This rank's batches of the next optimizer step; none at the end of the epoch."""
-        self._channel.exit_if_signalled()
-        if self._epoch_is_read():
-            return []
-        accumulation = self._order.global_batch_size // self._samples_per_batch
-        step = self._batches.take(accumulation)
-        if len(step) < accumulation:
-            raise DataError(
-                f"Epoch {self._epoch} ended after {self._sample_in_epoch} of {self._order.epoch_samples} samples. "
-                f"{self._spec.source}"
-            )
-        self._left_out += sum(batch.get(DROPPED_TOKENS, 0) for batch in step)
-        self._packed += sum(batch.get(PACKED_TOKENS, 0) for batch in step)
-        self._steps += 1
-        if self._steps in DROP_LOG_STEPS:
-            self._log_left_out()
-        return step
-
-    @functools.cached_property
-    def _store(self) -> dist.Store:
-        """Kept, once it is needed: to connect takes seconds where a name server doesn't answer."""
-        return self._open_store()
-
-    def _check_others(self) -> None:
-        """Raise DataError if no rank has a loss token in this step, as this one has none.
-
-        TorchTitan would divide by their number, log a loss of NaN and go on. It sums that number over ranks once each
-        of them has all batches of the step, so where one stops before its last, no rank changes the model (torchtitan
-        0.2.2, train.py).
-        """
-        key = f"no loss token in epoch {self._epoch} at {self._sample_in_epoch}"
-        if self._store.add(key, 1) == dist.get_world_size():
-            raise self._no_loss_token()
-
-    def _no_loss_token(self) -> DataError:
-        """What to raise where the next global batch has none."""
-        samples = global_batch(self._dataset, self._order, self._epoch, self._sample_in_epoch)
-        told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
-        more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
-        numbers = np.searchsorted(self._dataset.sample_offset_per_stream, samples, side="right") - 1
-        streams = [cast(CheckedStream, self._dataset.streams[number]).label for number in np.unique(numbers)]
-        return DataError(
-            f"The global batch at sample {self._sample_in_epoch:,} of epoch {self._epoch} has no loss token: all its "
-            f"labels are -100. It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample "
-            f"{samples[0]}` shows one. Remove such samples, or raise training.global_batch_size, so that others are "
-            "in a batch with them."
-        )
-
-    def _log_left_out(self) -> None:
-        """Say on rank 0 how many tokens packing has left out."""
-        if self._packed and is_rank_0():
-            samples = self._left_out + self._packed
-            share = self._left_out / samples
-            hint = " Lower dataset.packing_ratio." if share > DROP_WARN_FRACTION else ""
-            logger.log(
-                logging.WARNING if share > DROP_WARN_FRACTION else logging.INFO,
-                f"Packing has left out {self._left_out:,} of {samples:,} tokens of rank 0's samples ({share:.2%})."
-                f"{hint}",
-            )
-
-    def _epoch_is_read(self) -> bool:
-        """Whether the rest of the epoch fills no global batch."""
-        return self._order.remaining(self._sample_in_epoch) == 0
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        size, seen = self._order.global_batch_size, self._counter.seen()
-        return pack(State(*self._next_position(), size, self._fingerprint, seen, self._steps_read, self._segments))
+        return checkpoint.pack(self._at_next_batch(self._state)._replace(seen=self._counter.seen()))
 
-    def _next_position(self) -> tuple[int, int]:
-        """Epoch and sample in it of the next batch; at the end of an epoch that is the next one's beginning."""
-        return (self._epoch + 1, 0) if self._epoch_is_read() else (self._epoch, self._sample_in_epoch)
+    def _at_next_batch(self, state: State) -> State:
+        """A position at the end of an epoch is the beginning of the next one."""
+        at_end = not self._order.remaining(state.sample_in_epoch)
+        return state._replace(epoch=state.epoch + 1, sample_in_epoch=0) if at_end else state
 
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
-        """Go on from a saved position; call it before iterating.
+        """Continue from a saved position. Call it before iterating.
 
         Raises:
             DataError: the state is damaged, or of another version.
             ConfigError: the data is not what it was when the state was saved.
-            RuntimeError: it is iterated already.
+            RuntimeError: the loader is iterated already.
         """
-        if self._is_read:
+        if self.is_read:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
-        state = unpack(state_dict)
-        check_same_data(state.data, self._fingerprint, self.config.source)
-        check_position(state, self._dataset.epoch_size)
-        self._epoch, self._sample_in_epoch = state.epoch, state.sample_in_epoch
-        self._counter.resume_from(state.seen or self._seen_before(state))
-        self._epoch, self._sample_in_epoch = self._next_position()
-        self._steps_read, self._segments = state.steps, state.segments
-        sizes = {segment.global_batch_size for segment in state.segments}
-        self._global_batch_sizes = {self._order.global_batch_size} | sizes
-        if state.global_batch_size != self._order.global_batch_size:
-            here = Segment(self._steps_read, self._epoch, self._sample_in_epoch, self._order.global_batch_size)
-            self._segments = go_on(self._segments, here)
+        saved, size = checkpoint.unpack(state_dict), self._order.global_batch_size
+        checkpoint.check_same_data(saved.data, self._state.data, self.config.source)
+        checkpoint.check_position(saved, self._dataset.epoch_size)
+        self._counter.resume_from(saved.seen or self._seen_before(saved))
+        state = self._at_next_batch(saved)._replace(data=self._state.data, global_batch_size=size)
+        self._has_one_batch_size = {segment.global_batch_size for segment in state.segments} == {size}
+        if saved.global_batch_size != size:
+            here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
+            state = state._replace(segments=checkpoint.go_on(state.segments, here))
             if is_rank_0():
                 logger.warning(
-                    f"The global batch changes from {state.global_batch_size} to {self._order.global_batch_size} "
-                    "samples: the same samples follow, in other batches."
+                    f"The global batch changes from {saved.global_batch_size} to {size} samples: the same samples "
+                    "follow, in other batches."
                 )
-        self._order = start_at(self._dataset, self._order, self._epoch, self._sample_in_epoch)
+        self._state = state
+        self._order = sampling.start_at(self._dataset, self._order, state.epoch, state.sample_in_epoch)
 
-    def _seen_before(self, state: State) -> ConsumedCounts:
+    def _seen_before(self, state: State) -> checkpoint.ConsumedCounts:
         """What had been read by a position, if its whole run had one global batch size."""
-        samples = state.epoch * round_down(self._order.epoch_samples, state.global_batch_size) + state.sample_in_epoch
-        return ConsumedCounts(samples, self._counter.tokens(samples))
+        in_an_epoch = sampling.round_down(self._order.epoch_samples, state.global_batch_size)
+        samples = state.epoch * in_an_epoch + state.sample_in_epoch
+        return checkpoint.ConsumedCounts(samples, self._counter.tokens(samples))
 
-    def progress(self) -> Progress:
-        """Where the run is; one small collective, so all ranks have to ask at the same step."""
+    def progress(self) -> checkpoint.Progress:
+        """Where the run is. It takes one small collective, so all ranks have to call it at the same step."""
         self._counter.count_targets(dist.get_world_size() // self._dataset._parallel_rank_world.num_ranks)
-        return Progress(
-            self._epoch,
-            self._sample_in_epoch / (self._sample_in_epoch + self._order.remaining(self._sample_in_epoch)),
+        read = self._state.sample_in_epoch
+        return checkpoint.Progress(
+            self._state.epoch,
+            read / (read + self._remaining),
             self._counter.seen(),
             self._counter.take_padding(),
             self._fetch_stats.read(),
@@ -555,7 +413,57 @@ class MosaicDataLoader(BaseDataLoader):
 
     def close(self) -> None:
         """End the dataloader workers."""
-        if self._epoch_is_read():  # and nobody has asked for the next one's first batch
-            self._log_end()
-        self._log_left_out()
+        if not self._remaining:  # and nobody has asked for the next epoch's first batch
+            self._log_epoch_end()
+        self._log_dropped_tokens()
         self._batches.close()
+
+    def _log_start(self) -> None:
+        """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
+        if not is_rank_0():
+            return
+        samples, size = self._dataset.epoch_size, self._order.global_batch_size
+        start, follow = self._state.sample_in_epoch, self._remaining
+        of_run, before = self._steps_of_run * size, self._counter.seen().samples
+        message = (
+            f"The streams start at sample {start:,} of epoch {self._state.epoch}, of which {follow // size:,} steps "
+            f"follow; it leaves out {samples - start - follow:,} of {samples:,} samples (what fills no global batch, "
+            "or no turn of dataset.num_canonical_nodes: fewer of them leave out less)."
+        )
+        if self._has_one_batch_size:
+            message += (
+                f" In all, {self._steps_of_run:,} steps (training.steps) read {of_run:,} samples, "
+                f"{self._counter.tokens(of_run):,} tokens, {of_run / self._order.remaining(0):.2f} epochs."
+            )
+        if before:
+            message += f" {before:,} samples were read before this start."
+        is_usual = start + follow > (1 - DROP_WARN_FRACTION) * samples
+        logger.log(logging.INFO if is_usual else logging.WARNING, message)
+
+    def _log_epoch_end(self) -> None:
+        """Log on rank 0 what this start has read of the epoch, and what its machine has fetched meanwhile."""
+        if not is_rank_0():
+            return
+        start = self._order.first_sample if self._state.epoch == self._order.first_epoch else 0
+        samples = self._state.sample_in_epoch - start
+        now, before = self._fetch_stats.read(), self._fetched_before
+        fetched = shards.FetchCounts(*(new - old for new, old in zip(now, before, strict=True)))
+        self._fetched_before = now
+        logger.info(
+            f"Epoch {self._state.epoch} of the streams ends: {samples:,} samples read"
+            f"{f' since this start, at sample {start:,}' if start else ''}, in "
+            f"{samples // self._order.global_batch_size:,} steps, {self._counter.tokens(samples):,} tokens"
+            f"{f'; fetched: {fetched}' if any(fetched) else ''}."
+        )
+
+    def _log_dropped_tokens(self) -> None:
+        """Log on rank 0 how many tokens packing has dropped."""
+        if self._packed_tokens and is_rank_0():
+            tokens = self._dropped_tokens + self._packed_tokens
+            share = self._dropped_tokens / tokens
+            is_much = share > DROP_WARN_FRACTION
+            logger.log(
+                logging.WARNING if is_much else logging.INFO,
+                f"Packing has left out {self._dropped_tokens:,} of {tokens:,} tokens of rank 0's samples ({share:.2%})."
+                f"{' Lower dataset.packing_ratio.' if is_much else ''}",
+            )

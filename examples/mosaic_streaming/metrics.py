@@ -3,11 +3,10 @@
 from typing import Any
 
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.tools.utils import Color, NoColor
 
 from examples.mosaic_streaming.checkpoint import Progress
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.upstream.patch import replaced
+from examples.mosaic_streaming.upstream.log_line import line_ends_in
 
 GIB = 1 << 30
 
@@ -16,7 +15,7 @@ class MosaicMetrics(MetricsProcessor):
     """A metrics processor that also logs what the loader has read.
 
     Attributes:
-        loader: of the run.
+        loader: the training loader of the run.
     """
 
     loader: MosaicDataLoader
@@ -31,16 +30,16 @@ class MosaicMetrics(MetricsProcessor):
     ) -> None:
         """Log a step; the arguments are TorchTitan's.
 
-        Source: all ranks log the same steps, and there TorchTitan itself sums over ranks (torchtitan 0.2.2, train.py).
+        Source: all ranks log the same steps, and TorchTitan itself sums over ranks there (torchtitan 0.2.2, train.py).
         """
         progress = self.loader.progress()
-        with replaced(self, "color", ending(self.color, line(progress))):
-            extra_metrics = (extra_metrics or {}) | data_metrics(progress)
-            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=extra_metrics)
+        metrics = (extra_metrics or {}) | data_metrics(progress)
+        with line_ends_in(self, log_text(progress)):
+            super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=metrics)
 
 
 def log_data(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsProcessor:
-    """Make a metrics processor, whoever's, log what a loader has read, too."""
+    """Make any metrics processor also log what a loader has read."""
     kind = type(processor)
     processor.__class__ = type(f"Mosaic{kind.__name__}", (MosaicMetrics, kind), {})
     processor.loader = loader
@@ -64,8 +63,8 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
     }
 
 
-def line(progress: Progress) -> str:
-    """What stands in the log; padding and fetches where there are any."""
+def log_text(progress: Progress) -> str:
+    """What the log gets; padding and fetches only where there are any."""
     seen = progress.seen
     parts = [
         f"epoch: {progress.epoch} ({progress.share:.1%})",
@@ -75,14 +74,3 @@ def line(progress: Progress) -> str:
     parts += [f"padding: {progress.padding:.1%}"] * bool(progress.padding)
     parts += [f"fetched: {progress.fetched}"] * any(progress.fetched)
     return "  ".join(parts)
-
-
-def ending(color: Color | NoColor, text: str) -> Color | NoColor:
-    """Colors with which TorchTitan's line ends in a text.
-
-    Source: it ends with `color.reset`, which is no field of the dataclass but an attribute of the class, as it has no
-    annotation: `dataclasses.replace` doesn't know it (torchtitan 0.2.2, components/metrics.py, tools/utils.py).
-    """
-    kind = type(color)
-    changed: Color | NoColor = type(kind.__name__, (kind,), {"reset": f"  {color.yellow}{text}{color.reset}"})()
-    return changed

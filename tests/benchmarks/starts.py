@@ -85,7 +85,8 @@ def first_batch(tokens: Tokens, position: float) -> float:
     begin = time.perf_counter()
     loader = build_loader(config, job(tokens.rows, seq_len=tokens.seq_len))
     if position:
-        loader._sample_in_epoch = int(position * EPOCH) // tokens.rows * tokens.rows
+        sample = int(position * EPOCH) // tokens.rows * tokens.rows
+        loader._state = loader._state._replace(sample_in_epoch=sample)
         loader.load_state_dict(loader.state_dict())
     next(iter(loader))
     return time.perf_counter() - begin

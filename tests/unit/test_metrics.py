@@ -15,10 +15,8 @@ import pytest
 from streaming import MDSWriter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers import Tokenizer
-from torchtitan.tools.utils import Color, NoColor
 
 from examples.mosaic_streaming.checkpoint.progress import Progress
-from examples.mosaic_streaming.metrics import ending
 from examples.mosaic_streaming.shards.fetch_stats import RETRY, FetchCounts, FetchStats, count_fetched
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import JOB, command, train
@@ -312,10 +310,3 @@ def test_processes_count_together_what_they_fetch(tmp_path: Path) -> None:
 
 def test_what_cannot_be_counted_is_left_out() -> None:
     count_fetched("/nowhere/fetched", 1)
-
-
-@pytest.mark.parametrize("color", [Color(), NoColor()])
-def test_line_ends_in_a_text_and_then_in_its_color(color: Color | NoColor) -> None:
-    changed = ending(color, "epoch: 0")
-    assert changed.reset == f"  {color.yellow}epoch: 0{color.reset}"
-    assert (changed.red, changed.magenta) == (color.red, color.magenta)

@@ -87,6 +87,11 @@ class AbortChannel:
             self._listener = Listener(job_id, self.print_reason)
             atexit.register(self.close)  # a thread inside of `Store.wait` when Python ends would abort the process
 
+    def count(self, key: str) -> int:
+        """Add 1 to a counter that all ranks of the job share, and return its value. It takes `connect`."""
+        assert self._listener
+        return self._listener.count(key)
+
     def close(self) -> None:
         """Neither tell other ranks anything from here on, nor end with them."""
         if self._listener:
@@ -230,6 +235,10 @@ class Listener:
             self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]  # not in torch 2.13's stub
             return wait_for(self._store, PRINTED_KEY, RANK_0_SECONDS) is not None
         return self._is_woken  # and so is rank 0, whose end may be that of the store
+
+    def count(self, key: str) -> int:
+        """Add 1 to a key of the store, and return its value."""
+        return int(self._store.add(key, 1))
 
     def has_heard(self) -> bool:
         """Whether a rank has failed and said why; on rank 0, the reason is printed by then.

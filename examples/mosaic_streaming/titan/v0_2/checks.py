@@ -108,12 +108,13 @@ def check_training(job_config: "JobConfig", world_size: int) -> None:
     components/optimizer.py, knows the second's names.
     """
     from torchtitan.components.optimizer import build_optimizers, build_optimizers_with_moe_load_balancing
-    from torchtitan.models import _supported_models
     from torchtitan.protocols.train_spec import get_train_spec
+
+    from examples.mosaic_streaming.upstream.train_specs import model_names
 
     model, seq_len = job_config.model.name, job_config.training.seq_len
     divisor = parallel_dims(job_config, world_size).seq_len_divisor
-    if model.removesuffix("_mosaic") in _supported_models and seq_len % divisor:
+    if model.removesuffix("_mosaic") in model_names() and seq_len % divisor:
         hint = f"For samples of {seq_len} tokens set {seq_len - 1}: then each label is real." if seq_len % 2 else ""
         raise ConfigError(
             f"training.seq_len = {seq_len}, but TorchTitan's models take multiples of {divisor}: 2 x tensor-parallel x "

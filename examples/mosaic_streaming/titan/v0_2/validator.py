@@ -10,6 +10,7 @@ from torchtitan.config import JobConfig
 from torchtitan.distributed import utils as dist_utils
 from torchtitan.tools.utils import device_type
 
+from examples.mosaic_streaming.upstream.expert_counts import kept_expert_counts
 from examples.mosaic_streaming.validator import ValidationLoader
 
 
@@ -33,30 +34,28 @@ class MosaicValidator(Validator):
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the mean loss of a round; all ranks call it at the same steps.
+        """Log the mean loss of a round. All ranks call it at the same steps.
 
         Raises:
             DataError: a batch can't be read, or the round has no loss token.
         """
-        counts = counts_of_experts(model_parts)
         for model in model_parts:
             model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64)
-        tokens = torch.zeros((), dtype=torch.int64)
-        for inputs, labels in self.loader:
-            self.metrics_processor.ntokens_since_last_log += labels.numel()
-            tokens += (labels != IGNORE_INDEX).sum()
-            inputs = {key: value.to(device_type) for key, value in inputs.items()}
-            loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
-        loss_sum, tokens = loss_sum.to(torch.float32).to(device_type), tokens.to(device_type)
-        total = self._total(tokens, "batch")
+        loss_tokens = torch.zeros((), dtype=torch.int64)
+        with kept_expert_counts(model_parts):
+            for inputs, labels in self.loader:
+                self.metrics_processor.ntokens_since_last_log += labels.numel()
+                loss_tokens += (labels != IGNORE_INDEX).sum()
+                inputs = {key: value.to(device_type) for key, value in inputs.items()}
+                loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
+        total = self._total(loss_tokens.to(device_type), "batch")
         if not total:
             raise self.loader.no_loss_token()
-        self.metrics_processor.log_validation(loss=self._total(loss_sum, "loss", "pp") / total, step=step)
+        mean = self._total(loss_sum.to(torch.float32).to(device_type), "loss", "pp") / total
+        self.metrics_processor.log_validation(loss=mean, step=step)
         for model in model_parts:
             model.train()
-        for count, before in counts:
-            count.copy_(before)
 
     @property
     def loader(self) -> ValidationLoader:
@@ -86,13 +85,3 @@ class MosaicValidator(Validator):
             if (mesh := self.parallel_dims.get_optional_mesh(name)) is not None:
                 number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)
         return float(number)
-
-
-def counts_of_experts(model_parts: list[nn.Module]) -> list[tuple[Tensor, Tensor]]:
-    """The buffers in which experts count their tokens, each with a copy.
-
-    Source: they count in each forward pass, and the next optimizer step moves experts' biases by that (torchtitan
-    0.2.2, models/moe/moe.py, components/optimizer.py): tokens of validation would change training.
-    """
-    buffers = [buffer for model in model_parts for buffer in model.named_buffers()]
-    return [(buffer, buffer.clone()) for name, buffer in buffers if name.endswith("tokens_per_expert")]

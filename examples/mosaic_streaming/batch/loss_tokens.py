@@ -1,0 +1,33 @@
+"""What to say where a global batch has nothing to learn."""
+
+from typing import cast
+
+import numpy as np
+
+from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.sampling import Order, global_batch
+from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream
+
+SHOWN_SAMPLES = 8
+"""Samples of a global batch that a message names."""
+
+
+def no_loss_token(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
+    """Make the error for a global batch whose labels are all -100. It names samples and streams.
+
+    Args:
+        dataset: the streams.
+        order: the order of their samples.
+        epoch: the epoch of the global batch.
+        sample_in_epoch: samples of the epoch before it.
+    """
+    samples = global_batch(dataset, order, epoch, sample_in_epoch)
+    told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
+    more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
+    numbers = np.searchsorted(dataset.sample_offset_per_stream, samples, side="right") - 1
+    streams = [cast(CheckedStream, dataset.streams[number]).label for number in np.unique(numbers)]
+    return DataError(
+        f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
+        f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}` shows one. "
+        "Remove such samples, or raise training.global_batch_size, so that others are in a batch with them."
+    )
