@@ -293,7 +293,9 @@ class MosaicDataLoader(BaseDataLoader):
                     if number == len(micro_batches):
                         if not loss_tokens:
                             self._check_other_ranks()
-                        self._count_step()
+                        self._counter.add_step(self._order.global_batch_size)
+                        read = self._state.sample_in_epoch + self._order.global_batch_size
+                        self._state = self._state._replace(sample_in_epoch=read, steps=self._state.steps + 1)
                     yield titan_batch
             self._log_epoch_end()
             self._log_dropped_tokens()
@@ -323,12 +325,6 @@ class MosaicDataLoader(BaseDataLoader):
         if self._steps in DROP_LOG_STEPS:
             self._log_dropped_tokens()
         return micro_batches
-
-    def _count_step(self) -> None:
-        samples = self._order.global_batch_size
-        self._counter.add_step(samples)
-        sample_in_epoch, steps = self._state.sample_in_epoch + samples, self._state.steps + 1
-        self._state = self._state._replace(sample_in_epoch=sample_in_epoch, steps=steps)
 
     def _check_other_ranks(self) -> None:
         """Raise DataError if no rank has a loss token in this step, as this one has none.

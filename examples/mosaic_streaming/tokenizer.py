@@ -1,4 +1,4 @@
-"""One set of tokenizer assets, two tokenizers: TorchTitan's and the transformers one that llm-foundry needs."""
+"""Two tokenizers of the same assets: TorchTitan's, and the transformers one that llm-foundry needs."""
 
 import os
 from collections.abc import Mapping
@@ -15,25 +15,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns 
 
 
 def build_tokenizer(path: str) -> HuggingFaceTokenizer:
-    """TorchTitan's tokenizer of the assets in a folder, `model.hf_assets_path`.
-
-    Raises:
-        ConfigError: there are no assets at that path, or TorchTitan can't read them.
-    """
+    """Load TorchTitan's tokenizer from a folder, `model.hf_assets_path`; a ConfigError says what is wrong with it."""
     check_folder(path)
     with explained(path, "TorchTitan"):
         return HuggingFaceTokenizer(path)
 
 
 def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
-    """The transformers tokenizer of the same assets, proven equal to TorchTitan's.
+    """Load the transformers tokenizer of the same assets, and compare it with TorchTitan's.
 
     Args:
-        path: folder with the assets, `model.hf_assets_path`.
-        titan: TorchTitan's tokenizer of these assets; it is given the BOS and EOS that it left unset.
+        path: the folder with the assets, `model.hf_assets_path`.
+        titan: TorchTitan's tokenizer. It gets the BOS and EOS that it left unset.
 
     Raises:
-        ConfigError: transformers can't read the assets, or the two read them differently; the message has both values.
+        ConfigError: transformers can't read the assets, or the two tokenizers differ.
     """
     with explained(path, "transformers"):
         tokenizer = load(path, titan.config or {})
@@ -53,10 +49,10 @@ class TokenizersBackend(PreTrainedTokenizerFast):
 
 
 def load(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """What transformers makes of assets; no code of theirs is run, nor anybody asked whether it may.
+    """Load assets with transformers. No code that comes with them is run, and nobody is asked whether it may.
 
     Args:
-        path: folder with the assets.
+        path: the folder with the assets.
         config: the content of tokenizer_config.json.
     """
     kind = TokenizersBackend if config.get("tokenizer_class") == TokenizersBackend.__name__ else AutoTokenizer
@@ -67,9 +63,9 @@ def load(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
 
 
 def fill_in_ends(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give TorchTitan's tokenizer the BOS and EOS of transformers' where it has none.
+    """Give TorchTitan's tokenizer the BOS and EOS of the transformers tokenizer where it has none.
 
-    Source: where both are one token, as GPT-2's, torchtitan 0.2.2 sets `bos_id` alone; it reads neither
+    Source: torchtitan 0.2.2 sets only `bos_id` where both are one token, as GPT-2's. It reads neither
     special_tokens_map.json nor the defaults of a class (components/tokenizer.py). A version that sets both makes this
     needless.
     """
@@ -80,7 +76,7 @@ def fill_in_ends(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase
 
 
 def differences_of(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """In what two tokenizers of the same assets differ, with both values."""
+    """What differs between two tokenizers of the same assets, with both values."""
     pairs = {
         "vocabulary size": (titan.get_vocab_size(), len(tokenizer)),
         "bos id": (titan.bos_id, tokenizer.bos_token_id),
@@ -94,12 +90,7 @@ def differences_of(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBa
 
 
 def check_tokenizer(tokenizer: HuggingFaceTokenizer, job: Job) -> None:
-    """Raise ConfigError unless each id has a row in the model's embedding, and there is an EOS where masks need one.
-
-    Args:
-        tokenizer: TorchTitan's.
-        job: whose model it is.
-    """
+    """Raise ConfigError unless each id has a row in the model's embedding, and there is an EOS where masks need one."""
     if tokenizer.get_vocab_size() > job.vocab_size:
         raise ConfigError(
             f"The tokenizer in model.hf_assets_path = {tokenizer.tokenizer_path!r} has "
@@ -114,12 +105,12 @@ def check_tokenizer(tokenizer: HuggingFaceTokenizer, job: Job) -> None:
 
 
 def check_pad_token(loader: str, shard: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError for text that is tokenized as it is read, and a tokenizer without a padding token.
+    """Raise ConfigError if text is tokenized as it is read, but the tokenizer has no padding token.
 
     Args:
-        loader: its name.
-        shard: the first one of the streams.
-        tokenizer: transformers', of the model.
+        loader: the loader's name.
+        shard: the first shard of the streams.
+        tokenizer: the transformers tokenizer.
 
     Source: llm-foundry 0.22.0, data/text_data.py, refuses it at the first sample.
     """

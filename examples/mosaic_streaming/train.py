@@ -1,7 +1,7 @@
 """Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `config/cli.py`.
 
-Like TorchTitan's own `train.py`, but the model's TrainSpec reads Mosaic streams. What takes long to import is imported
-where it is needed, so that `--help` and typing errors don't wait half a minute.
+It does what TorchTitan's own `train.py` does, but the model's TrainSpec reads Mosaic streams. Packages that take long
+to import are imported where they are needed, so that `--help` and typing errors don't wait half a minute.
 """
 
 import contextlib
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
-"""Whose versions the log opens with."""
+"""The log opens with their versions."""
 
-SAVING = 20.0
-"""Seconds that a checkpoint in the background may take to be finished after a signal; torchrun leaves 30 in all."""
+SAVE_SECONDS = 20.0
+"""How long a checkpoint in the background may take to be finished after a signal. torchrun leaves 30 s in all."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags and both files, register the spec, train; a user's error ends in one line."""
+    """Read the flags and the files, register the spec, and train. A user's error ends in one line."""
     channel = AbortChannel()
     with channel.report_errors_once():
         handle_signals(signal.SIG_DFL)  # nothing has to be closed yet
@@ -51,15 +51,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None:
-    """Train, or write a seed checkpoint, and close everything; the exception that ends a run is the one raised.
+    """Train, or write a seed checkpoint, and close everything. The exception that ends a run is the one raised.
 
     Args:
-        job_config: the whole job.
+        job_config: TorchTitan's job config.
         validates: whether there is a configuration of the validation loader.
-        channel: tells all ranks why one stops.
+        channel: tells all ranks why one of them stops.
     """
     import torch.distributed as dist
-    from torch.distributed.checkpoint.api import CheckpointException
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
@@ -74,13 +73,8 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
                 "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests. Models with "
                 "experts, and flavors with flex or varlen attention, need a GPU."
             )
-        if validates and not job_config.validation.enable:
-            logger.warning("validation.enable = false: the validation streams are not read.")
-        if "dataloader" in job_config.checkpoint.exclude_from_loading:
-            logger.warning(
-                "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
-                "samples, tokens and targets are counted from there."
-            )
+        for warning in titan.warnings_of_job(job_config, validates):
+            logger.warning(warning)
     handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
     trainer = None
     try:
@@ -105,10 +99,8 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
             log_stop(trainer, channel.stopped_by)
         if lost and not isinstance(error, DataError):
             raise DataError(lost) from error
-        if isinstance(error, CheckpointException) and (missing := explain_missing(str(error))):
-            raise ConfigError(missing) from error
-        if refused:
-            raise ConfigError(refused) from error
+        if told := explain_missing(str(error)) or refused:
+            raise ConfigError(told) from error
         raise
     close(trainer)
     channel.close()
@@ -118,8 +110,9 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
 
 
 def loaders(trainer: "Trainer") -> list[Any]:
-    """The loaders of the run: that of training and, where there is one, that of validation."""
-    return [trainer.dataloader] + ([trainer.validator.loader] if trainer.job_config.validation.enable else [])
+    """The training loader and, where there is one, the validation loader."""
+    validator = getattr(trainer, "validator", None)
+    return [trainer.dataloader, *([validator.loader] if validator else [])]
 
 
 def lost_workers(trainer: "Trainer") -> str:
@@ -138,12 +131,12 @@ def close(trainer: "Trainer | None") -> None:
 
 
 def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
-    """Say on rank 0 how far a run has come that a signal ends, and what the same command would do."""
+    """Log on rank 0 how far a run has come that a signal ends, and what the same command would do next."""
     from torchtitan.tools.logging import logger
 
     if is_rank_0():
         if saving := getattr(trainer.checkpointer, "save_future", None):  # there is none without checkpoints
-            futures.wait([saving], SAVING)
+            futures.wait([saving], SAVE_SECONDS)
         step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)  # it counts the one in progress
         logger.info(
             f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "

@@ -12,8 +12,7 @@ from examples.mosaic_streaming.config import flat, has_cache
 from examples.mosaic_streaming.preview.checkpoint import Saved
 from examples.mosaic_streaming.preview.job_data import JobData, open_validation
 from examples.mosaic_streaming.preview.ledger import Watched
-from examples.mosaic_streaming.sampling import ORDER_BYTES, stream_shares
-from examples.mosaic_streaming.validator import size_of_round
+from examples.mosaic_streaming.sampling import ORDER_BYTES, size_of_round, stream_shares
 
 EXACT = 20_000_000
 """Samples of an epoch up to which the first repeat is looked for; beyond, only what it can't come before is said."""

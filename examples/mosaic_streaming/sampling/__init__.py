@@ -10,6 +10,7 @@ from examples.mosaic_streaming.sampling.order import (
     round_down,
     set_order,
     set_validation_order,
+    size_of_round,
     start_at,
 )
 from examples.mosaic_streaming.sampling.placement import Layout, assign_to_ranks

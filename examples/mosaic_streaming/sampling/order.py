@@ -130,6 +130,13 @@ def set_validation_order(
     install(dataset, ValidationOrder(samples, global_batch_size, local_batch_size))
 
 
+def size_of_round(epoch_size: int, global_batch_size: int, steps: int) -> tuple[int, int]:
+    """Batches of all ranks together in a validation round, and samples; `steps` is `validation.steps`."""
+    whole = -(-epoch_size // global_batch_size)
+    batches = whole if steps == -1 else min(steps, whole)
+    return batches, min(epoch_size, batches * global_batch_size)
+
+
 def start_at(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoch: int) -> Order:
     """Make a dataset that nobody has iterated yet start at a position.
 

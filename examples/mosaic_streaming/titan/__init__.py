@@ -8,7 +8,7 @@ from typing import Any
 from examples.mosaic_streaming.config import Job, LoaderFile
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.checkpoints import next_start, steps_with
-from examples.mosaic_streaming.titan.v0_2.checks import check_job
+from examples.mosaic_streaming.titan.v0_2.checks import check_job, warnings_of_job
 from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config, settings_of
 from examples.mosaic_streaming.titan.v0_2.refusals import refusal
 

@@ -141,7 +141,7 @@ def test_a_collator_of_someone_elses_stays(tmp_path: Path) -> None:
     loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
     collate.use_fast_collator(loader, is_text=True)
     assert isinstance(loader.collate_fn, Collator) and isinstance(loader.collate_fn._make_batch, Own)
-    assert not loader.dataset.as_written  # type: ignore[attr-defined]
+    assert not loader.dataset.keep_dtype  # type: ignore[attr-defined]
 
 
 def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,19 @@ def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None
     check_checkpoints(job_config)
 
 
+def warnings_of_job(job_config: "JobConfig", validates: bool) -> list[str]:
+    """What the log has to warn of before a start; the arguments are those of `check_job`."""
+    warnings = []
+    if validates and not job_config.validation.enable:
+        warnings.append("validation.enable = false: the validation streams are not read.")
+    if "dataloader" in job_config.checkpoint.exclude_from_loading:
+        warnings.append(
+            "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
+            "samples, tokens and targets are counted from there."
+        )
+    return warnings
+
+
 def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
     """The degrees of parallelism on so many ranks, as TorchTitan reckons.
 
