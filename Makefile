@@ -72,12 +72,13 @@ lock: $(UV)
 	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --group pyproject.toml:bench \
 	  --custom-compile-command "make lock" --constraints requirements.lock --output-file requirements-bench.lock
 
-# uv is no prerequisite: with all of it installed, nothing has to install uv.
+# uv is no prerequisite: with all of it installed, nothing has to install uv. Bytecode is compiled once, here: where
+# Python can't or mustn't write it, each process would compile 8,000 modules anew, for 10 s.
 .venv/.synced: requirements.lock
 	test -x $(UV) || $(MAKE) $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
 	@echo "Installing requirements.lock into .venv: about 3 GB to download the first time."
-	$(UV) pip sync --python .venv --require-hashes requirements.lock
+	$(UV) pip sync --python .venv --require-hashes --compile-bytecode requirements.lock
 	touch $@
 
 .venv/.bench: requirements-bench.lock .venv/.synced
