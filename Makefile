@@ -73,7 +73,7 @@ lock: $(UV)
 	  --custom-compile-command "make lock" --constraints requirements.lock --output-file requirements-bench.lock
 
 # uv is no prerequisite: with all of it installed, nothing has to install uv. Bytecode is compiled once, here: where
-# Python can't or mustn't write it, each process would compile 8,000 modules anew, for 10 s.
+# Python can't or mustn't write it, each process would compile thousands of modules anew.
 .venv/.synced: requirements.lock
 	test -x $(UV) || $(MAKE) $(UV)
 	test -x $(BIN)/python || $(UV) venv --quiet --python '$(PYTHON)' .venv
