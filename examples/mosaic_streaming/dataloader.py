@@ -306,15 +306,19 @@ class MosaicDataLoader(BaseDataLoader):
         """Samples of this epoch that follow, in whole global batches."""
         return self._order.remaining(self._state.sample_in_epoch)
 
+    @property
+    def _accumulation(self) -> int:
+        """Micro-batches of this rank in an optimizer step."""
+        ranks = self._dataset._parallel_rank_world.num_ranks
+        return self._order.global_batch_size // (self._order.local_batch_size * ranks)
+
     def _next_step(self) -> list[Mapping[str, Any]]:
         """This rank's micro-batches of the next optimizer step; none at the end of the epoch."""
         self._channel.exit_if_signalled()
         if not self._remaining:
             return []
-        samples_per_batch = self._order.local_batch_size * self._dataset._parallel_rank_world.num_ranks
-        accumulation = self._order.global_batch_size // samples_per_batch
-        micro_batches = self._batches.take(accumulation)
-        if len(micro_batches) < accumulation:
+        micro_batches = self._batches.take(self._accumulation)
+        if len(micro_batches) < self._accumulation:
             raise DataError(
                 f"Epoch {self._state.epoch} ended after {self._state.sample_in_epoch} of {self._order.epoch_samples} "
                 f"samples. {self._spec.source}"

@@ -31,10 +31,9 @@ def recording(folder: Path) -> Iterator[None]:
     read_batches = MosaicDataLoader.__iter__
 
     def read_and_record(self: MosaicDataLoader) -> Iterator[TitanBatch]:
-        batches_per_step = self._order.global_batch_size // self._samples_per_batch
         with open(folder / f"{os.environ['RANK']}.jsonl", "w", buffering=1) as file:
             for number, batch in enumerate(read_batches(self)):
-                step = number // batches_per_step
+                step = number // self._accumulation
                 if step == int(os.environ.get(PAUSE, -1)):
                     time.sleep(600)
                 samples = (batch[0]["input"][:, 0] - FIRST_ID).tolist()
