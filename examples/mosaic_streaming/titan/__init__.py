@@ -1,6 +1,7 @@
-"""The seam to TorchTitan: a package for each generation of it. Nothing else knows its configuration and specs.
+"""The seam to TorchTitan, with a package for each generation of it. Only this room knows TorchTitan's configuration.
 
-Nothing slow is imported before a function is called.
+A start calls these functions in this order: `load_job_config`, `check_job`, `import_custom`, `register`. From then on,
+everything else knows the `Job` that `make_job` makes. Nothing slow is imported before a function is called.
 """
 
 from typing import Any
@@ -14,14 +15,14 @@ from examples.mosaic_streaming.titan.v0_2.refusals import refusal
 
 
 def register(name: str, train: LoaderFile, validation: LoaderFile | None, channel: AbortChannel) -> None:
-    """Make the Mosaic form of a text model known to TorchTitan; arguments and errors are those of `spec.register`."""
+    """Register the Mosaic form of a text model with TorchTitan; arguments and errors are those of `spec.register`."""
     from examples.mosaic_streaming.titan.v0_2 import spec
 
     spec.register(name, train, validation, channel)
 
 
 def make_job(job_config: Any, world_size: int, ranks_per_node: int) -> Job:
-    """What the rest of this project knows of a job; arguments and errors are those of `job.make_job`."""
+    """Make the `Job` that a job config describes; arguments and errors are those of `job.make_job`."""
     from examples.mosaic_streaming.titan.v0_2 import job
 
     return job.make_job(job_config, world_size, ranks_per_node)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torchtitan.config import JobConfig
 
 STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
-"""Of a checkpoint, as TorchTitan calls them (torchtitan 0.2.2, components/checkpoint.py)."""
+"""TorchTitan's names for the parts of a checkpoint (torchtitan 0.2.2, components/checkpoint.py)."""
 
 
 def check_checkpoints(job_config: "JobConfig") -> None:
@@ -71,10 +71,10 @@ def check_checkpoints(job_config: "JobConfig") -> None:
 
 
 def check_initial_load(job_config: "JobConfig") -> None:
-    """Raise ConfigError unless there are weights to begin with where the job says.
+    """Raise ConfigError unless there are weights where the job says that it begins with some.
 
-    Source: those in Hugging Face's form are taken from `model.hf_assets_path`, if no path is given (torchtitan 0.2.2,
-    components/checkpoint.py).
+    Source: without a path, TorchTitan takes weights in Hugging Face's form from `model.hf_assets_path`
+    (torchtitan 0.2.2, components/checkpoint.py).
     """
     checkpoint, in_hf = job_config.checkpoint, job_config.checkpoint.initial_load_in_hf
     if in_hf and not checkpoint.initial_load_model_only:
@@ -94,16 +94,16 @@ def check_initial_load(job_config: "JobConfig") -> None:
 
 
 def checkpoint_folder(job_config: "JobConfig") -> str:
-    """Where all checkpoints of a job are."""
+    """The folder of all checkpoints of a job."""
     return os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)
 
 
 def next_start(job_config: "JobConfig", step: int) -> str:
-    """What the same command would do after a run that ends too early.
+    """Say what the same command would do after a run that ends too early.
 
     Args:
-        job_config: the whole job.
-        step: the last one that was trained.
+        job_config: TorchTitan's job config.
+        step: the last step that was trained.
     """
     checkpoint = job_config.checkpoint
     if step >= job_config.training.steps:
@@ -127,6 +127,6 @@ def next_start(job_config: "JobConfig", step: int) -> str:
 
 
 def steps_with(folder: str, file: str) -> set[int]:
-    """The steps in a folder that have a file, as TorchTitan reads their names."""
+    """The steps in a folder whose own folder has a file. Names are read as TorchTitan reads them."""
     found = {name: re.search(r"step-(\d+)", name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])}
     return {int(step[1]) for name, step in found.items() if step and os.path.isfile(os.path.join(folder, name, file))}

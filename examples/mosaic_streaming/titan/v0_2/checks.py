@@ -1,4 +1,4 @@
-"""Settings of the job config that TorchTitan would refuse with a traceback, or that would not do what they say."""
+"""Refuses settings of the job config with which TorchTitan would fail with a traceback, or ignore what they say."""
 
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
 
 OPTIMIZERS = ("Adam", "AdamW")
-"""Those that TorchTitan makes."""
+"""The optimizers that TorchTitan knows."""
 
 
 def check_job(job_config: "JobConfig", validates: bool, world_size: int) -> None:
-    """Raise ConfigError for a job that would not start, or not do, on Mosaic streams, what it says.
+    """Raise ConfigError for a job that would not start on Mosaic streams, or not do what its config says.
 
     Args:
-        job_config: the whole job.
+        job_config: TorchTitan's job config.
         validates: whether there is a configuration of the validation loader.
         world_size: processes.
     """
@@ -54,11 +54,7 @@ def warnings_of_job(job_config: "JobConfig", validates: bool) -> list[str]:
 
 
 def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
-    """The degrees of parallelism on so many ranks, as TorchTitan reckons.
-
-    Raises:
-        ConfigError: they don't fit those.
-    """
+    """Compute the degrees of parallelism as TorchTitan does; a ConfigError says why they don't fit the ranks."""
     from torchtitan.distributed import ParallelDims
 
     parallelism = job_config.parallelism
@@ -96,7 +92,7 @@ def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
 
 
 def check_model(job_config: "JobConfig") -> None:
-    """Raise ConfigError unless the model has such a flavor, for these degrees of parallelism.
+    """Raise ConfigError unless the model has this flavor, and the flavor works with pipeline parallelism if that is on.
 
     Source: pipeline stages cut the masks of varlen attention, which are cumulative lengths, into equal parts. Those of
     the second micro-batch then don't begin at 0 (torch 2.13, distributed/pipelining/microbatch.py).
@@ -115,10 +111,10 @@ def check_model(job_config: "JobConfig") -> None:
 
 
 def check_training(job_config: "JobConfig", world_size: int) -> None:
-    """Raise ConfigError for what TorchTitan's own models and optimizers would refuse once they are built.
+    """Raise ConfigError for what TorchTitan's own models and optimizers would refuse only once they are built.
 
-    Source: each `parallelize_fn` in torchtitan 0.2.2, models, asserts the first; its `build_optimizers`, in
-    components/optimizer.py, knows the second's names.
+    Source: each `parallelize_fn` asserts the length (torchtitan 0.2.2, models/*/infra). `build_optimizers` knows the
+    names of optimizers (components/optimizer.py).
     """
     from torchtitan.components.optimizer import build_optimizers, build_optimizers_with_moe_load_balancing
     from torchtitan.protocols.train_spec import get_train_spec
@@ -142,10 +138,10 @@ def check_training(job_config: "JobConfig", world_size: int) -> None:
 
 
 def global_batch_size(job_config: "JobConfig", dp_world_size: int) -> int:
-    """Sequences of an optimizer step, as TorchTitan's Trainer reckons.
+    """Compute the sequences of an optimizer step as TorchTitan's Trainer does.
 
     Raises:
-        ConfigError: it is not a multiple of the micro-batches of all dp ranks.
+        ConfigError: they are no multiple of the micro-batches of all dp ranks.
     """
     local, total = job_config.training.local_batch_size, job_config.training.global_batch_size
     if local < 1:
@@ -159,7 +155,7 @@ def global_batch_size(job_config: "JobConfig", dp_world_size: int) -> int:
 
 
 def check_validation(job_config: "JobConfig") -> None:
-    """Raise ConfigError for batches that the model, as it is built for training, can't take.
+    """Raise ConfigError for validation batches that a model which is built for training can't take.
 
     Source: rotary embeddings have `training.seq_len` rows; a pipeline's stages receive tensors of the first batch's
     shape (torchtitan 0.2.2, models/*/model/args.py; torch 2.13, distributed/pipelining/stage.py).

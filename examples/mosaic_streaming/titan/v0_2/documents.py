@@ -1,4 +1,4 @@
-"""Attention that stays within documents: llm-foundry's `sequence_id` as TorchTitan's attention masks."""
+"""Keeps attention within documents: llm-foundry's `sequence_id` becomes TorchTitan's attention masks."""
 
 import inspect
 from typing import Any
@@ -13,7 +13,7 @@ from examples.mosaic_streaming.sampling import Layout
 
 
 def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
-    """A model whose attention masks follow the batch's `sequence_id`, where there is one.
+    """Derive a model whose attention masks follow the batch's `sequence_id`, where there is one.
 
     Source: TorchTitan makes masks from the input's EOS tokens (torchtitan 0.2.2, models/attention.py), which chats and
     prompts have anywhere. It is given marks instead of tokens, and makes the same kind of mask from them.

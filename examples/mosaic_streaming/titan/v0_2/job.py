@@ -17,10 +17,10 @@ from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, take
 
 
 def make_job(job_config: JobConfig, world_size: int, ranks_per_node: int) -> Job:
-    """What the rest of this project knows of a job.
+    """Make the `Job` that a job config describes.
 
     Args:
-        job_config: TorchTitan's; the model that it names is registered.
+        job_config: TorchTitan's job config. Its model is registered.
         world_size: processes.
         ranks_per_node: processes on each machine.
 

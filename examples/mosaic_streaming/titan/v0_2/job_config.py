@@ -1,4 +1,4 @@
-"""TorchTitan's job config, read as TorchTitan reads it."""
+"""Reads TorchTitan's job config, the way TorchTitan does."""
 
 import contextlib
 import dataclasses
@@ -23,12 +23,12 @@ JOB_KEYS = (
     *("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
     *("checkpoint.enable", "checkpoint.last_save_model_only", "validation.enable"),
 )
-"""Of the job config, what decides what is read and how."""
+"""The keys of the job config that decide what is read and how."""
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 
 
 def load_job_config(titan_flags: list[str]) -> "JobConfig":
-    """TorchTitan's job config from its flags, which name the file.
+    """Read the job config from TorchTitan's flags, which name the file.
 
     Raises:
         ConfigError: TorchTitan refuses the file or a flag, or would do so later.
@@ -40,7 +40,7 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     from torchtitan.tools.logging import init_logger
 
     class Manager(ConfigManager):
-        """TorchTitan's, that reads the file as we do."""
+        """TorchTitan's manager, which reads the file as we do."""
 
         def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
             if args and args[0].startswith(CONFIG_FILE):
@@ -71,11 +71,9 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
 
 
 def spell_booleans(titan_flags: list[str], job_config: type) -> list[str]:
-    """Respell `--section.key=true` and `=false` as `--section.key` and `--section.no-key`, the way TorchTitan wants it.
+    """Respell `--section.key=true` and `=false` as `--section.key` and `--section.no-key`, as TorchTitan wants them.
 
-    Args:
-        titan_flags: flags for TorchTitan.
-        job_config: TorchTitan's config dataclass, to leave alone a key that it has and that isn't boolean.
+    A key that `job_config`, TorchTitan's dataclass, has and that isn't boolean is left alone.
     """
     return [_spell_boolean(flag, job_config) for flag in titan_flags]
 
@@ -97,11 +95,7 @@ def _spell_boolean(flag: str, job_config: type) -> str:
 
 
 def read_sections(path: str) -> dict[str, Any]:
-    """Parse a job config.
-
-    Raises:
-        ConfigError: it can't be read, or has a value where a section belongs, which TorchTitan would not mind.
-    """
+    """Parse a job config; raise ConfigError for a value where a section belongs, which TorchTitan would ignore."""
     sections = read_toml(path)
     for name, value in sections.items():
         if not isinstance(value, dict):
@@ -110,7 +104,7 @@ def read_sections(path: str) -> dict[str, Any]:
 
 
 def import_custom(job_config: "JobConfig") -> None:
-    """Import the module that may register a model, as TorchTitan does, too.
+    """Import the user's module, which may register a model. TorchTitan does so, too, but later.
 
     Raises:
         ConfigError: there is no such module.
@@ -129,12 +123,12 @@ def import_custom(job_config: "JobConfig") -> None:
 
 
 def settings_of(job_config: "JobConfig", path: str, titan_flags: list[str]) -> list[dict[str, Any]]:
-    """The settings of a job that decide what is read and how: `setting`, `value`, and the `owner` that has set it.
+    """List the settings that decide what is read and how: `setting`, `value`, and the `owner` who has set it.
 
     Args:
-        job_config: the whole job.
-        path: of its file.
-        titan_flags: TorchTitan's flags of the command line.
+        job_config: TorchTitan's job config.
+        path: the path of its file.
+        titan_flags: TorchTitan's flags on the command line.
     """
     in_file, job = flat(read_toml(path)), flat(dataclasses.asdict(job_config))
     rows = []
@@ -146,7 +140,7 @@ def settings_of(job_config: "JobConfig", path: str, titan_flags: list[str]) -> l
 
 
 def is_given(key: str, titan_flags: list[str]) -> bool:
-    """Whether a flag of TorchTitan's sets a key."""
+    """Whether one of TorchTitan's flags sets a key."""
     section, _, name = key.rpartition(".")
     names = [flag.partition("=")[0].replace("-", "_") for flag in titan_flags]
     return f"__{key}" in names or f"__{section}.no_{name}" in names

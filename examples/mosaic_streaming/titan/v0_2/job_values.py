@@ -1,4 +1,4 @@
-"""The types and limits of the job config's values: TorchTitan takes those of its file as they come."""
+"""Checks types and limits of the job config's values. TorchTitan takes those of the file as they come."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ AT_LEAST: dict[str, int] = {
     **{"parallelism.pipeline_parallel_microbatch_size": 1},
     **{"comm.init_timeout_seconds": 1, "comm.train_timeout_seconds": 1},
 }
-"""The smallest value of a number; where a section has `enable = false`, nothing reads its numbers."""
+"""The smallest allowed values. Nothing reads the numbers of a section that has `enable = false`."""
 
 
 def wrong_job_values(job_config: Any) -> list[str]:
-    """Which values of a job are of another type than TorchTitan says, or smaller than makes sense."""
+    """Name the values of a job config that have the wrong type, or are smaller than makes sense."""
     wrong = []
     for key, value, hint, is_read in leaves(job_config):
         least = AT_LEAST.get(key)
@@ -30,7 +30,7 @@ def wrong_job_values(job_config: Any) -> list[str]:
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
-    """Key, value and type of each setting, and whether its section is in use."""
+    """Yield key, value and type of each setting, and whether its section is in use."""
     for field in dataclasses.fields(section):
         value, key = getattr(section, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(field.type) and dataclasses.is_dataclass(value):

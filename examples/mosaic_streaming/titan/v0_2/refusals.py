@@ -1,4 +1,4 @@
-"""What TorchTitan refuses before the first step, in one line: its own checks of a job end in tracebacks."""
+"""Says in one line what TorchTitan refuses before the first step. Its own checks of a job end in tracebacks."""
 
 import ast
 import contextlib
@@ -19,10 +19,10 @@ KINDS: tuple[type[Exception], ...] = (
     *(ValueError, TypeError, AssertionError, NotImplementedError, LookupError, AttributeError, ArithmeticError),
     *(ImportError, FileNotFoundError),
 )
-"""Errors by which TorchTitan and torch refuse a setting. A plain RuntimeError may come from a device, too."""
+"""The errors with which TorchTitan and torch refuse a setting. A plain RuntimeError may also come from a device."""
 
 OURS = str(Path(__file__).parents[2]) + os.sep
-"""The folder of all our modules."""
+"""The folder of all modules of this project."""
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
 Call = tuple[FrameType, int]
@@ -30,14 +30,14 @@ Call = tuple[FrameType, int]
 
 
 def refusal(error: BaseException, job_config: Any) -> str | None:
-    """What to say of an error before the first step; none if it isn't a setting that TorchTitan refuses.
+    """Explain an error before the first step; return None if TorchTitan doesn't refuse a setting with it.
 
-    It is one if all calls below the innermost of ours are TorchTitan's or a library's, and the error's kind is one by
-    which settings are refused. A device, a collective, our own code and the user's fail in other ways.
+    It does if all calls below the innermost of ours are TorchTitan's or a library's, and the error has one of the types
+    with which settings are refused. A device, a collective, our own code and the user's code fail in other ways.
 
     Args:
-        error: with its traceback.
-        job_config: the whole job.
+        error: the error, with its traceback.
+        job_config: TorchTitan's job config.
     """
     if isinstance(error, ConfigError | DataError):
         return None
@@ -58,7 +58,7 @@ def refusal(error: BaseException, job_config: Any) -> str | None:
 
 
 def first_line(error: BaseException, otherwise: str = "") -> str:
-    """Type and first line of an error, without a full stop."""
+    """The type and the first line of an error, without a full stop."""
     text = next(iter(str(error).strip().splitlines()), "") or otherwise
     return f"{type(error).__name__}: {text}".rstrip(" .:")
 
@@ -76,7 +76,7 @@ def keep_traceback(error: BaseException, folder: str) -> str:
 
 
 def calls_below_ours(error: BaseException) -> list[Call]:
-    """The calls that led to an error, from the last one of ours on, without it."""
+    """The calls that led to an error, after the last one of ours."""
     calls: list[Call] = []
     for frame, line in traceback.walk_tb(error.__traceback__):
         calls = [] if frame.f_code.co_filename.startswith(OURS) else [*calls, (frame, line)]
@@ -89,17 +89,17 @@ def is_titans(call: Call) -> bool:
 
 
 def is_of_library(call: Call) -> bool:
-    """Whether a call is in a package or in Python, rather than in code of the user's."""
+    """Whether a call is in a package or in Python, not in the user's code."""
     return call[0].f_code.co_filename.startswith((*LIBRARIES, "<"))
 
 
 def is_raised_by(call: Call) -> bool:
-    """Whether a call's line raises an error, rather than calls what fails; only TorchTitan's own are meant."""
+    """Whether a call of TorchTitan's itself raises the error, rather than something that it calls."""
     return is_titans(call) and linecache.getline(call[0].f_code.co_filename, call[1]).strip().startswith("raise")
 
 
 def statement(call: Call) -> str:
-    """The statement that failed, in one line, and the conditions around it."""
+    """The statement that failed, in one line, with the conditions around it."""
     frame, line = call
     tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))
     around = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno <= line <= last(node)]
@@ -113,13 +113,13 @@ def last(node: ast.stmt) -> int:
 
 
 def keys_named(message: str, job_config: Any) -> list[str]:
-    """The settings that a message names, by names that are no words of other use."""
+    """The settings that a message names. Only names with an underscore count: others are also ordinary words."""
     words = {word for word in re.findall(r"\w+", message) if "_" in word}
     return [key for key, *_ in leaves(job_config) if key.rpartition(".")[2] in words]
 
 
 def keys_read(calls: list[Call], message: str, job_config: Any) -> list[str]:
-    """The settings that the innermost of TorchTitan's calls reads where it fails, or hands on under their name."""
+    """The settings that TorchTitan's innermost call reads where it fails, or that it got under their name."""
     words = set(re.findall(r"\w+", message))
     for depth, call in enumerate(reversed(calls)):
         text = statement(call)
