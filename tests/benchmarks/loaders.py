@@ -100,7 +100,11 @@ def titan(text: Text, workers: int) -> Epochs:
     config.training.dataset = name_jsonl()
     config.training.dataset_path = str(text.jsonl)
     return functools.partial(
-        build_text_dataloader, dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer(config), job_config=config
+        build_text_dataloader,
+        dp_world_size=1,
+        dp_rank=0,
+        tokenizer=build_tokenizer(config.model.hf_assets_path),
+        job_config=config,
     )
 
 
