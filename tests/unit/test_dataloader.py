@@ -299,28 +299,11 @@ def test_what_llm_foundry_refuses_is_told_with_the_file(stream: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("local", "total"), [(0, -1), (2, 0)])
-def test_empty_batches_are_refused(stream: Path, local: int, total: int) -> None:
-    assert "batch_size = 0" in error_of(lambda: build_loader(loader_config(stream), job(local, total)))
-
-
 def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
     message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=22)))
     assert message.startswith(
         "ConfigError: An epoch fills no global batch of 22 sequences. Of its samples in loader.toml (dataset 21), "
     )
-
-
-def test_global_batch_that_is_no_multiple_is_refused(stream: Path) -> None:
-    message = error_of(lambda: build_loader(loader_config(stream), job(2, global_batch_size=5)))
-    assert "training.global_batch_size = 5 is not a multiple of training.local_batch_size = 2 x" in message
-
-
-def test_unknown_flavor_is_refused_with_the_valid_ones(stream: Path) -> None:
-    job_config = job()
-    job_config.model.flavor = "9B"
-    message = error_of(lambda: build_loader(loader_config(stream), job_config))
-    assert "model.flavor = '9B', but llama3 has: debugmodel" in message
 
 
 def test_vocabulary_beyond_the_embedding_is_refused(tmp_path: Path, stream: Path) -> None:
