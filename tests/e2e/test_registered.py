@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmfoundry.data.packing import BinPackCollator
 
-from examples.mosaic_streaming.batch.collate import check_packer
 from examples.mosaic_streaming.config.values import hints_of
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.train import main
@@ -166,9 +164,3 @@ def test_types_that_can_be_resolved_are_checked_beside_those_that_can_not(files:
             resolved({"name": "own", "dataset": packed}, 2)
 
     run_rank_values(check)
-
-
-def test_packing_that_a_restart_could_not_repeat_is_refused() -> None:
-    packer = BinPackCollator(lambda batch: batch, 2, 16, PAD, "right", max_leftover_bins_to_keep=3)
-    with pytest.raises(ConfigError, match="Give it max_leftover_bins_to_keep=0"):
-        check_packer(packer)

@@ -1,8 +1,8 @@
-"""One collator for every loader: llm-foundry's, without what only composer needs.
+"""The one collator of every loader: llm-foundry's, without the work that only composer needs.
 
 llm-foundry 0.22.0 counts tokens row by row, into a tensor for each, casts each sample of text by itself, and copies ids
-as labels (data/utils.py, data/text_data.py). Without workers, that is most of its time. With workers, most of it is
-handing on so many tensors.
+as labels (data/utils.py, data/text_data.py). That is most of a loader's time without workers. With workers, most of the
+time goes into handing over so many tensors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,25 +21,25 @@ from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards import CheckedDataset, Failure
 
 DROPPED_TOKENS, PACKED_TOKENS = "dropped_tokens", "packed_tokens"
-"""Keys of a packed batch: how many tokens of its samples found no room in its rows, and how many did."""
+"""Keys of a packed batch: how many tokens of its samples were dropped for want of room, and how many were kept."""
 
 PIPE_BYTES = 1 << 20
-"""The largest tensor that a worker sends through its pipe. For a larger one, torch makes a file in shared memory. That
+"""The largest tensor that a worker sends through its pipe. torch puts a larger one into a file in shared memory, which
 takes 0.3 ms in either process: four times as long as the pipe for 64 KB, half as long for 2 MB."""
 
 
 class Collator:
-    """Makes a batch of samples, in a worker such that it and any error reach the training process.
+    """Makes batches of samples. In a worker, it makes sure that batches and errors reach the training process.
 
     Args:
-        make_batch: llm-foundry's collator, or one that a user has registered.
+        make_batch: llm-foundry's collator, or a user's own.
     """
 
     def __init__(self, make_batch: Callable[[Any], Any]) -> None:
         self._make_batch = make_batch
 
     def __call__(self, samples: Any) -> Any:
-        """A batch; in a worker, small tensors are arrays, and an error is a Failure."""
+        """Make a batch. In a worker, small tensors become arrays, and an error becomes a Failure."""
         if get_worker_info() is None:
             return self.collate(samples)
         try:
@@ -48,11 +48,7 @@ class Collator:
             return Failure.of(error)
 
     def collate(self, samples: Any) -> Any:
-        """A batch, of packed samples with what has found no room.
-
-        Raises:
-            DataError: a sample couldn't be read in this worker.
-        """
+        """Make a batch; of packed samples, with `DROPPED_TOKENS` and `PACKED_TOKENS`."""
         for sample in samples if isinstance(samples, list) else [samples]:
             if isinstance(sample, Failure):
                 raise DataError(sample.reason)
@@ -71,7 +67,7 @@ class Collator:
 
 
 def to_arrays(batch: Any) -> Any:
-    """A batch whose small tensors are arrays, which go through a worker's pipe."""
+    """Turn the small tensors of a batch into arrays, which go through a worker's pipe."""
     if not isinstance(batch, Mapping):
         return batch
     small = {key for key, value in batch.items() if isinstance(value, torch.Tensor) and value.nbytes <= PIPE_BYTES}
@@ -79,10 +75,10 @@ def to_arrays(batch: Any) -> Any:
 
 
 def to_tensors(batch: Any) -> dict[str, Any]:
-    """A batch whose arrays are tensors.
+    """Turn the arrays of a batch back into tensors.
 
     Raises:
-        DataError: it could not be made, or it is no dict, of a loader that a user has registered.
+        DataError: the batch could not be made, or a user's own loader made something else than a dict.
     """
     if isinstance(batch, Failure):
         raise DataError(batch.reason)
@@ -92,17 +88,13 @@ def to_tensors(batch: Any) -> dict[str, Any]:
 
 
 class RowCollator:
-    """Stacks samples of text that are tokens as they were written; others are left to llm-foundry's collator.
-
-    Args:
-        collator: llm-foundry's, for text without masked language modeling.
-    """
+    """Stacks samples of text that are stored as tokens. All others go to llm-foundry's collator."""
 
     def __init__(self, collator: DataCollatorForLanguageModeling) -> None:
         self._collator = collator
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        """A batch; of tokens, `input_ids: int32 or int64 [rows, tokens]` alone."""
+        """Make a batch; of stored tokens, only `input_ids: int32 or int64 [rows, tokens]`."""
         if not isinstance(samples[0], np.ndarray):  # tokenized on the fly
             return self._collator(samples)
         if len({sample.shape for sample in samples}) > 1 or samples[0].ndim != 1:
@@ -111,21 +103,21 @@ class RowCollator:
 
 
 def stack(samples: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Rows of one length in a type that torch reckons with: int32 where it holds all ids, or int64."""
+    """Stack rows of one length in a type that torch computes with: int32 where it holds all ids, else int64."""
     narrow = all(np.can_cast(dtype, np.int32) for dtype in {sample.dtype for sample in samples})
     dtype = np.int32 if narrow else np.int64
     return np.concatenate(samples, dtype=dtype, casting="unsafe").reshape(len(samples), -1)
 
 
 def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
-    """Give a loader the one collator of this project; what isn't llm-foundry's own is kept inside of it.
+    """Give a loader this project's collator, which keeps a user's own collator inside.
 
     Args:
-        loader: llm-foundry's, or one that a user has registered.
-        is_text: whether it is llm-foundry's for text, whose labels are its ids.
+        loader: llm-foundry's loader, or a user's own.
+        is_text: whether it is llm-foundry's loader for text, whose labels are its ids.
 
     Raises:
-        ConfigError: a loader that a user has registered packs, and keeps what didn't fit.
+        ConfigError: the loader packs, and keeps what doesn't fit for later batches.
     """
     dataset, collate = loader.dataset, cast(Any, loader.collate_fn)
     assert isinstance(dataset, CheckedDataset)
@@ -138,14 +130,9 @@ def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
             collate = RowCollator(base)
         else:
             collate.base_collator = RowCollator(base)
-    check_packer(collate)
-    loader.collate_fn = Collator(collate)
-
-
-def check_packer(collate: Any) -> None:
-    """Raise ConfigError for packing that keeps samples from batch to batch: then a batch depends on those before it."""
     if isinstance(collate, BinPackCollator) and collate.max_leftover_bins_to_keep != 0:
         raise ConfigError(
             "The loader packs with a BinPackCollator that keeps what didn't fit in the memory of its worker, where a "
             "restart loses it. Give it max_leftover_bins_to_keep=0."
         )
+    loader.collate_fn = Collator(collate)

@@ -1,4 +1,4 @@
-"""What the first samples of each stream say: whether this loader and this model are made for them."""
+"""Checks the first samples of each stream against the loader, the tokenizer and the model."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,11 +20,11 @@ from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import FORMS, CheckedDataset, columns_of, form_of
 
 SAMPLES, BYTES = 32, 1 << 20
-"""Of a stream that are looked at, at most, but one sample at least."""
-LOOKED_FOR = 1_000
-"""Shards of a stream that may be on this machine."""
+"""At most so many samples and bytes of a stream are read, but at least one sample."""
+MAX_SHARDS = 1_000
+"""So many shards of a stream are looked for on this machine."""
 WORKERS = 4
-"""Processes that read several streams."""
+"""Processes that read, if there are several streams."""
 
 
 def check_first_samples(
@@ -34,23 +34,23 @@ def check_first_samples(
     tokenizer: PreTrainedTokenizerBase,
     shape: BatchShape,
 ) -> list[str]:
-    """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
+    """Refuse streams whose first samples have ids of another type, length or tokenizer. One rank calls it.
 
-    Samples that are tokenized as they are read are not looked at.
+    Streams that are tokenized as they are read are not checked.
 
     Args:
-        loader: of the streams.
-        spec: what batches have to look like.
-        config: the loader's.
-        tokenizer: transformers', of the model.
-        shape: of the model's batches.
+        loader: llm-foundry's loader over the streams.
+        spec: what the batches have to look like.
+        config: the configuration of the loader.
+        tokenizer: the model's tokenizer, as transformers has it.
+        shape: the size of the model's batches.
 
     Returns:
-        warnings, where it can't be told.
+        warnings of what can't be decided.
 
     Raises:
-        ConfigError: they need another setting, or have to be written anew.
-        DataError: one can't be read.
+        ConfigError: the samples need another setting, or have to be written anew.
+        DataError: a sample can't be read.
     """
     dataset, warnings = loader.dataset, []
     assert isinstance(dataset, CheckedDataset)
@@ -67,12 +67,12 @@ def check_first_samples(
 
 
 def first_samples(dataset: CheckedDataset, loader: str) -> dict[int, list[int]]:
-    """The samples to look at, by the number of their stream; of a shard that is on this machine, if one is."""
+    """Choose the samples to check, by the number of their stream; from a shard on this machine, if there is one."""
     found = {}
     for number in range(dataset.num_streams):
         begin = int(dataset.shard_offset_per_stream[number])
         shards = dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]
-        chosen = next((at for at, shard in enumerate(shards[:LOOKED_FOR]) if is_here(shard)), 0)
+        chosen = next((at for at, shard in enumerate(shards[:MAX_SHARDS]) if is_here(shard)), 0)
         shard, first = shards[chosen], int(dataset.spanner.shard_bounds[begin + chosen])
         if {"tokens", "input_ids", "turns"} & set(form_of(columns_of(shard), loader)):
             size = max(1, shard.file_pairs[0][0].bytes // shard.samples)
@@ -87,45 +87,27 @@ def is_here(shard: Reader) -> bool:
 
 
 def read(
-    dataset: CheckedDataset, samples: dict[int, list[int]], origin: str, path: str
+    dataset: CheckedDataset, samples: dict[int, list[int]], source: str, path: str
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """The columns of samples by the number of their stream.
-
-    Args:
-        dataset: the streams.
-        samples: by the number of their stream.
-        origin: the streams, for messages.
-        path: the file that configures the loader, for messages.
-
-    Raises:
-        DataError: one can't be read.
-    """
+    """Read samples, as they are stored, by the number of their stream."""
     if not samples:
         return
     stored = Items(lambda ids: {"samples": [dataset.stored(sample) for sample in ids]}, list(samples.values()))
-    batches = read_in_workers(stored, None, Collator(lambda stream: stream), min(WORKERS, len(samples)), origin, path)
+    batches = read_in_workers(stored, None, Collator(lambda stream: stream), min(WORKERS, len(samples)), source, path)
     for number, batch in zip(samples, batches, strict=True):
         yield number, batch["samples"]
 
 
 def ids_of(sample: dict[str, Any], dtype: str) -> list[NDArray[Any]]:
-    """The ids of a sample, in parts that were tokenized by themselves: of an example, prompts and responses."""
+    """The ids of a sample, in parts that were tokenized apart: an example's prompts and responses."""
     turns = sample.get("turns", [sample])
     parts = [turn[key] for turn in turns for key in ("tokens", "input_ids", "labels") if key in turn]
     arrays = [np.frombuffer(part, dtype) if isinstance(part, bytes) else np.asarray(part) for part in parts]
-    return [array[array >= 0] for array in arrays]  # below are labels that aren't learned
+    return [array[array >= 0] for array in arrays]  # negative labels aren't learned
 
 
 def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, label: str, path: str) -> None:
-    """Raise ConfigError unless ids are rows of whole numbers, and those that are bytes of the type that was set.
-
-    Args:
-        samples: of a stream.
-        dtype: `dataset.token_encoding_type`.
-        vocab_size: rows of the model's embedding.
-        label: what the stream is called.
-        path: the file that configures the loader.
-    """
+    """Raise ConfigError unless ids are rows of whole numbers, and bytes have the type of `token_encoding_type`."""
     column = "tokens" if "tokens" in samples[0] else "input_ids"
     stored = [sample[column] for sample in samples if column in sample]
     for array in stored:
@@ -149,9 +131,9 @@ def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, 
 
 
 def fitting(content: Sequence[bytes], vocab_size: int, told: str) -> list[str]:
-    """The types with which bytes are ids of a model, of the widest: with narrower ones there are zeros between ids.
+    """The types with which bytes are ids of a model: the widest, as narrower ones would put zeros between the ids.
 
-    Of one byte, as which any are, only the type that was told.
+    Any bytes are ids of one byte, so such a type fits only if it was set.
     """
     fits = {}
     for name in SUPPORTED_MDS_ENCODING_TYPES:
@@ -164,15 +146,7 @@ def fitting(content: Sequence[bytes], vocab_size: int, told: str) -> list[str]:
 
 
 def check_lengths(lengths: Sequence[int], row: int, shape: BatchShape, label: str, config: ResolvedLoader) -> None:
-    """Raise ConfigError for samples of text that fill no row, or of which rows would leave out the end.
-
-    Args:
-        lengths: of samples, in tokens.
-        row: tokens that a row takes.
-        shape: of the model's batches.
-        label: what their stream is called.
-        config: the loader's.
-    """
+    """Raise ConfigError for samples of text, of these lengths in tokens, that fill no row or would be cut."""
     low, high, section, source = min(lengths), max(lengths), shape.section, config.source
     if high == row or (high > row and config.may_cut):
         return

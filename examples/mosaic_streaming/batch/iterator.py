@@ -1,4 +1,4 @@
-"""The batches of a loader: its errors as DataErrors, and its workers ended."""
+"""Iterates loaders: errors become DataErrors, and workers are ended."""
 
 import contextlib
 import itertools
@@ -16,42 +16,42 @@ from examples.mosaic_streaming.upstream.torchelastic import SIGNALS
 from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down_workers
 
 WORKER_EXIT_SECONDS = 1.0
-"""How long a dying worker may take to have an exit code."""
+"""How long to wait for the exit code of a dying worker."""
 
 
 class Batches:
-    """The batches of a loader, epoch by epoch.
+    """Yields the batches of a loader, epoch by epoch.
 
     Args:
-        loader: llm-foundry's, with a `Collator`.
-        origin: the streams and the rank, for messages.
+        loader: llm-foundry's loader, with a `Collator`.
+        source: the streams and the rank, for messages.
         path: the file that configures the loader, for messages.
     """
 
-    def __init__(self, loader: DataLoader[Any], origin: str, path: str) -> None:
+    def __init__(self, loader: DataLoader[Any], source: str, path: str) -> None:
         self._loader = loader
-        self._origin = origin
+        self._source = source
         self._path = path
         self._batches: Iterator[Any] | None = None
 
     def begin(self) -> None:
-        """Begin an epoch at the dataset's position. Persistent workers live on."""
+        """Start an epoch at the dataset's position. Persistent workers live on."""
         self._batches = iter(self._loader)
 
     def take(self, count: int) -> list[Mapping[str, Any]]:
-        """The next batches; fewer at the end of the epoch.
+        """Return the next batches; fewer at the end of the epoch.
 
         Raises:
-            DataError: a sample can't be read, a batch can't be made of them, or a worker has ended.
+            DataError: a sample can't be read, a batch can't be made, or a worker has ended.
         """
         assert self._batches is not None
         try:
             return [to_tensors(batch) for batch in itertools.islice(self._batches, count)]
         except Exception as error:
-            raise DataError(self.lost_workers() or f"{Failure.of(error).reason} {self._origin}") from error
+            raise DataError(self.lost_workers() or f"{Failure.of(error).reason} {self._source}") from error
 
     def lost_workers(self) -> str:
-        """Which dataloader workers have ended with an error, and how. Signals that end the whole job don't count."""
+        """Say which dataloader workers have ended with an error. Signals that end the whole job don't count."""
         workers = getattr(self._batches, "_workers", [])
         with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD says less
             ended = connection.wait([worker.sentinel for worker in workers], WORKER_EXIT_SECONDS)
@@ -75,12 +75,7 @@ class Batches:
 
 
 class Items(Dataset[Any]):
-    """What a function returns for each of some items, one after the other.
-
-    Args:
-        read: called in a worker with an item.
-        items: to call it with.
-    """
+    """A dataset of what a function returns for each of some items. The function is called in a worker."""
 
     def __init__(self, read: Callable[[Any], Any], items: Sequence[Any]) -> None:
         self._read, self._items = read, items
@@ -96,16 +91,16 @@ class Items(Dataset[Any]):
 
 
 def read_in_workers(
-    items: Items, batch_size: int | None, collate: Collator, workers: int, origin: str, path: str
+    items: Items, batch_size: int | None, collate: Collator, workers: int, source: str, path: str
 ) -> Iterator[Mapping[str, Any]]:
-    """The batches of some items, read in other processes: one that has fetched shards must not be forked later.
+    """Read items once, in other processes: a process that has fetched shards must not be forked later.
 
     Args:
-        items: they are read once.
-        batch_size: items of a batch; with None, each is one.
-        collate: makes a batch of what was read.
+        items: the items.
+        batch_size: items of a batch; with None, each item is a batch.
+        collate: makes a batch of items.
         workers: processes, at least 1.
-        origin: the streams, for messages.
+        source: the streams, for messages.
         path: the file that configures the loader, for messages.
 
     Raises:
@@ -120,7 +115,7 @@ def read_in_workers(
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )
-    batches = Batches(loader, origin, path)
+    batches = Batches(loader, source, path)
     batches.begin()
     try:
         while batch := batches.take(1):

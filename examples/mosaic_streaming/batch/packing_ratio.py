@@ -1,4 +1,4 @@
-"""What `packing_ratio = "auto"` means: as many samples in a row as leave nothing out."""
+"""Chooses a number for `packing_ratio = "auto"`: the largest with which no token is dropped."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -15,32 +15,31 @@ from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.sampling import set_order
 
 SAMPLES = 2_000
-"""That are looked at, at most."""
+"""So many samples are packed on trial, at most."""
 TENTHS = 10
 """A ratio has one decimal, as llm-foundry's."""
-AT_ONCE = 16
-"""Samples that a worker reads at once."""
+SAMPLES_PER_READ = 16
 
 
 def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> float:
-    """The largest packing ratio, in tenths, with which batches of the first samples drop no token.
+    """Find the largest packing ratio, in tenths, with which batches of the first samples drop no token.
 
     It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search
     (`auto_packing_ratio`, 0.22.0) reads other samples on each rank, and carries what doesn't fit to the next batch.
 
     Args:
-        loader: of single examples.
-        rows: of a batch, per dp rank.
-        config: the loader's.
+        loader: a loader of single examples.
+        rows: rows of a batch, per dp rank.
+        config: the configuration of the loader.
 
     Raises:
         DataError: a sample can't be read, or makes no example.
     """
     examples = list(read_first(loader, rows, config))
     good, bad = TENTHS, TENTHS * min(MAX_RATIO, 1 + len(examples) // rows)
-    while bad - good > 1:  # a larger batch that fits where a smaller one does not is not looked for
+    while bad - good > 1:  # a larger batch might fit where a smaller one doesn't: not looked for
         ratio = (good + bad) // 2
-        samples = int(rows * (ratio / TENTHS))  # as llm-foundry reckons
+        samples = int(rows * (ratio / TENTHS))  # as llm-foundry computes it
         fits = samples <= len(examples) and not dropped_tokens(examples, rows, samples, config.dataset["max_seq_len"])
         good, bad = (ratio, bad) if fits else (good, ratio)
     found = good / TENTHS
@@ -52,19 +51,19 @@ def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
 
 
 def read_first(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> Iterator[Any]:
-    """The first samples of the first epoch, as single examples without padding."""
+    """Read the first samples of the first epoch, as single examples without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
     dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
     items, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
-    for batch in read_in_workers(items, AT_ONCE, collate, max(1, loader.num_workers), source, config.source):
+    for batch in read_in_workers(items, SAMPLES_PER_READ, collate, max(1, loader.num_workers), source, config.source):
         padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
         yield from BinPackCollator._trim_batch(padded)[1]
 
 
 def dropped_tokens(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:
-    """Tokens that batches of so many samples drop."""
+    """Count the tokens that batches of so many samples drop."""
     packer = BinPackCollator(
         collator=lambda batch: batch,
         target_batch_size=rows,

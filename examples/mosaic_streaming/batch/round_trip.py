@@ -1,4 +1,4 @@
-"""Whether ids are of a tokenizer: its own come back when their text is encoded again, another's don't."""
+"""Tells whether ids are of a tokenizer: its own come back when their text is encoded again, another's don't."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,11 +14,11 @@ PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
 """A text on which two tokenizers that differ in normalization, splitting or merges give different ids."""
 
 FEWEST, MOST, PIECE = 512, 16_384, 256
-"""Ids: fewer don't tell, more aren't looked at, and so many of each text at least."""
+"""Numbers of ids: fewer than the first say nothing; at most the second are checked; at least the third of each text."""
 CUT = 4
-"""Ids of a text that may be others: words are cut at its ends, and some tokenizers put a space before it."""
+"""So many ids of a text may differ: words are cut at its ends, and some tokenizers put a space before it."""
 RIGHT, WRONG = 0.98, 0.95
-"""Shares of ids that come back: above the first they are the tokenizer's, below the second another's.
+"""Shares of ids that come back: from the first on they are the tokenizer's, below the second another's.
 
 Measured with vocabularies of 2,048 to 16,000, on samples of 257 tokens of code and prose, `CUT` not counted: at least
 0.997 of its own; of another tokenizer's 0.58 to 0.92 with byte-level BPE, and 0.31 to 0.97 with BPE of SentencePiece's
@@ -26,23 +26,23 @@ form. Unigram and WordPiece often take any ids (0.84 to 1.0). Random ids: 0.83 t
 """
 NO_TEXT = "\N{REPLACEMENT CHARACTER}"
 LIKE_TEXT, KINDS = 4, 64
-"""How many times as often as ids drawn at random two ids of a text are the same (11 times and more were seen), and how
-many different ids it has at least."""
+"""Two ids of a text are the same more often than random ids by this factor (11 and more were seen). A text has at least
+so many different ids."""
 
 
 def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: PreTrainedTokenizerBase, label: str) -> list[str]:
-    """Refuse ids that are text of another tokenizer.
+    """Refuse ids that another tokenizer wrote.
 
     Args:
-        texts: ids, int64 [tokens], each of a sample or of a part of one.
-        tokenizer: the model's.
+        texts: the ids of samples, or of parts of samples, int64 [tokens] each.
+        tokenizer: the model's tokenizer.
         label: what their stream is called in messages.
 
     Returns:
-        a warning, where it can't be told.
+        a warning, if it can't be decided.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: another tokenizer wrote them.
     """
     piece = max(PIECE, MOST // max(1, len(texts)))
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -64,7 +64,7 @@ def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: PreTrainedTokeniz
 
 
 def runs_of(ids: Iterable[int], special: set[int]) -> Iterator[list[int]]:
-    """The ids between special ones."""
+    """Split ids at special tokens."""
     run: list[int] = []
     for token in [*ids, None]:
         if token is not None and token not in special:
@@ -75,9 +75,9 @@ def runs_of(ids: Iterable[int], special: set[int]) -> Iterator[list[int]]:
 
 
 def lost(ids: list[int], tokenizer: PreTrainedTokenizerBase, may_miss: int = 0) -> int:
-    """How many ids don't come back when their text is encoded, beside those that may be missing.
+    """Count the ids that don't come back when their text is encoded, beyond those that may be missing.
 
-    Of a character that is cut, at either end, each byte may become one of `NO_TEXT`.
+    Each byte of a character that is cut, at either end, may become a `NO_TEXT`.
     """
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     again = tokenizer.encode(text, add_special_tokens=False)
@@ -86,7 +86,7 @@ def lost(ids: list[int], tokenizer: PreTrainedTokenizerBase, may_miss: int = 0) 
 
 
 def are_like_text(runs: Sequence[list[int]], vocabulary: int) -> bool:
-    """Whether there are many ids, of which some are as much more frequent than others as words are."""
+    """Whether there are many different ids, some of them far more frequent than others, as words are."""
     counts = np.array([*Counter(token for run in runs for token in run).values()])
     total = counts.sum()
     same = (counts * (counts - 1)).sum() / (total * (total - 1))

@@ -1,4 +1,4 @@
-"""An llm-foundry batch as TorchTitan takes it: shifted once, padding masked, checked. Pure functions."""
+"""Converts llm-foundry's batches for TorchTitan: shifted once, padding masked, checked. All functions are pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +17,18 @@ TitanBatch = tuple[dict[str, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class BatchSpec:
-    """What the batches of one loader are made of and have to look like.
+    """What the batches of a loader have to look like.
 
     Attributes:
         rows: sequences in a batch, per dp rank (`training.local_batch_size`).
         seq_len: tokens in a sequence of the model (`training.seq_len`).
-        max_seq_len: tokens in a row of the loader, `seq_len` or `seq_len + 1`.
+        max_seq_len: tokens in a row of the loader: `seq_len` or `seq_len + 1`.
         vocab_size: rows of the model's embedding.
-        pad_id: the tokenizer's padding token, if it has one.
-        eos_id: the tokenizer's end-of-text token, if it has one.
-        labels_are_ids: whether the loader's labels are its ids, as for text. llm-foundry masks each id that equals
-            `pad_id` there, real EOS too, so the ids are taken instead. Otherwise the labels are what the loader
-            wants to be learned.
+        labels_are_ids: whether the labels are the ids, as for text. llm-foundry's own labels for text mask each id that
+            equals `pad_id`, also a real EOS, so they are not used.
         source: the streams and the rank, for messages.
         documents: whether the model keeps attention within documents.
-        positions: whether it takes positions.
+        positions: whether the model takes positions.
     """
 
     rows: int
@@ -50,14 +47,14 @@ def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
     """Convert a batch of llm-foundry to one of TorchTitan.
 
     Args:
-        batch: `input_ids: int32 or int64 [rows, max_seq_len]`, with `labels`, `attention_mask` and `sequence_id` of
-            the same shape, or without, and other keys, which are not passed on.
+        batch: `input_ids: int32 or int64 [rows, max_seq_len]`; optional `labels`, `attention_mask` and `sequence_id` of
+            the same shape. Other keys are ignored.
         spec: what the batch has to look like.
 
     Returns:
-        `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`, where `labels[:, t]` is the token
-        behind `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens. For
-        a model that keeps attention within documents, with `sequence_id` and `positions`, of the same shape.
+        `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`. `labels[:, t]` is the token after
+        `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens. A model that
+        keeps attention within documents also gets `sequence_id` and `positions`, of the same shape.
 
     Raises:
         DataError: a tensor is missing, the shape differs from `[rows, max_seq_len]`, or an id is not the model's.
@@ -69,7 +66,7 @@ def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
 
 
 def convert(batch: Mapping[str, Any], spec: BatchSpec) -> tuple[TitanBatch, Tensor | None]:
-    """What `to_titan_batch` returns, and what `is_padding` does of the rows."""
+    """Return what `to_titan_batch` returns, and where the rows are padding (`is_padding`)."""
     check_keys(batch, spec)
     ids = batch["input_ids"]
     check_shape(ids, spec)
@@ -87,15 +84,15 @@ def convert(batch: Mapping[str, Any], spec: BatchSpec) -> tuple[TitanBatch, Tens
 
 
 def to_int64(tensor: Tensor) -> Tensor:
-    """A copy, contiguous; numpy takes half of torch's time."""
+    """Make a contiguous copy. numpy takes half of torch's time."""
     return torch.from_numpy(tensor.numpy().astype(np.int64, order="C"))
 
 
 def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> dict[str, Tensor]:
     """The documents of the rows, and positions in them, for a model that asks for them.
 
-    A row that says nothing of its documents is one, where it is an example: TorchTitan would take each EOS in a chat
-    for an end. A row of plain text is left to TorchTitan.
+    An example without `sequence_id` is one document: TorchTitan would take each EOS in a chat for an end. Plain text
+    without it is left to TorchTitan.
     """
     sequence_id = batch.get(SEQUENCE_ID)
     if sequence_id is None and not spec.labels_are_ids:
@@ -107,12 +104,12 @@ def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, spec: Batc
 
 
 def is_padding(ids: Tensor, attention_mask: Tensor | None, spec: BatchSpec) -> Tensor | None:
-    """Where rows are padding: where the attention mask is 0, or without one, the run of pad ids that ends a row.
+    """Where rows are padding: where the attention mask is 0, or without a mask, the run of pad ids at a row's end.
 
-    Where EOS is the padding token too, the first EOS of that run is taken as the end of the text.
+    If EOS is also the padding token, the first EOS of that run counts as the end of the text.
 
     Returns:
-        bool, of the shape of `ids`; none for text without padding, which is most of all text.
+        bool [rows, max_seq_len]; None for text without padding, which is most text.
     """
     if attention_mask is not None:
         return attention_mask == 0
@@ -125,10 +122,7 @@ def is_padding(ids: Tensor, attention_mask: Tensor | None, spec: BatchSpec) -> T
 
 
 def check_keys(batch: Mapping[str, Any], spec: BatchSpec) -> None:
-    """Raise DataError unless a batch has all that is taken from it, as tensors of one shape.
-
-    llm-foundry's own have; those of a loader that a user has registered may not.
-    """
+    """Raise DataError unless a batch has all needed tensors, of one shape. A user's own loader may not make them."""
     needed = ("input_ids",) if spec.labels_are_ids else ("input_ids", "labels")
     missing = [key for key in needed if not isinstance(batch.get(key), Tensor)]
     if missing:
@@ -164,7 +158,7 @@ def check_shape(ids: Tensor, spec: BatchSpec) -> None:
 def check_ids(ids: Tensor, spec: BatchSpec) -> None:
     """Raise DataError if an id has no row in the model's embedding."""
     array = ids.numpy()
-    unsigned = array.view(np.dtype(f"u{array.itemsize}"))  # in which what is negative is beyond all
+    unsigned = array.view(np.dtype(f"u{array.itemsize}"))  # in which negative ids are beyond all others
     if unsigned.max() >= spec.vocab_size:
         low, high = array.min(), array.max()
         raise DataError(

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from llmfoundry.data.dataloader import build_dataloader
+from llmfoundry.data.packing import BinPackCollator
 from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 from examples.mosaic_streaming.batch import collate
 from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Collator, RowCollator, to_arrays, to_tensors
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_batch
+from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import run_rank_values
 from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, resolved
 
@@ -129,19 +131,28 @@ def test_samples_of_different_lengths_are_left_to_llm_foundry() -> None:
     assert found["input_ids"].tolist()[0] == [16, 17, 18, PAD, PAD]
 
 
-def test_a_collator_of_someone_elses_stays(tmp_path: Path) -> None:
+class Dataset(collate.CheckedDataset):
+    """Of no streams."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def test_a_collator_of_someone_elses_stays() -> None:
     class Own:
         def __call__(self, samples: list[Any]) -> dict[str, Any]:
             return {"input_ids": torch.stack(samples)}
-
-    class Dataset(collate.CheckedDataset):
-        def __init__(self) -> None:
-            pass
 
     loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
     collate.use_fast_collator(loader, is_text=True)
     assert isinstance(loader.collate_fn, Collator) and isinstance(loader.collate_fn._make_batch, Own)
     assert not loader.dataset.keep_dtype  # type: ignore[attr-defined]
+
+
+def test_packing_that_a_restart_could_not_repeat_is_refused() -> None:
+    packer = BinPackCollator(lambda batch: batch, 2, 16, PAD, "right", max_leftover_bins_to_keep=3)
+    with pytest.raises(ConfigError, match="Give it max_leftover_bins_to_keep=0"):
+        collate.use_fast_collator(DataLoader(Dataset(), collate_fn=packer), is_text=False)
 
 
 def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
