@@ -1,4 +1,4 @@
-"""How a job stops: rank 0 prints the reason once, and every rank ends with an exit code that says so."""
+"""Stops a job: rank 0 prints the reason once, and every rank exits with a code that isn't 0."""
 
 import atexit
 import contextlib
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 RANK_0_SECONDS = 15.0
-"""How long another rank waits for rank 0 to print the reason. torchrun ends it as soon as rank 0 has exited."""
+"""How long the other ranks wait for rank 0 to print the reason. torchrun ends them once rank 0 has exited."""
 
 EXIT_SECONDS = 20.0
-"""How long a rank may go on after another has failed. A collective may hold it: then the process is ended."""
+"""How long a rank may live on after another has failed. Then it is killed: a collective may hold it."""
 
 JOIN_SECONDS = 5.0
-"""How long the listener may take to end."""
+"""How long closing waits for the listener's thread."""
 
 UNLIMITED = timedelta(days=20)
-"""A wait without end. A store counts milliseconds in 32 bits, and logs a warning when the time is up."""
+"""A wait without end. A store counts milliseconds in 32 bits, and logs a warning when a wait times out."""
 
 REASON_KEY, PRINTED_KEY = "reason", "printed"
-"""Keys of the store: why the job stops, and that rank 0 has printed it."""
+"""Keys of the store: why the job stops, and whether rank 0 has printed it."""
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> None:
@@ -42,10 +42,10 @@ def handle_signals(handler: Callable[[int, FrameType | None], object] | signal.H
 
 
 class AbortChannel:
-    """Tells all ranks why a job stops, and ends this one.
+    """Tells all ranks why a job stops, and ends this rank.
 
-    A program makes one channel, and hands it to whatever needs it. Before `connect`, ranks can't tell each other
-    anything: each finds the error by itself, and all but rank 0 keep quiet.
+    A program makes one channel and hands it to everything that needs it. Before `connect`, ranks can't tell each other
+    anything: each rank finds the error by itself, and all but rank 0 keep quiet.
 
     Attributes:
         stopped_by: the signal that ends this process. Whatever fails afterwards is its consequence.
@@ -60,9 +60,9 @@ class AbortChannel:
 
     @contextlib.contextmanager
     def report_errors_once(self) -> Iterator[None]:
-        """Run the body of a program. A ConfigError or DataError is printed by rank 0, in one line.
+        """Run the body of a program, and let rank 0 print a ConfigError or DataError in one line.
 
-        Errors that only follow from another rank's end are not printed. All others keep their traceback.
+        Errors that only follow from another rank's end are not printed. All other errors keep their traceback.
         """
         try:
             yield
@@ -78,31 +78,27 @@ class AbortChannel:
             sys.exit(1)
 
     def connect(self, job_id: int) -> None:
-        """Let all ranks hear why any of them stops; all call it, once they have met.
-
-        Args:
-            job_id: the same on all ranks.
-        """
+        """Let this rank hear why any rank stops. All ranks call it, with the same job ID, once they have met."""
         if self._listener is None:
             self._listener = Listener(job_id, self.print_reason)
             atexit.register(self.close)  # a thread inside of `Store.wait` when Python ends would abort the process
 
     def count(self, key: str) -> int:
-        """Add 1 to a counter that all ranks of the job share, and return its value. It takes `connect`."""
+        """Add 1 to a counter that all ranks share, and return its value. Call `connect` before."""
         assert self._listener
         return self._listener.count(key)
 
     def close(self) -> None:
-        """Neither tell other ranks anything from here on, nor end with them."""
+        """From here on, neither tell other ranks anything nor end with them."""
         if self._listener:
             self._listener.close()
 
     def exit_on_signals(self) -> None:
         """Turn signals into SystemExit, so that everything is closed.
 
-        multiprocessing's resource tracker has to survive them, or its successor prints a traceback about shared memory
-        that it doesn't know. It inherits blocked signals, and ignores only SIGTERM and SIGINT by itself (Python 3.12,
-        multiprocessing/resource_tracker.py).
+        multiprocessing's resource tracker has to survive the signals, or its successor prints a traceback about shared
+        memory that it doesn't know. So it inherits blocked signals: by itself, it ignores only SIGTERM and SIGINT
+        (Python 3.12, multiprocessing/resource_tracker.py).
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()
@@ -144,8 +140,8 @@ class AbortChannel:
     def _fail(self, error: ConfigError | DataError) -> NoReturn:
         """End this rank with exit code 1, after rank 0 has printed the reason.
 
-        torchrun ends all ranks when the first one exits. If that were another than rank 0, nothing would be printed. So
-        the others wait. One that still lives after the wait has failed alone, and prints the reason itself.
+        torchrun ends all ranks when the first one exits. If that weren't rank 0, nothing would be printed, so the other
+        ranks wait. A rank that still lives after the wait has failed alone, and prints the reason itself.
         """
         message = f"{type(error).__name__}: {error}"
         if not is_rank_0():
@@ -157,7 +153,7 @@ class AbortChannel:
         sys.exit(1)
 
     def _wait_for_rank_0(self) -> bool:
-        """Wait for torchrun to end this rank, as it does once rank 0 has exited; return whether it has."""
+        """Wait for torchrun to end this rank, as it does once rank 0 has exited. Return whether it has."""
         patience = RANK_0_SECONDS * (1 if os.environ.get("LOCAL_RANK") == "0" else 2)
         end = time.monotonic() + patience
         while not (is_rank_0() or self._is_hurried) and time.monotonic() < end:
@@ -165,7 +161,7 @@ class AbortChannel:
         return self._is_hurried and not is_rank_0()
 
     def _reason_elsewhere(self, error: BaseException) -> str | None:
-        """Which other rank's end has caused an exception here; none if the fault is this rank's own."""
+        """Say which other rank's end has caused an exception here; None if the fault is this rank's own."""
         if not (self._listener and is_of_a_connection(error)):
             return None
         try:
@@ -178,13 +174,9 @@ class AbortChannel:
 
 
 class Listener:
-    """A thread that waits until any rank of the job fails.
+    """A thread that waits until any rank of the job fails. On rank 0, it then calls `print_reason`.
 
-    Each rank waits for a key of its own, which the failing rank sets. Until then, nothing is asked of the store.
-
-    Args:
-        job_id: the same on all ranks.
-        print_reason: called on rank 0 with the reason.
+    Each rank waits for a key of its own, which the failing rank sets. Until then, no request goes to the store.
     """
 
     def __init__(self, job_id: int, print_reason: Callable[[str], None]) -> None:
@@ -200,7 +192,7 @@ class Listener:
         self._thread.start()
 
     def _listen(self, store: "dist.Store") -> None:
-        """Wait until a rank fails. Then end this process after a while, if nothing else does."""
+        """Wait until a rank fails. Then, if nothing else ends this process, end it after a while."""
         import torch.distributed as dist
 
         with contextlib.suppress(Exception):  # the store ends with the job
@@ -241,7 +233,7 @@ class Listener:
         return int(self._store.add(key, 1))
 
     def has_heard(self) -> bool:
-        """Whether a rank has failed and said why; on rank 0, the reason is printed by then.
+        """Whether a rank has failed and said why. On rank 0, the reason is printed by then.
 
         Raises:
             dist.DistError: the store is gone.
@@ -259,7 +251,7 @@ def wake_up_key(rank: int) -> str:
 
 
 def is_of_a_connection(error: BaseException) -> bool:
-    """Whether an exception comes from a collective or the store, so that another rank's end may have caused it.
+    """Whether an exception comes from a collective or the store, so that another rank's end may be its cause.
 
     Source: gloo's errors have no class of their own, but name its source files (torch 2.13).
     """

@@ -1,4 +1,4 @@
-"""Ranks tell each other what they read, once after each start: wrong data doesn't fail, it only trains badly."""
+"""Compares what ranks read, once after each start: wrong data doesn't fail, it only trains badly."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from examples.mosaic_streaming.errors import DataError, text_table
 
 
 def check_peers(batch: TitanBatch, dp_rank: int, settings: Fingerprint, source: str) -> None:
-    """Compare this rank's first batch with those of its peers, and its settings with everyone's.
+    """Compare this rank's first batch with those of its peers, and its settings with those of all ranks.
 
-    One small collective; a second one if ranks differ.
+    It takes one small collective, and a second one if ranks differ.
 
     Args:
-        batch: the first after the start.
-        dp_rank: on TorchTitan's batch mesh; ranks that share it have to read the same.
+        batch: the first batch after the start.
+        dp_rank: this rank's coordinate on TorchTitan's batch mesh. Ranks that share it have to read the same.
         settings: what all ranks have to agree on.
         source: the file that configures the loader.
 
@@ -55,12 +55,12 @@ def check_peers(batch: TitanBatch, dp_rank: int, settings: Fingerprint, source: 
 
 
 def unlike_first(values: Sequence[int], groups: Sequence[int]) -> list[int]:
-    """The ranks whose value is not that of the first rank of their group."""
+    """The ranks whose value differs from that of the first rank of their group."""
     return [rank for rank, group in enumerate(groups) if values[rank] != values[groups.index(group)]]
 
 
 def bytes_of(batch: TitanBatch) -> bytes:
-    """All that the model gets."""
+    """The content of all tensors that the model gets."""
     inputs, labels = batch
     tensors = [inputs[key] for key in sorted(inputs)] + [labels]
     return b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)

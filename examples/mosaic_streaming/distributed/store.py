@@ -1,4 +1,4 @@
-"""What ranks tell each other through the job's store: that a node is ready, or what one of them has found out."""
+"""Passes results between ranks through the job's store: that a node is ready, or what one rank has computed."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER
 
 POLL_SECONDS, MAX_POLL_SECONDS = 0.01, 5.0
-"""The shortest and the longest pause between two looks for a key."""
+"""The shortest and the longest pause between two polls of a key."""
 
-SHOWN = 8
-"""Machines of a kind that a message names."""
+MAX_SHOWN = 8
+"""A message names at most so many machines of a kind."""
 
 
 def new_job_id() -> int:
-    """A random number, the same on all ranks, that no other job of this machine has."""
+    """Draw a random number, the same on all ranks, that no other job on this machine has."""
     number = [random.SystemRandom().randrange(FIRST_NUMBER, 9 * FIRST_NUMBER)]
     if dist.is_initialized():
         dist.broadcast_object_list(number)
@@ -31,15 +31,15 @@ def new_job_id() -> int:
 
 
 def open_store(job_id: int) -> dist.Store:
-    """A connection of its own to the store that the job's ranks have met at, with keys of this job ID alone."""
+    """Open a connection to the store at which the job's ranks have met. Its keys are those of this job ID."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return dist.PrefixStore(str(job_id), dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
 
 def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str | None:
-    """The value of a key once it is set; None if it isn't in time.
+    """Return the value of a key once it is set; None if it isn't in time.
 
-    The longer it takes, the less often it asks. Unlike `Store.wait`, it can be interrupted by signals, and logs no
+    The longer it takes, the less often it polls. Unlike `Store.wait`, it can be interrupted by signals, and it logs no
     warnings.
     """
     begin = time.monotonic()
@@ -51,10 +51,10 @@ def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str 
 
 
 def on_each_node(job_id: int, prepare: Callable[[], None]) -> None:
-    """Call a function on the local leader of each node; all ranks wait for all of them, however long it takes.
+    """Call a function on the first rank of each node. All ranks wait for all nodes, however long it takes.
 
     Raises:
-        ConfigError, DataError: on all ranks, that of the first node that failed.
+        ConfigError, DataError: on all ranks, the error of the first node that failed.
     """
     store, node_size = open_store(job_id), int(os.environ["LOCAL_WORLD_SIZE"])
     if dist.get_rank() % node_size == 0:
@@ -64,10 +64,11 @@ def on_each_node(job_id: int, prepare: Callable[[], None]) -> None:
 
 
 def on_rank_0(job_id: int, compute: Callable[[], Any]) -> Any:
-    """Call a function on rank 0 alone, and return its result on all ranks, however long it takes.
+    """Call a function on rank 0 alone, and return its result, or raise its error, on all ranks.
 
-    Raises:
-        ConfigError, DataError: on all ranks.
+    Args:
+        job_id: the same on all ranks, and not used for this before.
+        compute: returns what JSON can hold. It may take any time.
     """
     store = open_store(job_id)
     if dist.get_rank() == 0:
@@ -76,19 +77,19 @@ def on_rank_0(job_id: int, compute: Callable[[], Any]) -> Any:
 
 
 def publish(store: dist.Store, key: str, compute: Callable[[], Any]) -> None:
-    """Set a key to what a function returns, or to the error that it raises."""
+    """Set a key to the result of a function, or to its error."""
     try:
         found = ["", compute()]
     except (ConfigError, DataError) as error:
         found = [type(error).__name__, str(error)]
     except Exception as error:
-        traceback.print_exc()  # it is no user's
+        traceback.print_exc()  # not a user's error
         found = ["DataError", f"{type(error).__name__}: {error}"]
     store.set(key, json.dumps(found))
 
 
 def await_result(store: dist.Store, key: str) -> Any:
-    """Wait for what another rank publishes; raise its error."""
+    """Wait for the result that another rank publishes; raise its error."""
     kind, found = json.loads(wait_for(store, key) or "")
     if kind:
         raise (ConfigError if kind == "ConfigError" else DataError)(found)
@@ -96,7 +97,7 @@ def await_result(store: dist.Store, key: str) -> Any:
 
 
 def check_machines() -> None:
-    """Raise ConfigError, on all ranks, unless all machines have the same number of ranks; one small collective."""
+    """Raise ConfigError on all ranks unless all machines have equally many. It takes one small collective."""
     mine = torch.tensor([int(os.environ["LOCAL_WORLD_SIZE"])], device=device_type)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
@@ -109,7 +110,7 @@ def check_machines() -> None:
         machines = {size: [str(rank) for rank in firsts if sizes[rank] == size] for size in sorted(set(sizes))}
         found = [
             f"{size} on {'those of ranks' if len(ranks) > 1 else 'that of rank'} "
-            f"{', '.join(ranks[:SHOWN] + ['…'] * (len(ranks) > SHOWN))}"
+            f"{', '.join(ranks[:MAX_SHOWN] + ['…'] * (len(ranks) > MAX_SHOWN))}"
             for size, ranks in machines.items()
         ]
         raise ConfigError(
