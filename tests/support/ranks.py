@@ -151,6 +151,8 @@ def live_as_rank(
         code = 0
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
+        if isinstance(exit.code, str):
+            print(exit.code)
     except BaseException:
         traceback.print_exc()
     (folder / f"{rank}.shm").write_text("\n".join(shared_memory_of(os.getpid())))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming import checkpoint
 from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, go_on
 from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
@@ -164,7 +164,7 @@ def pack_without_segments(state: State) -> dict[str, str]:
 
 @pytest.mark.long
 def test_run_from_before_its_history_was_saved_is_known_from_there_on(files: Path) -> None:
-    with mock.patch.object(dataloader, "pack", pack_without_segments):
+    with mock.patch.object(checkpoint, "pack", pack_without_segments):
         go(files, 1, 6)
     read = go(files, 7, 12, *WIDER)
     for step in (6, 12):
@@ -179,7 +179,7 @@ def test_run_from_before_its_history_was_saved_is_known_from_there_on(files: Pat
 
 
 def test_earlier_epochs_of_a_run_from_before_its_history_was_saved_are_not_counted(files: Path) -> None:
-    with mock.patch.object(dataloader, "pack", pack_without_segments):
+    with mock.patch.object(checkpoint, "pack", pack_without_segments):
         go(files, 1, 17)
     said = printed(files, "ledger", saved(files, 17), code=1)
     assert "ConfigError: What was read before epoch 1 is not known" in said
