@@ -120,8 +120,8 @@ def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) ->
         (8, 11, 9, WIDER),
         (8, 11, 11, WIDER),
     ]
-    for first, last, checkpoint, flags in cases:
-        found = looked_up(files, f"{first}:{last}", saved(files, checkpoint), titan=flags)
+    for first, last, step, flags in cases:
+        found = looked_up(files, f"{first}:{last}", saved(files, step), titan=flags)
         assert found == {key: read[key] for key in read if first <= key[0] <= last}
     assert looked_up(files, "12", titan=(*SAVE, *ANEW)) == {(12, 0): read[1, 0]}, "the job's own last checkpoint"
     for step, checkpoint in ((4, 7), (7, 9), (7, 11)):
