@@ -124,8 +124,8 @@ def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) ->
         found = looked_up(files, f"{first}:{last}", saved(files, step), titan=flags)
         assert found == {key: read[key] for key in read if first <= key[0] <= last}
     assert looked_up(files, "12", titan=(*SAVE, *ANEW)) == {(12, 0): read[1, 0]}, "the job's own last checkpoint"
-    for step, checkpoint in ((4, 7), (7, 9), (7, 11)):
-        said = printed(files, "step", str(step), saved(files, checkpoint), code=1)
+    for step, at in ((4, 7), (7, 9), (7, 11)):
+        said = printed(files, "step", str(step), saved(files, at), code=1)
         assert f"ConfigError: Step {step} was read before step {step + 1}, and the streams began anew there" in said
 
 
