@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from torchtitan.config import JobConfig
 
-from examples.mosaic_streaming import dataloader
+from examples.mosaic_streaming import sampling
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.v0_2 import job_values
 from examples.mosaic_streaming.titan.v0_2.checks import check_job, check_training
@@ -226,7 +226,7 @@ def crashed(files: Path, monkeypatch: pytest.MonkeyPatch, where: object, name: s
 
 
 def test_error_in_our_own_code_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank = crashed(files, monkeypatch, dataloader, "check_memory", KeyError("ours"))
+    rank = crashed(files, monkeypatch, sampling, "check_memory", KeyError("ours"))
     assert "Traceback" in rank.output and rank.output.splitlines()[-1] == "KeyError: 'ours'"
 
 
