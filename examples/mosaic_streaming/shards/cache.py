@@ -1,8 +1,8 @@
-"""Caches of streams: which folders are caches, and which caches are ours.
+"""Takes the caches of streams, and leaves every other folder alone.
 
-A cache holds copies of a stream's files, so damaged ones may be removed and fetched again, and `cache_limit` may evict
+A cache holds copies of a stream's files. Damaged ones may be removed and fetched again, and `cache_limit` may evict
 whole ones. Any other folder may hold the only copy. So a folder is written to only if the stream has a `remote`
-elsewhere, and if the folder was empty when it was taken: since then it has a marker with the source that it copies.
+elsewhere and the folder was empty when it was taken. Since then, a marker in it names the source that it copies.
 """
 
 import contextlib
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from examples.mosaic_streaming.shards.stream import CheckedStream
 
 MARKER = ".mosaic_cache"
-"""The file that makes a folder a cache of ours; it holds what the cache is a copy of."""
+"""The file that makes a folder a cache. It holds the source of the copies."""
 IN_USE = ".in_use"
-"""The file in a cache that its job locks."""
+"""The file in a cache that the job locks."""
 INCOMING = ".incoming-"
-"""Folders in a cache with what is being fetched begin so."""
+"""The prefix of folders in a cache for files that are being fetched."""
 NO_DATA = {"lost+found"}
-"""What a folder may hold beside hidden files and still be empty."""
+"""A folder that holds only these and hidden files counts as empty."""
 
 held: list[int] = []
-"""Locks that this process keeps until it ends."""
+"""The locks that this process keeps until it ends."""
 
 
 def take_cache(stream: "CheckedStream", path: str) -> None:
-    """Take a cache for this job, and remove from it what a dead one was fetching.
+    """Take a stream's cache for this job, and remove what a dead job was fetching.
 
     Args:
-        stream: with a cache.
-        path: the file that configures it, for messages.
+        stream: a stream with a cache.
+        path: the file that configures the stream, for messages.
 
     Raises:
-        ConfigError: another job has it, or it isn't ours.
-        DataError: it can't be written.
+        ConfigError: another job uses the cache, or the folder is none.
+        DataError: the cache can't be written to.
     """
     folder = Path(os.path.abspath(stream.path("")))
     if folder.is_relative_to(private_root()):
@@ -66,11 +66,7 @@ def take_cache(stream: "CheckedStream", path: str) -> None:
 
 
 def lock(folder: Path, label: str, path: str) -> None:
-    """Lock a cache for as long as this process lives.
-
-    Raises:
-        ConfigError: another job has it.
-    """
+    """Lock a cache for as long as this process lives; raise ConfigError if another job has locked it."""
     file = os.open(folder / IN_USE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,9 +78,9 @@ def lock(folder: Path, label: str, path: str) -> None:
                 "or end that one."
             ) from error
         logger.warning(f"{folder} knows no locks ({error.strerror}): make sure that no other job uses it.")
-    held.append(file)  # closing it would give it up
+    held.append(file)  # closing it would unlock it
     os.ftruncate(file, 0)
-    with contextlib.suppress(OSError):  # a full disk: it may be that everything is there already
+    with contextlib.suppress(OSError):  # on a full disk, everything may be there already
         os.pwrite(file, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
 
@@ -108,27 +104,22 @@ def check_marker(folder: Path, stream: "CheckedStream", path: str) -> None:
 
 
 def read_marker(folder: Path) -> str | None:
-    """What the marker of a folder says; empty if its owner has made it, none where there is none."""
+    """The content of a folder's marker: empty if the user has made it, None without a marker."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return (folder / MARKER).read_text().strip()
     return None
 
 
 def source_of(stream: "CheckedStream") -> str:
-    """What a marker says: where the files of a stream come from."""
+    """The source of a stream's files, as a marker names it."""
     source = stream.source("").rstrip("/")
     return source if is_url(source) else os.path.realpath(source)
 
 
 def check_owner(folder: Path, label: str, path: str) -> None:
-    """Raise ConfigError if another user may have put files into a cache: what is in it is believed.
+    """Raise ConfigError if another user may have put files into a cache, whose content is trusted.
 
-    Below a folder that anybody may write to, like `/tmp`, each folder has to be this user's, or root's.
-
-    Args:
-        folder: the cache, absolute.
-        label: of its stream.
-        path: the file that configures it, for the message.
+    Below a folder that anybody may write to, like `/tmp`, each folder has to belong to this user or to root.
     """
     for place in dict.fromkeys(
         part for whole in (folder, resolved_path(str(folder))) for part in (whole, *whole.parents)

@@ -1,4 +1,4 @@
-"""Which columns streams have, by their indexes, and whether a loader reads them, and reads them together."""
+"""Checks, by the indexes, whether a loader reads the columns of its streams, and reads them together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from streaming.base.format import Reader
 from examples.mosaic_streaming.errors import ConfigError
 
 TEXT, IDS, LISTS = ("str", "json", "pkl"), ("ndarray", "bytes", "pkl"), ("json", "pkl")
-"""Encodings that a column can have."""
+"""Encodings that columns can have."""
 
 FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
     "text": [{"text": TEXT}, {"tokens": IDS}],
@@ -20,29 +20,24 @@ FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
         {"prompt": TEXT, "completion": TEXT},
     ],
 }
-"""The columns that a loader reads, with their encodings; where a sample has several of these forms, the first.
+"""The columns that a loader reads, with their encodings. If a sample has several of these forms, the first counts.
 
 Source: llm-foundry 0.22.0, data/text_data.py and data/finetuning/tasks.py.
 """
 
 ALONE = {"messages", "prompt"}
-"""Columns beside which llm-foundry takes no others than those of their form."""
+"""Columns beside which llm-foundry takes only those of the same form."""
 
 
 def columns_of(shard: Reader) -> dict[str, str]:
-    """The encodings of a shard's columns, by their names; JSON and CSV have text."""
+    """The encodings of a shard's columns, by their names. JSON and CSV have text."""
     if isinstance(columns := getattr(shard, "columns", None), dict):
         return columns
     return dict(zip(shard.column_names, shard.column_encodings, strict=True))  # type: ignore[attr-defined]
 
 
 def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
-    """The columns that a loader reads of a sample; none, where it reads none.
-
-    Args:
-        columns: their encodings, by their names.
-        loader: its name.
-    """
+    """The columns, of those given with their encodings, that a loader of this name reads; empty if it reads none."""
     for form in FORMS[loader]:
         if set(form) <= set(columns) and not (set(form) & ALONE and len(columns) > len(form)):
             return tuple(form)
@@ -50,7 +45,7 @@ def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
 
 
 def wrong_encoding(columns: Mapping[str, str], form: Sequence[str]) -> str | None:
-    """The first column of a form whose encoding can't be what its loader expects."""
+    """The first column of a form whose encoding its loader can't read."""
     known = {name: kinds for forms in FORMS.values() for one in forms for name, kinds in one.items()}
     for name in form:
         kind, _, dtype = columns[name].partition(":")
@@ -60,11 +55,11 @@ def wrong_encoding(columns: Mapping[str, str], form: Sequence[str]) -> str | Non
 
 
 def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
-    """Raise ConfigError unless a loader of llm-foundry's reads all shards of all streams, and reads them together.
+    """Raise ConfigError unless llm-foundry's loader reads all shards of all streams, and reads them together.
 
     Args:
         dataset: the streams.
-        loader: its name.
+        loader: the loader's name.
         labels: what the streams are called in messages.
         path: the file that configures the loader, for messages.
     """
@@ -87,17 +82,7 @@ def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str],
 
 
 def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -> tuple[str, ...]:
-    """The columns that a loader reads of a shard.
-
-    Args:
-        columns: the shard's.
-        loader: its name.
-        where: the shard or its stream, for messages.
-        path: the file that configures the loader, for messages.
-
-    Raises:
-        ConfigError: it reads none, or can't.
-    """
+    """The columns that a loader reads of a shard; raise ConfigError, which says where, if it can't read it."""
     form = form_of(columns, loader)
     if not form:
         others = [name for name in FORMS if form_of(columns, name)]
@@ -115,12 +100,12 @@ def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -
 
 
 def listed(columns: Mapping[str, str], names: Sequence[str]) -> str:
-    """Columns with their encodings, for a message."""
+    """Name columns with their encodings, for a message."""
     return ", ".join(f"`{name}` ({columns[name]})" for name in names)
 
 
 def readable(loader: str) -> str:
-    """What a loader reads, for a message."""
+    """Name the columns that a loader reads, for a message."""
     return " or ".join(
         " and ".join(f"`{name}`" for name in form) + (" alone" if set(form) & ALONE else "") for form in FORMS[loader]
     )

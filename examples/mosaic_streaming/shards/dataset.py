@@ -1,7 +1,7 @@
-"""Datasets whose faults reach whoever reads them.
+"""Datasets whose faults reach their readers.
 
-What fails in one of streaming 0.13.0's threads ends the epoch early, as if it were over, or leaves other workers
-waiting for ever.
+A fault in one of streaming 0.13.0's threads ends the epoch early, as if it were over, or leaves other workers waiting
+for ever.
 """
 
 import bisect
@@ -35,31 +35,30 @@ from examples.mosaic_streaming.shards.stream import CheckedStream, describe, mak
 from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
 from examples.mosaic_streaming.upstream.workers import prepare_worker
 
-AT_ONCE = 1024
-"""Samples whose shards are looked up at once."""
+LOOKUP_SAMPLES = 1024
+"""The shards of so many samples are looked up together."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in a dataloader worker, which reaches the training process in place of a sample or a batch.
+    """An error in a dataloader worker, handed to the training process in place of a sample or a batch.
 
-    torch would hand on the error itself, with the worker's traceback in its message.
+    torch would hand over the error itself, with the worker's traceback in its message.
     """
 
     reason: str
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """The failure that an exception is."""
+        """Make a failure of an exception."""
         return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
 
 class CheckedDataset(StreamingDataset):
-    """A dataset whose faults reach whoever reads it, in all processes of a node.
+    """A dataset whose faults reach its readers in all processes of a node.
 
     Attributes:
-        keep_dtype: whether samples of text that are tokens are arrays of the type that they were written in, rather
-            than tensors of int64.
+        keep_dtype: whether stored tokens are read as arrays of the type in which they are stored, not as int64 tensors.
         may_cut: whether samples of text that are longer than a row may lose their end.
     """
 
@@ -68,7 +67,7 @@ class CheckedDataset(StreamingDataset):
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Have a shard ready, as streaming does; what fails is given up, for all processes of this node."""
+        """Make a shard ready, as streaming does. If that fails, it fails for all processes of this node."""
         if fault := self.failure_reason():
             raise DataError(fault)
         try:
@@ -78,9 +77,9 @@ class CheckedDataset(StreamingDataset):
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """A sample by its number, as streaming reads it; it fetches its shard if that isn't there.
+        """Read a sample by its number, and fetch its shard if that isn't there.
 
-        Where nothing is evicted, nobody has to be told which shards are in use.
+        Where nothing is evicted, nobody has to know which shards are in use, so streaming's own way is longer.
         """
         sample_id, ends = int(sample_id), self._ends
         if not self.cache_limit and 0 <= sample_id < ends[-1] and not self._has_failed():
@@ -93,14 +92,14 @@ class CheckedDataset(StreamingDataset):
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """Behind the last sample of each shard."""
+        """The number after the last sample of each shard."""
         return cast(list[int], self.spanner.shard_bounds[1:].tolist())
 
     def _has_failed(self) -> bool:
         return "_event" in self.__dict__ and self._event.is_set()
 
     def failure_reason(self) -> str | None:
-        """Why a shard was given up on this node."""
+        """Why a shard failed on this node; None if none did."""
         path = self._failure_file()
         return Path(path).read_text() if os.path.exists(path) else None
 
@@ -108,10 +107,10 @@ class CheckedDataset(StreamingDataset):
         return f"/dev/shm/{self._shm_prefix_int:06}_fault"
 
     def mark_failed(self, shard_id: int, error: Exception) -> None:
-        """Tell all processes of this node, and let none wait for the shard.
+        """Tell all processes of this node that a shard failed, and let none wait for it.
 
-        streaming leaves it in the state PREPARING, for which others wait; where it is LOCAL they miss its file and ask
-        for it, and are told. It also leaves its lock, if what failed was to make room (base/dataset.py).
+        streaming leaves the shard in the state PREPARING, for which others wait. In the state LOCAL they miss its file,
+        ask for it, and are told. streaming also keeps its lock if making room failed (base/dataset.py).
         """
         if self._cache_filelock.is_locked:
             self._cache_filelock.release(force=True)
@@ -121,16 +120,16 @@ class CheckedDataset(StreamingDataset):
         self._shard_states[shard_id] = _ShardState.LOCAL
 
     def bytes_in_cache(self) -> int:
-        """Bytes of the shards that are in caches of this node.
+        """Bytes of the shards in this node's caches.
 
-        streaming's own `cache_usage` counts streams that have no cache, too, and twice what is fetched again because
-        its file was lost (streaming 0.13.0, base/dataset.py).
+        streaming's own `cache_usage` also counts streams without a cache, and counts a lost file that is fetched again
+        twice (streaming 0.13.0, base/dataset.py).
         """
         return int(self._sizes_in_cache[self._shard_states.numpy() == _ShardState.LOCAL].sum())
 
     @functools.cached_property
     def _sizes_in_cache(self) -> NDArray[np.int64]:
-        """Bytes that each shard takes in a cache; 0 where its stream has none."""
+        """Bytes that each shard takes in a cache; 0 if its stream has none."""
         streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
         sizes = [
             shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
@@ -160,7 +159,7 @@ class CheckedDataset(StreamingDataset):
             raise DataError(self.failure_reason() or self._describe(at, error)) from error
 
     def tokenize_example(self, example: Any) -> Any:
-        """The turns of an example that is text; a list of parts is joined where its chat template would print it."""
+        """Tokenize an example. A list of parts is joined if the chat template would print the list."""
         if isinstance(example, Mapping) and not self._takes_parts:
             example = join_parts(example)
         return super().tokenize_example(example)  # type: ignore[misc]
@@ -170,11 +169,7 @@ class CheckedDataset(StreamingDataset):
         return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
 
     def stored(self, sample_id: int) -> dict[str, Any]:
-        """The columns of a sample, as its shard has them.
-
-        Raises:
-            DataError: it can't be read.
-        """
+        """Read the columns of a sample as its shard has them; raise DataError if that fails."""
         try:
             return dict(self.get_item(sample_id))
         except DataError:
@@ -183,7 +178,7 @@ class CheckedDataset(StreamingDataset):
             raise DataError(self.failure_reason() or self._describe(sample_id, error)) from error
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
-        """The tokens of a sample of text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        """Read stored tokens. llm-foundry drops what is longer than a row, without a word."""
         dataset = cast(StreamingTextDataset, self)
         tokens = sample["tokens"]
         if not isinstance(tokens, np.ndarray):
@@ -195,7 +190,7 @@ class CheckedDataset(StreamingDataset):
         return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
 
     def _cut(self, found: int, row: int) -> None:
-        """Refuse a sample that is longer than a row, or warn once where its end may be left out."""
+        """Refuse a sample that is longer than a row, or warn once if its end may be dropped."""
         if not self.may_cut:
             raise FileError(
                 f"it has {found:,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} tokens, or "
@@ -204,7 +199,7 @@ class CheckedDataset(StreamingDataset):
         self._warn_of_cut(found, row)
 
     def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
-        """The ids of a text; llm-foundry leaves out what is longer than a row, and says nothing."""
+        """Tokenize a text. llm-foundry drops what is longer than a row, without a word."""
         tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
         if not self._has_warned:
             left_out = [part for one in getattr(tokens, "encodings", None) or () for part in one.overflowing]
@@ -213,7 +208,7 @@ class CheckedDataset(StreamingDataset):
         return tokens
 
     def _warn_of_cut(self, found: int, row: int) -> None:
-        """Say once that samples are longer than rows."""
+        """Log once that samples are longer than rows."""
         worker = get_worker_info()
         if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
             logger.warning(
@@ -223,7 +218,7 @@ class CheckedDataset(StreamingDataset):
         self._has_warned = True
 
     def _describe(self, sample_id: int, error: Exception) -> str:
-        """What failed in reading a sample."""
+        """Say which sample can't be read, and why."""
         shard_id, index = self.spanner[sample_id]
         stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
         file = self.shards[shard_id].file_pairs[0][0].basename
@@ -231,22 +226,22 @@ class CheckedDataset(StreamingDataset):
         return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
 
     def on_exception(self, future: "Future[None]") -> None:
-        """Let reading end with the error of a thread; streaming raises it where nobody hears it."""
+        """Let reading end with a thread's error. streaming raises it where nobody sees it."""
         if future.exception():
             self._event.set()
 
     def _prepare_thread(self, it: _Iterator) -> None:
-        """Ask for the shards of the samples that come next, for each once: reading one that isn't there asks again.
+        """Ask once for each shard of the next samples. Reading a sample whose shard isn't there asks again.
 
-        streaming's thread takes the lock of the cache for each sample, and all the while the interpreter from reading.
-        Where shards are evicted it has to: it tells which ones are needed.
+        streaming's own thread takes the cache's lock for each sample, and all the while the interpreter from reading.
+        If shards are evicted it has to: it marks those that are needed.
         """
         if self.cache_limit:
             return super()._prepare_thread(it)
         asked: set[int] = set()
         ends = np.array(self._ends)
         while it.prepare_index < it.total and not self._is_over(it):
-            end = it.prepare_index + AT_ONCE
+            end = it.prepare_index + LOOKUP_SAMPLES
             if self.predownload is not None:
                 end = min(end, it.yield_index + self.predownload + 1)
             samples = it.sample_ids[it.prepare_index : end]
@@ -255,7 +250,7 @@ class CheckedDataset(StreamingDataset):
             for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
                 if shard in asked:
                     continue
-                if self._is_over(it):  # to fetch one may take long
+                if self._is_over(it):  # fetching may take long
                     break
                 self.prepare_shard(shard, False)
                 asked.add(shard)
@@ -263,15 +258,15 @@ class CheckedDataset(StreamingDataset):
         return it.on_exit()
 
     def _is_over(self, it: _Iterator) -> bool:
-        """Whether nobody reads on."""
+        """Whether nobody reads any more."""
         return it.should_exit() or self._event.is_set()
 
     def _ready_thread(self, it: _Iterator) -> None:
-        """Nothing has to wait for shards but reading; streaming's waits for ever for one that failed elsewhere."""
+        """Only reading waits for shards. streaming's thread would wait for ever for one that failed elsewhere."""
         it.on_exit()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """Each sample in turn: reading one whose shard isn't there yet fetches it, or fails."""
+        """Yield each sample in turn. Reading a sample whose shard isn't there fetches it, or fails."""
         for number, sample_id in enumerate(it.sample_ids):
             it.yield_index = number
             if it.should_exit():
@@ -282,9 +277,9 @@ class CheckedDataset(StreamingDataset):
 
 
 def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
-    """Turn a dataset that llm-foundry has made into a checked one, with its streams and readers.
+    """Turn llm-foundry's dataset into a checked one, with its streams and readers.
 
-    A class of ours can't be given to llm-foundry 0.22.0: its text loader names the one that it makes.
+    llm-foundry 0.22.0 can't be given another class: its text loader names the one that it makes.
     """
     kind = type(dataset)
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})

@@ -1,4 +1,4 @@
-"""What the processes of a node have fetched, counted in a file of its shared memory that all of them append to."""
+"""Counts what the processes of a node fetch, in a file in shared memory to which all of them append."""
 
 import contextlib
 import os
@@ -8,19 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 RECORD = struct.Struct("<q")
-"""Of the file: the bytes of a shard that has been fetched, or RETRY."""
+"""An entry of the file: the bytes of a fetched shard, or RETRY."""
 
 RETRY = -1
 
 
 class FetchCounts(NamedTuple):
-    """What has been fetched.
-
-    Attributes:
-        shards: files of shards.
-        bytes: of those, as the remote has them.
-        retries: further attempts.
-    """
+    """What has been fetched: files of shards, their bytes as the remote has them, and further attempts."""
 
     shards: int = 0
     bytes: int = 0
@@ -32,11 +26,7 @@ class FetchCounts(NamedTuple):
 
 
 class FetchStats:
-    """Reads what a node has fetched, each time from where it has stopped.
-
-    Args:
-        path: of the file; none where nothing has been fetched.
-    """
+    """Reads what a node has fetched, each time from where it stopped before. The file may not exist."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -44,7 +34,7 @@ class FetchStats:
         self._fetched = FetchCounts()
 
     def read(self) -> FetchCounts:
-        """What all processes have fetched since the start."""
+        """Count what all processes have fetched since the start."""
         with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
             file.seek(self._end)
             records = np.frombuffer(file.read(), np.int64)
@@ -56,12 +46,12 @@ class FetchStats:
 
 
 def fetch_stats_file(number: int) -> str:
-    """The file of a node, by the number of a dataset's shared memory, which removes it as well."""
+    """The file of a node, by the number of a dataset's shared memory. It is removed with that memory."""
     return f"/dev/shm/{number:06}_fetched"
 
 
 def count_fetched(path: str, record: int) -> None:
-    """Append a record: small appends of several processes don't mix. Where memory is full, it is not counted."""
+    """Append a record. Small appends of several processes don't mix. If memory is full, nothing is counted."""
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:

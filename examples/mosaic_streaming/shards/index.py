@@ -1,4 +1,4 @@
-"""A stream's index.json, checked before anything believes it: it may come from anywhere."""
+"""Reads and checks a stream's index.json, which is untrusted input."""
 
 import json
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from streaming.base.format import FileInfo, get_index_basename
 from streaming.base.format.mds.encodings import is_mds_encoding, is_mds_encoding_safe
 
 FILES = {"mds": ("data",), "json": ("data", "meta"), "csv": ("data", "meta"), "tsv": ("data", "meta")}
-"""The files of a shard, by its format; `raw_` and `zip_` come before (streaming 0.13.0, base/format)."""
+"""The files of a shard, by its format. Their keys begin with `raw_` and `zip_` (streaming 0.13.0, base/format)."""
 
 MAX_BYTES = 1 << 62
 
@@ -18,7 +18,7 @@ ADD_HASHES = "python -m examples.mosaic_streaming.shards.add_hashes FOLDER"
 
 
 class FileError(ValueError):
-    """A file is not what it has to be: the message says what it has, and what was expected."""
+    """A file is not what it has to be. The message says what it has, and what was expected."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Part:
     """One file of a shard.
 
     Attributes:
-        raw: as it is read.
-        packed: as it is stored, where that is compressed.
-        samples: that an MDS file says it has; none for other formats, which don't.
+        raw: the file that is read.
+        packed: the compressed file that is stored, if it is compressed.
+        samples: the number of samples that an MDS file names; None for other formats, which name none.
     """
 
     raw: FileInfo
@@ -37,20 +37,20 @@ class Part:
 
     @property
     def stored(self) -> FileInfo:
-        """The file that a remote has."""
+        """The file that the remote has."""
         return self.packed or self.raw
 
 
 def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -> list[Part]:
-    """The files of a stream, as its index has them.
+    """Read the files of a stream from its index.
 
     Args:
-        path: of the index.
-        allow_unsafe_types: accept pickled columns, which run code when they are read.
-        validate_hash: algorithm that all files need a hash of.
+        path: the index.
+        allow_unsafe_types: whether pickled columns, which run code when they are read, are accepted.
+        validate_hash: the algorithm of which every file needs a hash; None needs none.
 
     Raises:
-        FileError: it is not an index, or one that lies about itself.
+        FileError: the file is no index, or contradicts itself.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -79,7 +79,7 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
 
 
 def read_shard(name: str, shard: Any) -> list[Part]:
-    """The files of one entry."""
+    """Read the files of one shard's entry."""
     expect(isinstance(shard, dict), name, shard, "a section")
     kind, samples = str(shard.get("format")), shard.get("samples")
     expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
@@ -103,7 +103,7 @@ def read_shard(name: str, shard: Any) -> list[Part]:
 
 
 def read_file(name: str, entry: Any) -> FileInfo:
-    """The entry of a file, which has to lie in the stream's folder."""
+    """Read the entry of a file, which has to lie in the stream's folder."""
     expect(isinstance(entry, dict), name, entry, "a section")
     basename, size, hashes = entry.get("basename"), entry.get("bytes"), entry.get("hashes") or {}
     expect(is_inside(basename), f"{name}.basename", basename, "a file in the stream's folder")
@@ -115,7 +115,7 @@ def read_file(name: str, entry: Any) -> FileInfo:
 
 
 def is_inside(basename: Any) -> bool:
-    """Whether a path stays below its folder, and is neither the index nor a hidden file, which are ours."""
+    """Whether a path stays below its folder, and is neither the index nor a hidden file."""
     if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
         return False
     return all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()

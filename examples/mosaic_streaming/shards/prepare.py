@@ -1,4 +1,4 @@
-"""The streams of a loader, made ready on a node before streaming opens them: indexes, caches, and files verified."""
+"""Makes a loader's streams ready on a node before streaming opens them: indexes, caches, verified files."""
 
 import os
 import time
@@ -17,15 +17,15 @@ from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, d
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
 THREADS = 4
-"""That verify files."""
+"""So many threads verify files."""
 
 
 def prepare_streams(loader: ResolvedLoader) -> None:
-    """Make the indexes and caches of all streams ready on this node; its local leader calls it.
+    """Make the indexes and caches of all streams ready on this node. Its first rank calls it.
 
     Raises:
         ConfigError: a cache is in use, or can't be used.
-        DataError: an index can't be had or can't be believed, or a file that can't be fetched again is damaged.
+        DataError: an index is missing or wrong, or a file that can't be fetched again is damaged.
     """
     remove_stale()
     for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
@@ -37,11 +37,7 @@ def prepare_streams(loader: ResolvedLoader) -> None:
 
 
 def make_stream(settings: Config, label: str) -> CheckedStream:
-    """A stream as streaming will make it from its complete settings.
-
-    Raises:
-        ConfigError: streaming refuses them.
-    """
+    """Make a stream from its complete settings, as streaming will; raise ConfigError if it refuses them."""
     keys = ("remote", "local", *stream_defaults())
     try:
         stream = Stream(**{key: settings[key] for key in keys if key in settings})
@@ -52,10 +48,10 @@ def make_stream(settings: Config, label: str) -> CheckedStream:
 
 
 def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
-    """What a stream's index says; one in the cache that can't be believed is fetched again.
+    """Read a stream's index. A wrong one in the cache is fetched again.
 
     Raises:
-        DataError: the index can't be had, or can't be believed.
+        DataError: the index is missing or wrong.
     """
     index = stream.path(get_index_basename())
 
@@ -80,12 +76,9 @@ def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
 
 
 def verify(stream: CheckedStream, parts: list[Part]) -> None:
-    """Compare the files that are there with the index: sizes and samples, and hashes with `validate_hash`.
+    """Compare the files on this machine with the index: sizes, samples, and with `validate_hash` also hashes.
 
-    Those of a cache that are damaged are removed, to be fetched again.
-
-    Raises:
-        DataError: a file is damaged or missing, and there is no remote to fetch it from.
+    Damaged files in a cache are removed, to be fetched again. Without a cache, they raise DataError.
     """
     start = time.monotonic()
     with ThreadPoolExecutor(THREADS) as pool:
@@ -106,7 +99,7 @@ def verify(stream: CheckedStream, parts: list[Part]) -> None:
 
 
 def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
-    """Bytes found of a file, and what is wrong; a damaged one in a cache is removed."""
+    """Return the bytes of a file that are right, and its faults. A damaged file in a cache is removed."""
     size, faults = 0, []
     samples = {part.raw.basename: part.samples}
     for info in filter(None, (part.raw, part.packed)):

@@ -1,4 +1,4 @@
-"""A reader of MDS shards: whole samples only, and no more work for each than it takes."""
+"""Reads MDS shards: only whole samples, and with little work for each."""
 
 import functools
 import os
@@ -14,11 +14,11 @@ from streaming.base.format.mds.encodings import _get_coder, mds_decode
 from examples.mosaic_streaming.errors import DataError
 
 OPEN_FILES = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-"""That a process keeps open, at most: with `py1e` shuffling, a rank reads hundreds of shards in turns."""
+"""A process keeps at most so many files open. With `py1e` shuffling, a rank reads hundreds of shards in turns."""
 
 
 class OpenFile:
-    """A file to read from, which is closed when nobody refers to it any more."""
+    """A file that is closed when nobody refers to it any more."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -28,38 +28,38 @@ class OpenFile:
             close(self._descriptor)
 
     def sample(self, number: int) -> bytes | None:
-        """The bytes of a sample of an MDS shard; none if they aren't there."""
+        """The bytes of a sample of an MDS shard; None if they aren't all there."""
         begin, end = struct.unpack("<2I", os.pread(self._descriptor, 8, (1 + number) * 4).ljust(8, b"\0"))
         data = os.pread(self._descriptor, end - begin, begin) if begin < end else b""
         return data if data and len(data) == end - begin else None
 
 
 kept_open = functools.lru_cache(OPEN_FILES)(OpenFile)
-"""A file by its path: to open one takes as long as to read a sample, and far longer where it isn't on this machine."""
+"""A file by its path. Opening one takes as long as reading a sample, and far longer on a network's file system."""
 
 
 class CheckedReader(MDSReader):
-    """Reads samples of an MDS shard, whole ones only.
+    """A reader of an MDS shard that returns only whole samples.
 
     Attributes:
         is_cache: whether the file can be fetched again.
-        stays: whether it is never evicted, and may be kept open.
+        stays: whether the file is never evicted, and may be kept open.
     """
 
     is_cache = False
     stays = False
 
     def get_sample_data(self, idx: int) -> bytes:
-        """The bytes of a sample.
+        """Read the bytes of a sample.
 
         Raises:
-            FileNotFoundError: the file was damaged; it has been removed, so that it is fetched again.
-            DataError: it is damaged and there is no other.
+            FileNotFoundError: the file was damaged. It has been removed, so that it is fetched again.
+            DataError: the file is damaged and can't be fetched again.
         """
         data = kept_open(self._path).sample(idx) if self.stays else OpenFile(self._path).sample(idx)
         if data is None and self.stays:
             kept_open.cache_clear()
-            data = OpenFile(self._path).sample(idx)  # which somebody else may have put right
+            data = OpenFile(self._path).sample(idx)  # another process may have put it right
         if data is not None:
             return data
         if not self.is_cache:
@@ -68,7 +68,7 @@ class CheckedReader(MDSReader):
         raise FileNotFoundError(f"{self._path} was damaged while in use")
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
-        """The columns of a sample, as streaming decodes them, which looks for each one's decoder each time."""
+        """Decode the columns of a sample. streaming would look for each column's decoder each time."""
         sizes, begin = [], 0
         for size in self.column_sizes:
             if not size:

@@ -1,6 +1,6 @@
-"""Streams whose cache holds whole files only, that are what the index says.
+"""Streams whose cache holds only whole files that match the index.
 
-streaming 0.13.0 compares hashes after it has put a file into its place, sizes not at all, and never looks again.
+streaming 0.13.0 compares hashes after it has put a file into its place, never compares sizes, and never looks again.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched
 from examples.mosaic_streaming.shards.index import FileError, Part
 
 MAX_BACKOFF = 60.0
-"""Seconds between two attempts to fetch a file."""
+"""The longest pause between two attempts to fetch a file, in seconds."""
 
 
 class CheckedStream(Stream):
-    """A stream whose cache holds only whole files that are what the index says.
+    """A stream whose cache holds only whole files that match the index.
 
     Attributes:
-        label: what it is called in messages.
-        is_cache: whether `local` is a copy of a remote, that can be fetched again.
-        fetch_stats: the file that counts what is fetched; none where nothing is counted.
+        label: what the stream is called in messages.
+        is_cache: whether `local` is a copy of a remote, so that it can be fetched again.
+        fetch_stats: the file that counts what is fetched; None where nothing is counted.
     """
 
     label: str
@@ -47,15 +47,15 @@ class CheckedStream(Stream):
     fetch_stats: str | None = None
 
     def path(self, basename: str) -> str:
-        """Where a file of the stream lies on this machine."""
+        """The path of a file of the stream on this machine."""
         return os.path.join(self.local, self.split, basename)
 
     def source(self, basename: str) -> str:
-        """Where a file of the stream comes from."""
+        """The path or URL that a file of the stream comes from."""
         return os.path.join(self.remote or self.local, self.split, basename)
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Have a shard's files ready; return by how many bytes the cache has grown.
+        """Make a shard's files ready, and return the bytes by which the cache has grown.
 
         Raises:
             DataError: a file is missing, damaged, or can't be stored.
@@ -64,7 +64,7 @@ class CheckedStream(Stream):
         return sum(self.prepare(Part(raw, packed, samples), shard.compression) for raw, packed in shard.file_pairs)
 
     def prepare(self, part: Part, compression: str | None) -> int:
-        """Have one file ready; return by how many bytes the cache has grown."""
+        """Make one file ready, and return the bytes by which the cache has grown."""
         if os.path.isfile(self.path(part.raw.basename)):
             return 0
         if part.packed and os.path.isfile(packed := self.path(part.packed.basename)):
@@ -81,16 +81,16 @@ class CheckedStream(Stream):
         return part.raw.bytes + (part.packed.bytes if part.packed and self.safe_keep_zip else 0)
 
     def store(self, path: str, folder: str, part: Part, compression: str | None) -> int:
-        """Put a file into its place, unpacked, if it is right; return the bytes that it takes there.
+        """Check a file, put it into its place, unpacked, and return the bytes that it takes there.
 
         Args:
             path: the file as the remote has it.
-            folder: for what isn't ready yet.
-            part: what the index says of it.
-            compression: the shard's.
+            folder: a folder for files that aren't ready yet.
+            part: what the index says of the file.
+            compression: the shard's compression.
 
         Raises:
-            FileError: it is not what the index says.
+            FileError: the file doesn't match the index.
         """
         if part.packed is None:
             check_file(path, part.raw, self.validate_hash, part.samples)
@@ -110,12 +110,13 @@ class CheckedStream(Stream):
         """Fetch a file into the cache: whole and right, or not at all.
 
         Args:
-            basename: of the file.
+            basename: the file's name in the stream.
             needed: bytes that it will take.
-            store: called with the file's path and a folder to work in, to put it into its place, or raise FileError.
+            store: called with the file's path and a folder to work in. It puts the file into its place, or raises
+                FileError.
 
         Raises:
-            DataError: none of `download_retry` attempts got it.
+            DataError: none of `download_retry` attempts got the file.
         """
         if not self.is_cache:
             raise DataError(f"{self.path(basename)} is missing, and {self.label} has no remote to fetch it from.")
@@ -129,10 +130,10 @@ class CheckedStream(Stream):
             except DataError:
                 raise
             except Exception as error:
-                self._downloader = CloudDownloader.get(self.remote)  # threads that use the old one go on with it
+                self._downloader = CloudDownloader.get(self.remote)  # other threads still use the old one
                 problem = f"{self.source(basename)} of {self.label} can't be had: {describe(error)}"
                 if attempt == self.download_retry:
-                    if isinstance(error, FileError):  # or it is the index here that is old, or damaged
+                    if isinstance(error, FileError):  # or the index here is old or damaged
                         Path(self.path(get_index_basename())).unlink(missing_ok=True)
                     raise DataError(f"{problem} Attempts: {attempt} (dataset.download_retry).") from error
                 pause = min(2.0 ** (attempt - 1), MAX_BACKOFF) + random.random() / 2
@@ -141,14 +142,14 @@ class CheckedStream(Stream):
                 time.sleep(pause)
 
     def count(self, record: int) -> None:
-        """Count a file that has been fetched, or a retry."""
+        """Count a fetched file, or a retry."""
         if self.fetch_stats:
             count_fetched(self.fetch_stats, record)
 
     def download(self, remote: str, path: str, folder: str) -> None:
-        """Download a file; one that doesn't grow for `download_timeout` seconds is given up.
+        """Download a file, and give up if it doesn't grow for `download_timeout` seconds.
 
-        streaming's downloaders know no such limit, or pass it on to clients that try again within it.
+        streaming's downloaders have no such limit, or pass it on to clients that retry within it.
         """
         outcome: list[BaseException | None] = []
         downloader = self._downloader
@@ -173,7 +174,7 @@ class CheckedStream(Stream):
             raise outcome[0]
 
     def storing(self, basename: str, needed: int) -> "Storing":
-        """A folder of one's own beside the shards, for a file that isn't ready yet and will take so many bytes."""
+        """Make a folder beside the shards for a file that isn't ready yet and will take so many bytes."""
         path, folder = self.path(basename), self.path("")
         advice = f"Make room, set dataset.cache_limit, or set another `local` for {self.label}."
         if not self.is_cache:
@@ -185,12 +186,12 @@ class CheckedStream(Stream):
 
 
 class Storing:
-    """A folder for a file that is to come, removed at the end; what the disk refuses becomes a DataError.
+    """A temporary folder for a file to come. If the disk refuses something, it raises DataError.
 
     Args:
-        path: of the file.
-        folder: in which there is to be one: that of all shards.
-        needed: its size in bytes.
+        path: the place of the file.
+        folder: the folder of all shards, in which the temporary one is made.
+        needed: the file's size in bytes.
         advice: what to do if the disk refuses.
     """
 
@@ -212,7 +213,7 @@ class Storing:
             raise self._refused(error) from error
 
     def _is_ours(self, error: OSError) -> bool:
-        """Whether it is the disk here that refuses, not the remote."""
+        """Whether this machine's disk refuses, not the remote."""
         is_here = str(error.filename).startswith(self._root)
         return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in (errno.EROFS, errno.EACCES) and is_here)
 
@@ -227,7 +228,7 @@ class Storing:
 
 
 def size_of(folder: str) -> int:
-    """Bytes in the files of a folder, in which a client may be renaming some."""
+    """Bytes in the files of a folder. A client may rename some meanwhile."""
     size = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -237,13 +238,13 @@ def size_of(folder: str) -> int:
 
 
 def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: int | None) -> None:
-    """Raise FileError unless a file is what the index says.
+    """Raise FileError unless a file matches the index.
 
     Args:
-        path: of the file.
+        path: the file.
         info: what the index says of it.
-        validate_hash: algorithm to compare hashes by.
-        samples: that an MDS file has to have.
+        validate_hash: the algorithm of the hashes to compare; None compares none.
+        samples: the number of samples that an MDS file has to have; None for other files.
     """
     if (size := os.path.getsize(path)) != info.bytes:
         raise FileError(f"it has {size:,} bytes, expected {info.bytes:,}")
@@ -262,7 +263,7 @@ def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: in
 
 
 def unpack_into(folder: str, packed: str, compression: str | None) -> str:
-    """Decompress a file into a folder; return the path of what comes out."""
+    """Decompress a file into a folder, and return the path of the result."""
     content = Path(packed).read_bytes()
     try:
         content = decompress(compression, content)
@@ -274,8 +275,8 @@ def unpack_into(folder: str, packed: str, compression: str | None) -> str:
 
 
 def describe(error: Exception) -> str:
-    """An error in a sentence, with the code of a store."""
-    error = getattr(error, "last_exception", error)  # what boto3's RetriesExceededError keeps to itself
+    """Put an error into a sentence, with a store's error code."""
+    error = getattr(error, "last_exception", error)  # of boto3's RetriesExceededError
     if isinstance(error, FileError | TimeoutError):
         return f"{error}".rstrip(".") + "."
     response = getattr(error, "response", None)  # boto3's
@@ -284,7 +285,7 @@ def describe(error: Exception) -> str:
 
 
 def make_checked(stream: Stream, label: str) -> CheckedStream:
-    """Turn a stream that streaming or llm-foundry has made into a checked one."""
+    """Turn a stream of streaming or llm-foundry into a checked one."""
     stream.__class__ = CheckedStream
     assert isinstance(stream, CheckedStream)
     stream.label = label

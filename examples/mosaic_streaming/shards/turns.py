@@ -1,4 +1,4 @@
-"""Examples for instruction tuning that llm-foundry 0.22.0 would learn otherwise than they are meant, and not say so."""
+"""Refuses or mends examples for instruction tuning that llm-foundry 0.22.0 would silently learn wrongly."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,25 +7,22 @@ from torchtitan.components.loss import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
 NO_ECHO = 32
-"""Tokens of a prompt from which on no response is taken to be just the same again."""
+"""A prompt of so many tokens is never repeated as its response."""
 
 PROBE = [{"type": "text", "text": "the text of a part"}]
 
 
 def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for an example without a response, or whose labels are not a response.
+    """Raise ValueError for an example without a response, or whose labels are no response.
 
-    llm-foundry puts `labels` behind `input_ids`. Those of transformers lie over them: they are as long, and repeat
-    them or have -100 in places.
-
-    Args:
-        turns: of the example, each with `input_ids` and `labels`.
+    llm-foundry puts `labels` behind `input_ids`. In transformers' form they lie over each other: labels are as long as
+    the ids, and repeat them or have -100 in places.
     """
     if turns and not len(turns[-1]["labels"]):
         raise ValueError("its response is empty")  # llm-foundry would fail later, and not say which
     for turn in turns:
         ids, labels = turn["input_ids"], turn["labels"]
-        if not isinstance(turn, dict) or len(ids) != len(labels):  # what transformers' tokenizer has just made is none
+        if not isinstance(turn, dict) or len(ids) != len(labels):  # transformers' tokenizer has just made others
             continue
         if IGNORE_INDEX in labels or (len(ids) >= NO_ECHO and list(ids) == list(labels)):
             raise ValueError(
@@ -36,7 +33,7 @@ def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template writes the text of a message that is a list of parts, rather than the list itself."""
+    """Whether a chat template writes the text of a message that is a list of parts, not the list itself."""
     try:
         chat: Any = [{"role": "user", "content": PROBE}]
         written = str(tokenizer.apply_chat_template(chat, tokenize=False))
@@ -46,11 +43,7 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:
-    """A chat whose messages are strings, also where they are lists of parts; other examples stay.
-
-    Raises:
-        ValueError: a part is no text.
-    """
+    """Make strings of a chat's messages that are lists of parts; raise ValueError if a part is no text."""
     messages = example.get("messages")
     if not isinstance(messages, list) or not any(isinstance(message.get("content"), list) for message in messages):
         return dict(example)
@@ -58,11 +51,7 @@ def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a message; of a list, that of its parts.
-
-    Raises:
-        ValueError: a part is no text.
-    """
+    """The text of a message; of a list, the text of its parts."""
     if not isinstance(content, list):
         return content
     for part in content:
