@@ -1,4 +1,4 @@
-"""The commands of the README's "Getting data in", on local files; what they make against tokens put together here."""
+"""The commands of docs/data.md, on local files; what they make against tokens put together here."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 from tests.support.ranks import run_rank_values
 from tests.support.streams import TOKENIZER, build_loader, job
 
-SECTION = "## Getting data in"
+PAGE = Path("docs/data.md")
 LENGTH = 257
 EOS = "<|end_of_text|>"
 DOCUMENTS = [Path(os.__file__).with_name(f"{name}.py").read_text() for name in ("this", "abc", "bisect", "heapq")]
@@ -33,14 +33,12 @@ CHATS = [
 
 
 def blocks(language: str) -> list[str]:
-    """The section's blocks in a language."""
-    text = Path("README.md").read_text()
-    section = text[text.index(SECTION) :].split("\n## ")[0]
-    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    """The page's blocks in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """The words of each command in the section's blocks."""
+    """The words of each command in the page's blocks."""
     found: list[list[str]] = []
     begun = ""
     for line in "".join(blocks("bash")).replace("\\\n", " ").splitlines(keepends=True):
