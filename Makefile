@@ -46,7 +46,7 @@ bench: .venv/.bench
 bench-gpu: .venv/.synced
 	$(BIN)/python -W ignore -m tests.benchmarks.gpu --nproc-per-node $(or $(GPUS),1)
 
-# Those of the README, from a run of the code as it is.
+# Those of docs/, from a run of the code as it is.
 pictures: .venv/.synced
 	$(BIN)/python -W ignore -m examples.mosaic_streaming.make_demo_data
 	$(BIN)/python docs/make_pictures.py

@@ -1,4 +1,4 @@
-"""Make the README's pictures from the demo data: `make pictures`.
+"""Make the pictures of docs/ from the demo data: `make pictures`.
 
 `show.svg` and `plan.svg` are what the commands print in a terminal. `metrics.png` is drawn from the TensorBoard logs of
 a run of the demo model that fetches its stream, and goes on from its checkpoint on two ranks.

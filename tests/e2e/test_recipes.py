@@ -43,7 +43,7 @@ def test_recipe_is_one_that_trains(job: Path) -> None:
     made = make_job(config, ranks, min(ranks, 8))
     assert int(np.prod(list(made.layout.degrees.values()))) == ranks
     tokens, pp = made.global_batch_size * made.training.seq_len, made.layout.degrees["pp"]
-    assert config.training.max_norm == (tokens if pp > 1 else 1.0), "see Limits in the README"
+    assert config.training.max_norm == (tokens if pp > 1 else 1.0), "see Limits in README.md"
     loader = resolve(read_loader(str(train), ""), made.training, made.layout.replication)
     assert 64 % (ranks // 8) == 0 and loader.dataset["num_canonical_nodes"] == 64, (
         "each machine keeps to its own shards"
