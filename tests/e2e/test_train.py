@@ -231,12 +231,9 @@ def signal_at_step_3(number: signal.Signals) -> Callable[[list[int], list[Path]]
 def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
     """The second command of the README, through torchrun; only its outputs are put elsewhere."""
     run_rank_values(make_demo_data)
+    _, documented = re.findall(r"```bash\n(torchrun .*?)\n```", Path("README.md").read_text(), re.DOTALL)
     ended = subprocess.run(
-        "torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train "
-        "--config examples/mosaic_streaming/configs/mosaic_job.toml "
-        "--mosaic-config examples/mosaic_streaming/configs/mosaic_dataloader.toml -- "
-        "--training.steps=20 --metrics.enable_tensorboard=true "
-        f"--job.dump_folder={tmp_path} --metrics.disable_color_printing=true",
+        f"{documented} --job.dump_folder={tmp_path} --metrics.disable_color_printing=true",
         shell=True,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
