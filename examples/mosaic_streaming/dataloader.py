@@ -24,6 +24,7 @@ from examples.mosaic_streaming.config import BatchShape, Job, ResolvedLoader
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_pad_token, check_tokenizer
+from examples.mosaic_streaming.upstream.sample_order import reader_world, set_reader_world
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
 DROP_LOG_STEPS = {10**digits for digits in range(10)}
@@ -67,7 +68,7 @@ def build_mosaic_dataloader(
         distributed.new_job_id(),
         lambda: batch.check_first_samples(opened.loader, opened.spec, loader_config, hf_tokenizer, job.training),
     )
-    opened.dataset._parallel_rank_world = job.layout.world(dp_rank)
+    set_reader_world(opened.dataset, job.layout.world(dp_rank))
     if is_rank_0():
         sampling.log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
         for warning in warnings + config.warnings_of(loader_config, job, hf_tokenizer, opened.columns):
@@ -90,13 +91,12 @@ def open_loader(
         ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
     """
     name, source = loader_config.name, loader_config.source
-    given = {key: value for key, value in loader_config.config.items() if key == "name" or config.takes(name, key)}
+    arguments = copy.deepcopy(loader_config.arguments)
     try:
         with shared_memory(shm_number):
-            spec: Any = build_dataloader(copy.deepcopy(given), tokenizer, batch_size)  # which changes what it is given
+            spec: Any = build_dataloader(arguments, tokenizer, batch_size)  # which changes what it is given
     except Exception as error:
-        who = "llm-foundry" if name in config.dataset_keys() else f"The loader {name!r}"
-        raise ConfigError(f"{who} refuses {source}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{loader_config.builder} refuses {source}: {type(error).__name__}: {error}") from error
     loader = getattr(spec, "dataloader", spec)
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{source} does not stream: give `dataset` a `remote` or `streams`.")
@@ -178,8 +178,7 @@ def open_streams(
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
     order = sampling.set_order(dataset, batch_size, global_batch_size, cast(batch.Collator, loader.collate_fn).packs)
-    sampling.check_epoch(order, dataset, list(loader_config.streams), loader_config.source)
-    sampling.check_blocks(order, dataset, list(loader_config.streams), loader_config.source)
+    sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch_spec(job, job.training, loader_config, hf_tokenizer, reader)
     fingerprint = checkpoint.fingerprint_of(loader_config, dataset, order, job.training.seq_len, tokenizer)
     return OpenLoader(loader_config, loader, order, spec, fingerprint)
@@ -240,7 +239,7 @@ class MosaicDataLoader(BaseDataLoader):
     What workers have prefetched doesn't count.
 
     Args:
-        opened: the open streams. Their dataset has this rank's place in its `_parallel_rank_world`.
+        opened: the open streams. Their dataset has this rank's `set_reader_world`.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
         steps: optimizer steps of the whole run, for the log.
         channel: tells all ranks why one of them stops.
@@ -309,7 +308,7 @@ class MosaicDataLoader(BaseDataLoader):
     @property
     def _accumulation(self) -> int:
         """Micro-batches of this rank in an optimizer step."""
-        ranks = self._dataset._parallel_rank_world.num_ranks
+        ranks = reader_world(self._dataset).num_ranks
         return self._order.global_batch_size // (self._order.local_batch_size * ranks)
 
     def _next_step(self) -> list[Mapping[str, Any]]:
@@ -343,7 +342,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def _place(self) -> checkpoint.Fingerprint:
         """What all ranks have to agree on at a start, beside the data."""
-        world = self._dataset._parallel_rank_world
+        world = reader_world(self._dataset)
         return {
             "samples of a global batch": self._order.global_batch_size,
             "samples of a rank's batch": self._order.local_batch_size,
@@ -379,7 +378,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._has_one_batch_size = {segment.global_batch_size for segment in state.segments} == {size}
         if saved.global_batch_size != size:
             here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
-            state = state._replace(segments=checkpoint.go_on(state.segments, here))
+            state = state._replace(segments=checkpoint.append_segment(state.segments, here))
             if is_rank_0():
                 logger.warning(
                     f"The global batch changes from {saved.global_batch_size} to {size} samples: the same samples "
@@ -396,7 +395,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def progress(self) -> checkpoint.Progress:
         """Where the run is. It takes one small collective, so all ranks have to call it at the same step."""
-        self._counter.count_targets(dist.get_world_size() // self._dataset._parallel_rank_world.num_ranks)
+        self._counter.count_loss_tokens(dist.get_world_size() // reader_world(self._dataset).num_ranks)
         read = self._state.sample_in_epoch
         return checkpoint.Progress(
             self._state.epoch,

@@ -54,7 +54,7 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
         "data/epoch_progress": progress.share,
         "data/samples_seen": seen.samples,
         "data/tokens_seen": seen.tokens,
-        "data/targets_seen": seen.targets,
+        "data/targets_seen": seen.loss_tokens,
         "data/padding(%)": 100 * progress.padding,
         "data/shards_fetched": fetched.shards,
         "data/bytes_fetched": fetched.bytes,

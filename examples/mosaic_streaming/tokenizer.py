@@ -8,7 +8,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from examples.mosaic_streaming.batch import PROBE
-from examples.mosaic_streaming.config import Job, check_folder, explained
+from examples.mosaic_streaming.config import Job, explain_asset_errors
 from examples.mosaic_streaming.errors import ConfigError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at each fork of a dataloader worker
@@ -16,8 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns 
 
 def build_tokenizer(path: str) -> HuggingFaceTokenizer:
     """Load TorchTitan's tokenizer from a folder, `model.hf_assets_path`; a ConfigError says what is wrong with it."""
-    check_folder(path)
-    with explained(path, "TorchTitan"):
+    with explain_asset_errors(path, "TorchTitan"):
         return HuggingFaceTokenizer(path)
 
 
@@ -31,7 +30,7 @@ def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreT
     Raises:
         ConfigError: transformers can't read the assets, or the two tokenizers differ.
     """
-    with explained(path, "transformers"):
+    with explain_asset_errors(path, "transformers"):
         tokenizer = load(path, titan.config or {})
         tokenizer.padding_side = "right"  # on the left, tokens would see the padding: TorchTitan doesn't mask it
         fill_in_ends(titan, tokenizer)

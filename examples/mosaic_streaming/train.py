@@ -62,8 +62,8 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming.checkpoint import explain_missing
     from examples.mosaic_streaming.upstream import cpu
+    from examples.mosaic_streaming.upstream.missing_keys import explain_missing
     from examples.mosaic_streaming.upstream.rendezvous import fresh_rendezvous
 
     if is_rank_0():

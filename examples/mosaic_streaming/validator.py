@@ -18,6 +18,7 @@ from examples.mosaic_streaming.config import Job, LoaderFile, ResolvedLoader
 from examples.mosaic_streaming.dataloader import batch_spec, open_loader
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
+from examples.mosaic_streaming.upstream.sample_order import set_reader_world
 
 
 def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> ResolvedLoader:
@@ -79,7 +80,7 @@ def build_validation_loader(
     warnings: list[str] = distributed.on_rank_0(
         distributed.new_job_id(), lambda: batch.check_first_samples(loader, spec, loader_config, hf_tokenizer, shape)
     )
-    dataset._parallel_rank_world = job.layout.world(dp_rank)
+    set_reader_world(dataset, job.layout.world(dp_rank))
     global_batch_size = shape.local_batch_size * job.layout.dp_world_size
     batches, samples = sampling.size_of_round(dataset.epoch_size, global_batch_size, steps)
     sampling.set_validation_order(dataset, shape.local_batch_size, global_batch_size, samples)

@@ -54,7 +54,6 @@ def read_first(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> It
     """Read the first samples of the first epoch, as single examples without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
-    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
     items, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
     for batch in read_in_workers(items, SAMPLES_PER_READ, collate, max(1, loader.num_workers), source, config.source):

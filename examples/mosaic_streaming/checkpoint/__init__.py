@@ -1,4 +1,9 @@
-"""The saved position, the fingerprint of the data, and what has been read."""
+"""What a checkpoint says about the data, and whether a run may go on from it.
+
+`State` is saved as one string of JSON (`pack`, `unpack`): a position, what has been read (`ConsumptionCounter`), in
+which batches (`Segment`), and the `Fingerprint` of the data, which `check_same_data` compares. `History` tells from the
+segments which samples a run has read, and will read, in which step.
+"""
 
 from examples.mosaic_streaming.checkpoint.fingerprint import (
     Fingerprint,
@@ -8,14 +13,6 @@ from examples.mosaic_streaming.checkpoint.fingerprint import (
     shards_of,
     without_name,
 )
-from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, go_on
+from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, append_segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
-from examples.mosaic_streaming.checkpoint.state import (
-    STATE_KEY,
-    State,
-    check_position,
-    damaged,
-    explain_missing,
-    pack,
-    unpack,
-)
+from examples.mosaic_streaming.checkpoint.state import STATE_KEY, State, check_position, damaged, pack, unpack

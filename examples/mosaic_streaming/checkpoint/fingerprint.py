@@ -1,4 +1,4 @@
-"""The fingerprint of the data: what decides which samples come next, and what is in them."""
+"""The fingerprint of the data: all that decides which samples come next and what is in them."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from examples.mosaic_streaming.config import ResolvedLoader, explained
+from examples.mosaic_streaming.config import ResolvedLoader, explain_asset_errors
 from examples.mosaic_streaming.errors import ConfigError, text_table
 from examples.mosaic_streaming.sampling import Order
 
@@ -24,11 +24,11 @@ OTHER_KEYS = {
     *("eos_token_id", "override_eos_token_id_mismatch_error"),
     *("bos_token_id", "override_bos_token_id_mismatch_error"),
 }
-"""Settings of `dataset` that are recorded in another way, or that change neither samples nor their order."""
+"""Settings of `dataset` that are recorded otherwise, or that change neither samples nor their order."""
 
 ASSETS = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja")
 CONFIG_KEYS = ("bos_token", "eos_token", "pad_token", "add_bos_token", "add_eos_token", "chat_template")
-"""Of tokenizer_config.json, what decides ids."""
+"""The keys of tokenizer_config.json that decide token ids."""
 
 START_ANEW = (
     "start the new data from its beginning with --checkpoint.exclude_from_loading=dataloader, for this one start: "
@@ -39,55 +39,38 @@ START_ANEW = (
 def fingerprint_of(
     loader: ResolvedLoader, dataset: StreamingDataset, order: Order, seq_len: int, tokenizer: HuggingFaceTokenizer
 ) -> Fingerprint:
-    """The fingerprint of a loader's data. Paths, workers and caches are not in it.
-
-    Args:
-        loader: its configuration.
-        dataset: built from it.
-        order: the dataset's.
-        seq_len: `training.seq_len`, in tokens.
-        tokenizer: the model's.
-    """
+    """Return the fingerprint of a loader's data, without paths, workers and caches; `seq_len` is `training.seq_len`."""
     data: Fingerprint = {"name": loader.name, "training.seq_len": seq_len}
     data["model.hf_assets_path"] = f"tokenizer {digest(tokenizer_fingerprint(tokenizer))}"
     data["dataset.max_seq_len"] = loader.dataset["max_seq_len"]
-    for number, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
-        data[f"stream {number + 1}"] = {"name": name} | describe_stream(stream, shards_of(dataset, number))
+    for index, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
+        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index))
     data["dataset.batching_method"] = order.batching_method
     if order.batching_method in ("per_stream", "stratified"):
         data["training.global_batch_size"] = order.global_batch_size
     if order.group_size > 1 or order.packed:
-        samples = "samples packed into a batch" if order.packed else "training.local_batch_size"
-        data[samples] = order.local_batch_size
+        data["samples packed into a batch" if order.packed else "training.local_batch_size"] = order.local_batch_size
     data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
     if dataset.shuffle:
         data["dataset.shuffle_algo"] = dataset.shuffle_algo
-        # The default is streaming 0.13.0's, base/dataset.py, which fills it in when it is first iterated.
-        default = max(4_000_000 // loader.dataset["num_canonical_nodes"], 1 << 18)
-        data["dataset.shuffle_block_size"] = dataset.shuffle_block_size or default
-    rest = sorted(set(loader.dataset) - OTHER_KEYS - set(ORDER_KEYS))
+        data["dataset.shuffle_block_size"] = dataset.shuffle_block_size
+    rest = sorted({*loader.dataset} - OTHER_KEYS - {*ORDER_KEYS})
     data |= {f"dataset.{key}": loader.dataset[key] for key in rest}
-    fingerprint: Fingerprint = json.loads(json.dumps(data))  # as it will be read back
-    return fingerprint
+    return dict(json.loads(json.dumps(data)))  # as it will be read back
 
 
 def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
-    """The shards of a stream, by its number."""
+    """Return the shards of a stream, given its index in the dataset."""
     begin = int(dataset.shard_offset_per_stream[stream])
     return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
 
 
-def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
-    """Size, weight and index of a stream; of the index only what says which samples there are."""
-    index = [
-        [
-            shard.samples,
-            getattr(shard, "column_names", None),
-            getattr(shard, "column_encodings", None),
-            [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs],
-        ]
-        for shard in shards
-    ]
+def stream_fingerprint(stream: Stream, shards: list[Reader]) -> dict[str, str]:
+    """Size, weight and index.json of a stream; of the last only what says which samples there are."""
+    index = []
+    for shard in shards:
+        columns = [getattr(shard, key, None) for key in ("column_names", "column_encodings")]
+        index.append([shard.samples, *columns, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]])
     return {
         "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
         "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
@@ -95,16 +78,11 @@ def describe_stream(stream: Stream, shards: list[Reader]) -> dict[str, str]:
 
 
 def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
-    """The content of the assets that ids depend on, whichever versions of the libraries read them.
-
-    Raises:
-        ConfigError: a file that neither of the libraries has read is damaged.
-    """
+    """The content of the assets that token ids depend on, whatever version of a library reads them."""
     config = tokenizer.config
-    found: list[object] = [
-        {key: config.get(key, getattr(tokenizer, key, None)) for key in CONFIG_KEYS} if config else None
-    ]
-    with explained(tokenizer.tokenizer_path, "Python"):
+    chosen = {key: config.get(key, getattr(tokenizer, key, None)) for key in CONFIG_KEYS} if config else None
+    found: list[object] = [chosen]
+    with explain_asset_errors(tokenizer.tokenizer_path, "Python"):
         for name in ASSETS:
             if (file := Path(tokenizer.tokenizer_path, name)).is_file():
                 text = file.read_text()
@@ -113,18 +91,12 @@ def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
 
 
 def digest(value: object) -> str:
-    """A short hash of a value of JSON."""
+    """A short hash of a JSON value."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def check_same_data(saved: Fingerprint, now: Fingerprint, source: str) -> None:
-    """Raise ConfigError, with all differences, unless the samples that come next are those of the saved run.
-
-    Args:
-        saved: that of the checkpoint.
-        now: that of this run.
-        source: the file that configures the loader.
-    """
+    """Raise ConfigError, with all differences, unless the samples that come next are those of the saved run."""
     if rows := differences(saved, now):
         raise ConfigError(
             f"The checkpoint was written on other data. Going on from it would not give the samples that come next.\n"
@@ -134,22 +106,22 @@ def check_same_data(saved: Fingerprint, now: Fingerprint, source: str) -> None:
 
 
 def differences(saved: Fingerprint, now: Fingerprint) -> list[list[str]]:
-    """The settings that differ, each with both values; a stream's name makes no difference."""
+    """Return the settings that differ, each with both values, as rows of a table. Names of streams may differ."""
     rows = []
     for key in [*saved, *(key for key in now if key not in saved)]:
         old, new = without_name(saved.get(key)), without_name(now.get(key))
         if key.startswith("stream ") and isinstance(old, dict) and isinstance(new, dict):
             label = f"{key} ({now[key].get('name')})"
-            changed = [part for part in new if old.get(part) != new[part]]
-            rows += [[f"{label}: {part}", shown(old.get(part)), shown(new[part])] for part in changed]
+            changed = [what for what in new if old.get(what) != new[what]]
+            rows += [[f"{label}: {what}", shown(old.get(what)), shown(new[what])] for what in changed]
         elif old != new:
             rows.append([key, shown(old), shown(new)])
     return rows
 
 
 def without_name(value: Any) -> Any:
-    """A value without the name of a stream."""
-    return {part: value[part] for part in value if part != "name"} if isinstance(value, dict) else value
+    """Return a setting's value without the name of a stream, which changes nothing."""
+    return {key: value[key] for key in value if key != "name"} if isinstance(value, dict) else value
 
 
 def shown(value: Any) -> str:

@@ -1,13 +1,31 @@
-"""Which samples of which epoch a run reads in which step: from its beginning, over restarts, and on from there."""
+"""Which samples of which epoch a run reads in which step: from its beginning, over restarts, and from there on."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling import Order
+
+
+class Segment(NamedTuple):
+    """Consecutive optimizer steps with one global batch size."""
+
+    step: int  # optimizer steps done before
+    epoch: int  # of the first sample
+    sample_in_epoch: int  # samples of that epoch that have been read before
+    global_batch_size: int  # samples per optimizer step
+
+
+class Slice(NamedTuple):
+    """Samples `begin` to `end` of an epoch, which the steps after `step` read in global batches of one size."""
+
+    step: int
+    epoch: int
+    begin: int
+    end: int
+    global_batch_size: int
 
 
 class Position(NamedTuple):
@@ -18,120 +36,71 @@ class Position(NamedTuple):
     sample_in_epoch: int
 
 
-class Segment(NamedTuple):
-    """Steps in a row, in global batches of one size: where they begin, and that size.
-
-    Attributes:
-        step: optimizer steps done before.
-        epoch: that the first sample is of.
-        sample_in_epoch: samples of it that have been read before.
-        global_batch_size: samples of an optimizer step.
-    """
-
-    step: int
-    epoch: int
-    sample_in_epoch: int
-    global_batch_size: int
-
-
-def go_on(segments: tuple[Segment, ...], here: Segment) -> tuple[Segment, ...]:
-    """Segments, and one that follows them, in place of those that have no step by then."""
-    return (*(segment for segment in segments if segment.step < here.step), here)
-
-
-class Slice(NamedTuple):
-    """Samples in a row of an epoch, `begin` to `end`, that steps behind `step` read in global batches of one size."""
-
-    step: int
-    epoch: int
-    begin: int
-    end: int
-    global_batch_size: int
+def append_segment(segments: tuple[Segment, ...], new: Segment) -> tuple[Segment, ...]:
+    """Return segments with a new one at the end, without those that have no step before it."""
+    return (*(segment for segment in segments if segment.step < new.step), new)
 
 
 @dataclass(frozen=True)
 class History:
-    """What a run has read and will read, as far as it is known.
+    """What a run has read and will read, as far as it is known."""
 
-    Attributes:
-        order: of its streams, with the present global batch.
-        segments: at least one, by their steps; what was before the first is not known. The last goes on for ever.
-        samples_before: read before the first, of these streams; none where that isn't known either.
-    """
-
-    order: Order
-    segments: tuple[Segment, ...]
-    samples_before: int | None = 0
+    order: Order  # of its streams, with the present global batch
+    segments: tuple[Segment, ...]  # at least one, by their steps; nothing is known of before, and the last has no end
+    samples_before: int | None = 0  # of these streams that were read before the first segment; None if unknown
 
     @property
     def begins_anew(self) -> bool:
-        """Whether its first segment begins where the streams do."""
+        """Whether the first segment begins where the streams do."""
         return self.segments[0][1:3] == (0, 0)
 
     def segment(self, step: int) -> Segment:
-        """That of a step, counted from 1.
-
-        Raises:
-            ConfigError: the step is not known.
-        """
+        """Return the segment of a step, counted from 1; ConfigError if the step is before those that are known."""
         if step <= self.segments[0].step:
-            why = (
-                "the streams began anew there (checkpoint.exclude_from_loading)"
-                if self.begins_anew
-                else "the checkpoint, of an earlier version of this code, doesn't say in which batches"
-            )
+            why = "the checkpoint, of an earlier version of this code, doesn't say in which batches"
+            if self.begins_anew:
+                why = "the streams began anew there (checkpoint.exclude_from_loading)"
             raise ConfigError(
                 f"Step {step} was read before step {self.segments[0].step + 1}, and {why}. Look it up with an earlier "
                 "checkpoint of the run (--checkpoint)."
             )
         return [segment for segment in self.segments if segment.step < step][-1]
 
-    def position(self, step: int) -> Position:
-        """Where the next batch is after a number of steps, none of which is before the first that is known."""
-        return self._walk([segment for segment in self.segments if segment.step <= step][-1], step)
-
     def batch(self, step: int) -> Slice:
-        """The samples of a step, counted from 1.
+        """Return the samples of a step, counted from 1; ConfigError as in `segment`."""
+        self.segment(step)
+        return next(self.slices(step - 1, step))
 
-        Raises:
-            ConfigError: the step is not known.
-        """
-        segment = self.segment(step)
-        _, epoch, begin = self._walk(segment, step - 1)
-        return Slice(step - 1, epoch, begin, begin + segment.global_batch_size, segment.global_batch_size)
+    def position(self, step: int) -> Position:
+        """Return where the next batch begins after so many steps, which are not before the first segment."""
+        return Position(*next(self.slices(step))[:3])
 
     def slices(self, after: int | None = None, until: int | None = None) -> Iterator[Slice]:
-        """What is read, an epoch or a part of one at a time.
-
-        Args:
-            after: steps that are left out; without, those that are not known.
-            until: the last step; without, it goes on for ever.
-        """
-        for segment, following in itertools.pairwise([*self.segments, None]):
-            assert segment is not None
-            ends = [step for step in (until, following and following.step) if step is not None]
-            step = max(segment.step, segment.step if after is None else after)
+        """Yield what is read after a step up to another, at most an epoch at a time; by default all that is known."""
+        following = [segment.step for segment in self.segments[1:]]
+        for segment, end in zip(self.segments, [*following, None], strict=True):
+            batch, ends = segment.global_batch_size, [step for step in (end, until) if step is not None]
+            step = segment.step if after is None else max(segment.step, after)
             while not ends or step < min(ends):
-                _, epoch, begin = self._walk(segment, step)
-                batch = segment.global_batch_size
+                epoch, begin = self._walk(segment, step - segment.step)
                 steps = min([self.remaining(begin, batch) // batch, *(end - step for end in ends)])
                 yield Slice(step, epoch, begin, begin + steps * batch, batch)
                 step += steps
 
     def samples(self, until: int) -> int | None:
-        """Samples read up to a step, of these streams; none where that isn't known."""
-        known = sum(part.end - part.begin for part in self.slices(until=until))
+        """Return the samples of these streams that are read up to a step; None if unknown."""
+        known = sum(read.end - read.begin for read in self.slices(until=until))
         return None if self.samples_before is None else self.samples_before + known
 
     def remaining(self, sample_in_epoch: int, global_batch_size: int) -> int:
-        """Samples of an epoch that follow a position, in whole global batches of a size."""
+        """Return the samples of an epoch that follow a position, in whole global batches of a size."""
         return dataclasses.replace(self.order, global_batch_size=global_batch_size).remaining(sample_in_epoch)
 
-    def _walk(self, segment: Segment, step: int) -> Position:
-        """Where the next batch is after a number of steps, of which the last are all of one segment."""
-        batch, steps = segment.global_batch_size, step - segment.step
+    def _walk(self, segment: Segment, steps: int) -> tuple[int, int]:
+        """Epoch and sample in it of the next batch, some steps after the beginning of a segment."""
+        batch = segment.global_batch_size
         first = self.remaining(segment.sample_in_epoch, batch) // batch
         if steps < first:
-            return Position(step, segment.epoch, segment.sample_in_epoch + steps * batch)
+            return segment.epoch, segment.sample_in_epoch + steps * batch
         epochs, rest = divmod(steps - first, self.remaining(0, batch) // batch)
-        return Position(step, segment.epoch + 1 + epochs, rest * batch)
+        return segment.epoch + 1 + epochs, rest * batch

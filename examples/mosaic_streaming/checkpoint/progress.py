@@ -1,4 +1,4 @@
-"""What a run has read since its first step, counted where batches are handed out."""
+"""What a run has read, counted where batches are handed out."""
 
 from typing import NamedTuple
 
@@ -14,117 +14,87 @@ from examples.mosaic_streaming.shards import FetchCounts
 
 
 class ConsumedCounts(NamedTuple):
-    """What all ranks together have read, in whole optimizer steps.
-
-    Attributes:
-        samples: of the streams.
-        tokens: positions of the model's rows, padding too.
-        targets: labels that are learned; none where nobody has counted them yet.
-    """
+    """What all ranks together have read, in whole optimizer steps."""
 
     samples: int = 0
-    tokens: int = 0
-    targets: int | None = None
+    tokens: int = 0  # positions of the model's rows, with padding
+    loss_tokens: int | None = None  # None as long as nobody has counted them
 
 
 class Progress(NamedTuple):
-    """Where a run is.
+    """Where a run is."""
 
-    Attributes:
-        epoch: of the streams.
-        share: of the epoch that has been read, 0 to 1.
-        seen: since the run's first step, or since its streams began anew.
-        padding: share of this rank's inputs, since the last look.
-        fetched: by this rank's machine, since this start.
-        cache: bytes of shards that this machine's caches hold.
-    """
-
-    epoch: int
-    share: float
-    seen: ConsumedCounts
-    padding: float
-    fetched: FetchCounts
-    cache: int
+    epoch: int  # of the streams
+    share: float  # of the epoch that has been read
+    seen: ConsumedCounts  # since the run's first step, or since its streams began anew
+    padding: float  # share of this rank's inputs since the last call of `take_padding`
+    fetched: FetchCounts  # by this rank's machine since this start
+    cache: int  # bytes of shards in this machine's caches
 
 
 class ConsumptionCounter:
     """Counts what a loader hands out.
 
-    Samples and tokens are known on each rank. Targets are summed over ranks by `count_targets` alone; in between, they
-    are taken to have grown as samples have: exact where all labels are real.
-
-    Args:
-        spec: of the loader's batches.
-        samples_per_batch: that a rank's batch is made of; with packing, more than its rows.
+    Each rank knows samples and tokens of all ranks without a collective. Loss tokens are summed over ranks only by
+    `count_loss_tokens`. In between they are estimated from the samples: exact where all labels are loss tokens.
     """
 
     def __init__(self, spec: BatchSpec, samples_per_batch: int) -> None:
+        # With packing, a rank's batch is made of more samples than its rows.
         self._spec = spec
         self._samples_per_batch = samples_per_batch
         self.resume_from(ConsumedCounts())
 
     def resume_from(self, before: ConsumedCounts) -> None:
-        """Begin anew, after what has been read before this start."""
+        """Start counting anew, on top of what was read before this start."""
         self._before = before
-        self._known = self._counted = (0, 0) if before.targets is None else (before.samples, before.targets)
-        """Samples whose targets have been counted, and these: before this start, and up to the last sum over ranks."""
-        self._samples = self._targets = 0
-        """Since the start: of all ranks, in whole steps; and of this rank."""
+        # Samples with counted loss tokens, and these tokens: before this start, and up to the last sum over ranks.
+        self._known = self._counted = (0, 0) if before.loss_tokens is None else (before.samples, before.loss_tokens)
+        # Since this start: samples of all ranks in whole steps, and loss tokens of this rank.
+        self._samples = self._loss_tokens = 0
+        # Positions of this rank's inputs since the last call of `take_padding`, and how many of them were padding.
         self._inputs = self._padding = 0
-        """Positions of this rank's inputs since the last look, and how many of them were padding."""
 
     def add(self, labels: Tensor, padding: Tensor | None) -> int:
-        """Count a batch of this rank: some microseconds, of which numpy takes a third of torch's.
+        """Count a batch of this rank, and return its loss tokens.
 
-        Args:
-            labels: int64 [rows, seq_len].
-            padding: where its rows are that, bool [rows, max_seq_len]; none where text has none.
-
-        Returns:
-            its targets.
+        `labels` are int64 [rows, seq_len], `padding` is bool [rows, max_seq_len], or None for text, which has none.
         """
         spec = self._spec
         self._inputs += labels.numel()
         if padding is None and spec.labels_are_ids:
-            targets = spec.rows * (spec.max_seq_len - 1)
-        else:
-            targets = int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
-        self._targets += targets
+            loss_tokens = spec.rows * (spec.max_seq_len - 1)
+        else:  # in numpy, which takes some microseconds, a third of torch's time
+            loss_tokens = int(np.count_nonzero(labels.numpy() != IGNORE_INDEX))
+        self._loss_tokens += loss_tokens
         if padding is not None:
             self._padding += np.count_nonzero(padding[:, : spec.seq_len].numpy())
-        return targets
+        return loss_tokens
 
     def add_step(self, samples: int) -> None:
         """Count an optimizer step of all ranks."""
         self._samples += samples
 
-    def count_targets(self, peers: int) -> None:
-        """Sum targets over ranks, in one small collective.
-
-        Args:
-            peers: ranks that read the same.
-        """
-        total = torch.tensor(self._targets, device=device_type)
+    def count_loss_tokens(self, peers: int) -> None:
+        """Sum loss tokens over ranks, `peers` of which read the same samples, in one small collective."""
+        total = torch.tensor(self._loss_tokens, device=device_type)
         dist.all_reduce(total)
-        samples, targets = self._known
-        self._counted = (samples + self._samples, targets + int(total) // peers)
+        samples, loss_tokens = self._known
+        self._counted = (samples + self._samples, loss_tokens + int(total) // peers)
 
     def seen(self) -> ConsumedCounts:
-        """What all ranks have read since the run's first step, or since its streams began anew.
-
-        It is the same on each rank, without a collective.
-        """
+        """Return what all ranks have read, since the run's first step or since its streams began anew."""
         samples = self._before.samples + self._samples
         tokens = self._before.tokens + self.tokens(self._samples)
-        counted, targets = self._counted
-        return ConsumedCounts(samples, tokens, targets * samples // counted if counted else None)
+        counted, loss_tokens = self._counted
+        return ConsumedCounts(samples, tokens, loss_tokens * samples // counted if counted else None)
 
     def tokens(self, samples: int) -> int:
-        """The positions of the rows that so many samples make."""
+        """Return the positions of the rows that so many samples make."""
         return samples // self._samples_per_batch * self._spec.rows * self._spec.seq_len
 
     def take_padding(self) -> float:
-        """The share of this rank's inputs, since the last look, that was padding."""
+        """Return the share of padding in this rank's inputs since the last call."""
         share = self._padding / max(1, self._inputs)
         self._inputs = self._padding = 0
         return share

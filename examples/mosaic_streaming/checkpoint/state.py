@@ -1,7 +1,6 @@
-"""The saved state: a position in the data, and the fingerprint of the data, in one string of JSON."""
+"""The saved state as one string of JSON."""
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,42 +11,33 @@ from examples.mosaic_streaming.errors import DataError
 
 STATE_KEY = "mosaic"
 STATE_VERSION = 2
-MAX_POSITION = 1 << 40
-"""More epochs, or samples in one, than there ever are."""
-MAX_SEEN = 1 << 60
-"""More tokens than a run ever reads."""
+COUNT_KEYS = ("samples", "tokens", "targets")
+"""What the saved state calls the fields of `ConsumedCounts`."""
+
+MAX_POSITION, MAX_COUNT = 1 << 40, 1 << 60
+"""More epochs, or samples in one, than there ever are; and more tokens than a run ever reads."""
 
 
 class State(NamedTuple):
-    """What is saved.
+    """What is saved; the fields are named as in the JSON."""
 
-    Attributes:
-        epoch: that the next sample is of.
-        sample_in_epoch: samples of it that have been read.
-        global_batch_size: samples of an optimizer step.
-        data: what decides which samples come next.
-        seen: since the run's first step, or since the streams began anew; none in a state of before it was saved.
-        steps: done since then; in a run that has gone on from a state of before this was saved, since that one.
-        segments: of these steps; each start that changes the global batch begins one.
-    """
-
-    epoch: int
-    sample_in_epoch: int
-    global_batch_size: int
+    epoch: int  # of the next sample
+    sample_in_epoch: int  # samples of that epoch that have been read
+    global_batch_size: int  # samples per optimizer step
     data: Fingerprint
-    seen: ConsumedCounts | None
-    steps: int
-    segments: tuple[Segment, ...]
+    seen: ConsumedCounts | None  # since the run's first step or the streams' new beginning; None in older states
+    steps: int  # optimizer steps since then; in a run that went on from an older state, since that one
+    segments: tuple[Segment, ...]  # of these steps; each start that changes the global batch begins a new one
 
 
 def pack(state: State) -> dict[str, str]:
-    """The state: one key, so that DCP, which asks for just the keys of the fresh state, finds it in any version."""
-    seen = state.seen and state.seen._asdict()
+    """Return the state under one key: DCP asks only for the keys of the fresh state, so it finds any version."""
+    seen = state.seen and dict(zip(COUNT_KEYS, state.seen, strict=True))
     return {STATE_KEY: json.dumps({"version": STATE_VERSION, **state._asdict(), "seen": seen})}
 
 
 def unpack(saved_state: Mapping[str, object]) -> State:
-    """A saved state.
+    """Return a saved state.
 
     Raises:
         DataError: it is damaged, or of a version that this code doesn't know.
@@ -55,54 +45,51 @@ def unpack(saved_state: Mapping[str, object]) -> State:
     text = str(saved_state.get(STATE_KEY))
     try:
         saved = json.loads(text)
-        version = saved["version"]
-        if version == STATE_VERSION:
-            epoch, sample_in_epoch = (number(saved[key], MAX_POSITION) for key in ("epoch", "sample_in_epoch"))
-            global_batch_size = number(saved["global_batch_size"], MAX_POSITION, least=1)
-            data = saved["data"]
-            if not isinstance(data, dict):
-                raise TypeError(data)
-            here = Segment(0, epoch, sample_in_epoch, global_batch_size)
-            seen, steps, segments = read_seen(saved.get("seen")), *read_segments(saved, here)
-            return State(epoch, sample_in_epoch, global_batch_size, data, seen, steps, segments)
+        if (version := saved["version"]) != STATE_VERSION:
+            raise DataError(
+                f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
+                f"Go on with the code that wrote it, or {START_ANEW}."
+            )
+        epoch, sample_in_epoch = (checked(saved[key]) for key in ("epoch", "sample_in_epoch"))
+        global_batch_size = checked(saved["global_batch_size"], least=1)
+        if not isinstance(data := saved["data"], dict):
+            raise TypeError(data)
+        steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size))
+        return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")), steps, segments)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged(text) from error
-    raise DataError(
-        f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
-        f"Go on with the code that wrote it, or {START_ANEW}."
-    )
 
 
 def read_seen(saved: Any) -> ConsumedCounts | None:
-    """What has been read, as it is saved."""
+    """What had been read; loss tokens are null where nobody had counted them."""
     if saved is None:
         return None
-    samples, tokens = (number(saved[key], MAX_SEEN) for key in ("samples", "tokens"))
-    targets = saved["targets"]
-    return ConsumedCounts(samples, tokens, None if targets is None else number(targets, MAX_SEEN))
+    samples, tokens, loss_tokens = (saved[key] for key in COUNT_KEYS)
+    loss_tokens = None if loss_tokens is None else checked(loss_tokens, MAX_COUNT)
+    return ConsumedCounts(checked(samples, MAX_COUNT), checked(tokens, MAX_COUNT), loss_tokens)
 
 
 def read_segments(saved: Any, here: Segment) -> tuple[int, tuple[Segment, ...]]:
-    """The steps done and their segments, as they are saved; where they aren't, what is known begins here."""
+    """The steps done and their segments; in an older state, which lacks them, the known history begins here."""
     if "segments" not in saved:
         return 0, (here,)
-    segments = tuple(Segment(*(number(value, MAX_POSITION) for value in segment)) for segment in saved["segments"])
-    steps, begins = number(saved["steps"], MAX_POSITION), [segment.step for segment in segments]
-    sizes = [segment.global_batch_size for segment in segments]
-    if begins[:1] != [0] or sorted({*begins}) != begins or begins[-1] > steps or not all(sizes):
+    segments = tuple(Segment(*map(checked, segment)) for segment in saved["segments"])
+    steps, begins = checked(saved["steps"]), [segment.step for segment in segments]
+    has_sizes = all(segment.global_batch_size for segment in segments)
+    if begins[:1] != [0] or sorted({*begins}) != begins or begins[-1] > steps or not has_sizes:
         raise ValueError(segments)
     return steps, segments
 
 
-def number(value: Any, limit: int, least: int = 0) -> int:
-    """A whole number below a limit, or ValueError."""
+def checked(value: Any, limit: int = MAX_POSITION, least: int = 0) -> int:
+    """Return a whole number from `least` on and below a limit, or raise ValueError."""
     if type(value) is not int or not least <= value < limit:
         raise ValueError(value)
     return value
 
 
 def damaged(state: str) -> DataError:
-    """What to say of a state that can't be right."""
+    """Return the error for a state that can't be right."""
     return DataError(
         f"The checkpoint's dataloader state is damaged: {state[:200]!r}. Load an earlier checkpoint with "
         f"--checkpoint.load_step, or {START_ANEW}."
@@ -110,27 +97,6 @@ def damaged(state: str) -> DataError:
 
 
 def check_position(state: State, epoch_size: int) -> None:
-    """Raise DataError for a position beyond the end of an epoch of so many samples."""
+    """Raise DataError if a position is beyond the end of an epoch of so many samples."""
     if state.sample_in_epoch > epoch_size:
         raise damaged(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")
-
-
-def explain_missing(error: str) -> str | None:
-    """What to do about a checkpoint that lacks what training goes on from; none for any other error of DCP.
-
-    Source: "Missing key in checkpoint state_dict" (torch 2.13, distributed/checkpoint/default_planner.py).
-    """
-    key = re.search(
-        r"Missing key in checkpoint state_dict: ((dataloader|train_state|optimizer|lr_scheduler)\b.*)\.", error
-    )
-    if not key:
-        return None
-    by_other = "another loader: keep its model and optimizer and start the streams from their beginning with "
-    by_other += "--checkpoint.exclude_from_loading=dataloader, for this one start"
-    return (
-        f"The checkpoint has no {key[1]!r}. Either it is model-only, as TorchTitan writes a run's last one unless "
-        "checkpoint.last_save_model_only = false: for this one start, load an earlier one with --checkpoint.load_step "
-        "or begin a new run with its weights: --checkpoint.initial_load_path=<this checkpoint> and a "
-        "--checkpoint.folder that doesn't exist yet. "
-        f"Or it was written by {by_other if key[2] == 'dataloader' else 'another version of torch or torchtitan'}."
-    )

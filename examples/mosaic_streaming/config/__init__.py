@@ -1,26 +1,17 @@
-"""The command line, the files it names, and the loader configuration: read, filled in, refused, explained."""
+"""Reads the command line and the configuration files, and turns them into values that don't change any more.
 
-from examples.mosaic_streaming.config.assets import check_folder, explained
-from examples.mosaic_streaming.config.cli import Parser, add_files, parse_flags, parse_known, split_flags
+`parse_flags` reads the command line, `read_loaders` the loaders' files (`LoaderFile`), and `resolve` completes such a
+file to a `ResolvedLoader`. What is wrong raises ConfigError; what is doubtful is in `warnings_of`. `Job` is what this
+project knows of TorchTitan's job config.
+"""
+
+from examples.mosaic_streaming.config.assets import explain_asset_errors
+from examples.mosaic_streaming.config.cli import Parser, parse_flags
 from examples.mosaic_streaming.config.files import LoaderFile, read_loaders, read_toml
-from examples.mosaic_streaming.config.folders import (
-    check_folders,
-    identity,
-    is_copy,
-    is_url,
-    private_root,
-    resolved_path,
-)
+from examples.mosaic_streaming.config.folders import check_folders, identity, is_copy, is_url, private_root
 from examples.mosaic_streaming.config.job import BatchShape, Checkpoints, Job, Validation
-from examples.mosaic_streaming.config.loader import (
-    MAX_RATIO,
-    WITHOUT_WORKERS,
-    ResolvedLoader,
-    dataset_keys,
-    resolve,
-    takes,
-    without_token_ids,
-)
-from examples.mosaic_streaming.config.streams import Config, has_cache, is_local, stream_defaults, streams_of
-from examples.mosaic_streaming.config.values import flat, has_type, type_name
+from examples.mosaic_streaming.config.keys import MAX_RATIO
+from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, ResolvedLoader, resolve, without_token_ids
+from examples.mosaic_streaming.config.streams import is_local, stream_defaults, streams_of
+from examples.mosaic_streaming.config.values import flat, wrong_value
 from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation

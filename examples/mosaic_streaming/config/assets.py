@@ -16,37 +16,18 @@ JSON_FILES = (CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens
 TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja")
 FAST = '"PreTrainedTokenizerFast", which takes tokenizer.json as it is'
 LFS_POINTER = "version https://git-lfs.github.com"
-"""How a file begins that Git LFS has left in another's place."""
-
-
-def check_folder(path: str) -> None:
-    """Raise ConfigError unless there is a folder with a tokenizer_config.json that can be opened."""
-    try:
-        with open(os.path.join(path, CONFIG)):
-            return
-    except (FileNotFoundError, NotADirectoryError):
-        if os.path.isdir(path):
-            fault = f"has no {CONFIG}."
-        else:
-            fault = (
-                f"has no {CONFIG}: it is no folder here. What is on the Hugging Face Hub has to be downloaded first."
-            )
-    except OSError as error:
-        fault = f"can't be read ({CONFIG}: {error.strerror})."
-    raise ConfigError(
-        f"model.hf_assets_path = {path!r} {fault} Set it to a folder with the model's tokenizer assets "
-        f"(tokenizer.json and {CONFIG})."
-    )
+"""How a pointer file of Git LFS begins."""
 
 
 @contextlib.contextmanager
-def explained(path: str, reader: str) -> Iterator[None]:
-    """Within it, whatever a library raises over the assets of a folder is a ConfigError that says what to change.
+def explain_asset_errors(path: str, reader: str) -> Iterator[None]:
+    """Turn what a library raises over tokenizer assets into a ConfigError that says what to change.
 
     Args:
-        path: `model.hf_assets_path`.
-        reader: the library.
+        path: folder with the assets, `model.hf_assets_path`.
+        reader: name of the library.
     """
+    check_folder(path)
     try:
         yield
     except ConfigError:
@@ -55,9 +36,26 @@ def explained(path: str, reader: str) -> Iterator[None]:
         raise ConfigError(f"model.hf_assets_path = {path!r}: {explain(Path(path), reader, error)}") from error
 
 
+def check_folder(path: str) -> None:
+    """Raise ConfigError unless the folder has a tokenizer_config.json that can be opened."""
+    try:
+        with open(os.path.join(path, CONFIG)):
+            return
+    except (FileNotFoundError, NotADirectoryError):
+        fault = f"has no {CONFIG}"
+        if not os.path.isdir(path):
+            fault += ": it is no folder here. What is on the Hugging Face Hub has to be downloaded first"
+    except OSError as error:
+        fault = f"can't be read ({CONFIG}: {error.strerror})"
+    raise ConfigError(
+        f"model.hf_assets_path = {path!r} {fault}. Set it to a folder with the model's tokenizer assets "
+        f"(tokenizer.json and {CONFIG})."
+    )
+
+
 def explain(folder: Path, reader: str, error: Exception) -> str:
     """What is wrong with assets that a library has failed to read, and what to do."""
-    if fault := fault_of_files(folder):
+    if fault := file_fault(folder):
         return fault
     config = json.loads((folder / CONFIG).read_text("utf-8"))
     if "trust_remote_code" in str(error):
@@ -66,7 +64,7 @@ def explain(folder: Path, reader: str, error: Exception) -> str:
             f"{file} has `auto_map`, which names code that comes with the assets; it isn't run. Remove the key, and "
             f"set `tokenizer_class` in {CONFIG} to {FAST}."
         )
-    if fault := fault_of_class(folder, config.get("tokenizer_class"), str(error)):
+    if fault := class_fault(folder, config.get("tokenizer_class"), str(error)):
         return fault
     if not (folder / "tokenizer.json").exists():
         return (
@@ -80,8 +78,8 @@ def explain(folder: Path, reader: str, error: Exception) -> str:
     )
 
 
-def fault_of_files(folder: Path) -> str:
-    """Which of the files is damaged, or not what its name says."""
+def file_fault(folder: Path) -> str:
+    """Which file is damaged, or is not what its name says."""
     for name in (*JSON_FILES, *TEXT_FILES):
         try:
             text = (folder / name).read_text("utf-8")
@@ -99,16 +97,15 @@ def fault_of_files(folder: Path) -> str:
     return ""
 
 
-def fault_of_class(folder: Path, name: Any, error: str) -> str:
-    """What is wrong with `tokenizer_class`: transformers doesn't know it, or needs it and there is none."""
-    if name is None and ("model_type" in error or "model type" in error):
-        if (folder / "tokenizer.json").exists():
-            add = f"`tokenizer_class`: {FAST}, and `bos_token` and `eos_token` where they are missing"
-        else:
-            add = '`tokenizer_class`: "GPT2Tokenizer" for a vocab.json and merges.txt like GPT-2\'s'
-        return f"transformers can't tell which class the tokenizer is of. Add to {CONFIG}: {add}."
+def class_fault(folder: Path, name: Any, error: str) -> str:
+    """Whether transformers doesn't know the `tokenizer_class`, or needs one and there is none."""
     from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+    if name is None and ("model_type" in error or "model type" in error):
+        add = '`tokenizer_class`: "GPT2Tokenizer" for a vocab.json and merges.txt like GPT-2\'s'
+        if (folder / "tokenizer.json").exists():
+            add = f"`tokenizer_class`: {FAST}, and `bos_token` and `eos_token` where they are missing"
+        return f"transformers can't tell which class the tokenizer is of. Add to {CONFIG}: {add}."
     known = isinstance(name, str) and (tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast"))
     if name is None or known:
         return ""

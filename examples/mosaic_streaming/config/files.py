@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 
+YAML = (".yaml", ".yml")
+
 
 class LoaderFile(NamedTuple):
     """A loader's configuration as it was read, and the file that it was read from."""
@@ -18,15 +20,7 @@ class LoaderFile(NamedTuple):
 
 
 def expand_path(path: str, place: str) -> str:
-    """A path or URL with `~` and environment variables expanded.
-
-    Args:
-        path: as it was given.
-        place: where it was given, for the message.
-
-    Raises:
-        ConfigError: there is no such user or variable.
-    """
+    """Expand `~` and environment variables in a path or URL, which was given in a place."""
     expanded = os.path.expanduser(os.path.expandvars(path))
     if expanded.startswith("~") or re.search(r"\$\w|\$\{", expanded):
         raise ConfigError(f"{place} = {path!r}: there is no such user, or variable in the environment.")
@@ -34,7 +28,7 @@ def expand_path(path: str, place: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Parse a TOML file. It may begin with a byte order mark, which editors on Windows write.
+    """Parse a TOML file, which may begin with a byte order mark, as editors on Windows write it.
 
     Raises:
         ConfigError: the file is missing or not TOML; the message has the path and the line.
@@ -49,56 +43,45 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def read_loaders(train: str, validation: str | None) -> tuple[LoaderFile, LoaderFile | None]:
-    """Parse the file of the training loader, and that of the validation loader if there is one.
+    """Parse the training loader's file, and the validation loader's if there is one.
 
-    A file that ends in `.yaml` or `.yml` is an llm-foundry training YAML. Its `train_loader` or its `eval_loader` is
-    read, and rank 0 prints once which of its sections are ignored.
+    A `.yaml` or `.yml` is an llm-foundry training YAML: its `train_loader` or `eval_loader` is read, and rank 0 prints
+    once which of its sections are ignored.
 
     Raises:
         ConfigError: a file is missing, can't be parsed, or has no such section.
     """
     paths = {"train_loader": train} | ({"eval_loader": validation} if validation else {})
     loaders = {section: read_loader(path, section) for section, path in paths.items()}
-    for path in filter(is_yaml, dict.fromkeys(paths.values())):
+    for path in dict.fromkeys(paths.values()):
         read = [section for section in paths if paths[section] == path]
-        ignored = [str(section) for section in read_yaml(path) if section not in read]
+        sections = read_yaml(path) if path.endswith(YAML) else read
+        ignored = [str(section) for section in sections if section not in read]
         if ignored and is_rank_0():
             print(f"{path}: read {', '.join(read)}, ignored {', '.join(ignored)}.", file=sys.stderr, flush=True)
     return loaders["train_loader"], loaders.get("eval_loader")
 
 
-def is_yaml(path: str) -> bool:
-    """Whether a loader's file is an llm-foundry training YAML."""
-    return path.endswith((".yaml", ".yml"))
-
-
 def read_loader(path: str, section: str) -> LoaderFile:
-    """Parse a loader's TOML file, or one section of an llm-foundry training YAML with its interpolations resolved.
-
-    Raises:
-        ConfigError: the file is missing, can't be parsed, or has no such section.
-    """
-    if not is_yaml(path):
+    """Parse a loader's TOML file, or a section of an llm-foundry training YAML with its interpolations resolved."""
+    if not path.endswith(YAML):
         return LoaderFile(read_toml(path), path)
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     content = read_yaml(path)
-    found = [str(key) for key in content]
     try:
         loader = content.get(section)
         loader = OmegaConf.to_container(loader, resolve=True) if OmegaConf.is_config(loader) else loader
     except OmegaConfBaseException as error:
         raise ConfigError(f"{section} in {path}: {' '.join(str(error).split())}.") from error
-    if isinstance(loader, list) and len(loader) == 1:  # as llm-foundry has several evaluations
+    if isinstance(loader, list) and len(loader) == 1:  # as llm-foundry may have several evaluations
         [loader] = loader
     if not isinstance(loader, dict):
-        near = difflib.get_close_matches(section, found, n=1)
-        has = (
-            f"has {len(loader)} of them"
-            if isinstance(loader, list)
-            else f"has: {', '.join(near or found) or 'nothing'}"
-        )
+        found = [str(key) for key in content]
+        has = f"has: {', '.join(difflib.get_close_matches(section, found, n=1) or found) or 'nothing'}"
+        if isinstance(loader, list):
+            has = f"has {len(loader)} of them"
         raise ConfigError(f"{path}: expected one `{section}`, as in an llm-foundry training YAML, but it {has}.")
     loader.pop("label", None)  # the name of an evaluation
     return LoaderFile(without_nulls(loader), path)
@@ -106,19 +89,12 @@ def read_loader(path: str, section: str) -> LoaderFile:
 
 def without_nulls(section: dict[str, Any]) -> dict[str, Any]:
     """A section without its null values, which mean the default."""
-    return {
-        key: without_nulls(value) if isinstance(value, dict) else value
-        for key, value in section.items()
-        if value is not None
-    }
+    kept = {key: value for key, value in section.items() if value is not None}
+    return {key: without_nulls(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def read_yaml(path: str) -> Any:
-    """Parse a YAML file into OmegaConf's sections.
-
-    Raises:
-        ConfigError: the file is missing or not YAML.
-    """
+    """Parse a YAML file into OmegaConf's sections."""
     import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

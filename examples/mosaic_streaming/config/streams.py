@@ -9,18 +9,15 @@ from examples.mosaic_streaming.config.files import expand_path
 from examples.mosaic_streaming.config.folders import default_cache, is_copy, is_url
 from examples.mosaic_streaming.errors import ConfigError
 
-Config = dict[str, Any]
-"""Settings by their names, as TOML has them."""
-
-MAKE_DEMO_DATA = "python -m examples.mosaic_streaming.make_demo_data"
+Config = dict[str, Any]  # settings by name, as in a TOML file
 
 WEIGHT_TOLERANCE = 0.01
-"""By how much the proportions of all streams may sum to another number than 1: people round."""
+"""How far the sum of all proportions may be from 1, as people round."""
 
 
 @functools.cache
 def stream_defaults() -> Config:
-    """The settings of `dataset` that streams take over, and their defaults."""
+    """Return the settings that streams take over from `dataset`, with streaming's defaults."""
     from streaming import StreamingDataset
 
     parameters = inspect.signature(StreamingDataset).parameters
@@ -29,18 +26,18 @@ def stream_defaults() -> Config:
 
 
 def streams_of(dataset: Config) -> dict[str, Config]:
-    """The sections of the streams by their names. A single stream may have its settings in `dataset` itself."""
+    """Return the sections of the streams by name; a single stream may have its settings in `dataset` itself."""
     return dataset.get("streams") or {"dataset": dataset}
 
 
 def complete_streams(dataset: Config) -> dict[str, Config]:
-    """The settings of the streams by their names, with those that they take over from `dataset`."""
+    """The settings of the streams by name, with those that they take over from `dataset`."""
     shared = stream_defaults() | {key: dataset[key] for key in stream_defaults() if key in dataset}
     return {name: shared | stream for name, stream in streams_of(dataset).items()}
 
 
 def source_of(stream: Config) -> str:
-    """Where a stream's shards come from: a URL, or a path on this machine; empty where neither is given."""
+    """The URL or path that a stream's shards come from; empty where neither is given."""
     return with_split(stream.get("remote") or stream.get("local"), stream)
 
 
@@ -50,24 +47,20 @@ def with_split(place: str | None, stream: Config) -> str:
 
 
 def is_local(stream: Config) -> bool:
-    """Whether a stream's shards come from a folder of this machine, rather than from a store."""
+    """Return whether a stream's shards come from a folder of this machine, rather than from a store."""
     return not is_url(stream.get("remote") or "")
 
 
 def has_cache(stream: Config) -> bool:
-    """Whether a stream's `local` is a copy of its `remote`, rather than all there is."""
+    """Return whether a stream's `local` is a copy of its `remote`, rather than all there is."""
     return is_copy(stream.get("remote"), stream.get("local"), stream["split"])
 
 
 def expand_folders(dataset: Config, path: str) -> None:
-    """Write out the folders of streams: paths in full, no `remote` that is `local` by another name, and each cache.
-
-    Raises:
-        ConfigError: a path has an environment variable that isn't set, or an unknown user.
-    """
+    """Write out the folders of streams: full paths, each cache, and no `remote` that is `local` by another name."""
     for section in (dataset, *streams_of(dataset).values()):
         for key in ("remote", "local", "split"):
-            if section.get(key) == "":  # in YAML files it stands for none
+            if section.get(key) == "":  # which stands for none in YAML files
                 del section[key]
             elif section.get(key) and key != "split":
                 section[key] = expand_path(section[key], f"`{key}` in {path}")
@@ -93,12 +86,12 @@ def check_streams(dataset: Config, path: str) -> None:
         if is_local(stream) and not os.path.isfile(os.path.join(folder, "index.json")):
             raise ConfigError(
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
-                f"or make the demo data: {MAKE_DEMO_DATA}"
+                "or make the demo data: python -m examples.mosaic_streaming.make_demo_data"
             )
 
 
 def check_weights(dataset: Config, path: str) -> None:
-    """Raise ConfigError unless the proportions of all streams sum to 1. streaming would take them as ratios."""
+    """Raise ConfigError unless the proportions of all streams sum to 1; streaming would take them as ratios."""
     shares = {name: stream["proportion"] for name, stream in streams_of(dataset).items() if "proportion" in stream}
     without = [name for name in streams_of(dataset) if name not in shares]
     listed = ", ".join(f"{name} {share}" for name, share in shares.items())

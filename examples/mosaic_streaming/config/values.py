@@ -1,13 +1,16 @@
 """Types and limits of settings. Upstream takes a string for true, and a negative number for None."""
 
 import contextlib
+import inspect
+import math
 import os
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any
 
-LIMITS: dict[str, tuple[float, float]] = {
+Limits = tuple[float, float]  # the smallest and the largest value of a number
+
+LIMITS: dict[str, Limits] = {
     "num_workers": (0, max(64, os.cpu_count() or 1)),
     "prefetch_factor": (1, 1024),
     "timeout": (0, 10**6),
@@ -24,13 +27,37 @@ LIMITS: dict[str, tuple[float, float]] = {
     "download_retry": (1, 1000),
     "download_timeout": (0.001, 86_400),
 }
-"""The smallest and the largest value of a number."""
 
 WITH_UNITS = {
     "cache_limit": ("bytes_to_int", 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
     "epoch_size": ("number_abbrev_to_int", 'a whole number, also as "10k" (k, m, b, t)'),
 }
-"""Numbers that can be strings with a unit: the function of streaming that reads those, and what to call them."""
+"""Numbers that can be strings with a unit: the function of streaming that reads them, and what to call them."""
+
+
+def wrong_value(name: str, value: Any, hint: Any, source: str, limits: Limits | None = None) -> str:
+    """Return what is wrong with a setting of another type than its hint or beyond its limits; empty if nothing is."""
+    key = name.rpartition(".")[2]
+    if has_type(value, hint) and (limits is None or value is None or is_within(value, limits, key)):
+        return ""
+    expected = WITH_UNITS[key][1] if key in WITH_UNITS else type_name(hint)
+    if limits:
+        low, high = limits
+        expected += f", from {low:,} on" if high == math.inf else f", from {low:,} to {high:,}"
+    return f"{name} = {value!r} in {source}, expected {expected}."
+
+
+def is_within(value: Any, limits: Limits, key: str) -> bool:
+    """Whether a number, which may be a string with a unit, is within limits."""
+    low, high = limits
+    try:
+        if isinstance(value, str):
+            from streaming.base import util
+
+            value = getattr(util, WITH_UNITS[key][0])(value)
+        return bool(low <= value <= high)
+    except (KeyError, ValueError, TypeError, OverflowError):
+        return False
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -63,44 +90,16 @@ def type_name(hint: Any) -> str:
 
 def hints_of(function: Any) -> dict[str, Any]:
     """The types of a function's arguments, without those that only a type checker can resolve."""
-    try:
-        return typing.get_type_hints(function)
-    except Exception:  # of a loader that a user has registered: Python runs what stands there
-        found: dict[str, Any] = {}
-        for name, hint in getattr(function, "__annotations__", {}).items():
-            with contextlib.suppress(Exception):
-                one = types.SimpleNamespace(__annotations__={name: hint})
-                found |= typing.get_type_hints(one, getattr(function, "__globals__", {}))
-        return found
-
-
-def wrong_values(section: Mapping[str, Any], prefix: str, hints: Mapping[str, Any], path: str) -> list[str]:
-    """Which values of a section are of another type than upstream says, or beyond what makes sense."""
-    wrong = []
-    for key, value in section.items():
-        if key in ("streams", "dataset") or key not in hints:
-            continue
-        if not has_type(value, hints[key]) or (key in LIMITS and value is not None and not in_limits(key, value)):
-            limits = ", from {:,} to {:,}".format(*LIMITS[key]) if key in LIMITS else ""
-            expected = WITH_UNITS[key][1] if key in WITH_UNITS else type_name(hints[key])
-            wrong.append(f"{prefix}{key} = {value!r} in {path}, expected {expected}{limits}.")
-    return wrong
-
-
-def in_limits(key: str, value: float | str) -> bool:
-    """Whether a number is neither too small nor too large; it may be a string with a unit."""
-    from streaming.base import util
-
-    low, high = LIMITS[key]
-    try:
-        number = getattr(util, WITH_UNITS[key][0])(value) if isinstance(value, str) else value
-    except (ValueError, TypeError, OverflowError):
-        return False
-    return low <= number <= high
+    found: dict[str, Any] = {}
+    for name, hint in getattr(function, "__annotations__", {}).items():
+        with contextlib.suppress(Exception):  # a user's loader may say anything there, and Python evaluates it
+            one = types.SimpleNamespace(__annotations__={name: hint})
+            found |= typing.get_type_hints(one, getattr(inspect.unwrap(function), "__globals__", {}))
+    return found
 
 
 def flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested sections by their dotted keys."""
+    """Return the values of nested sections by their dotted keys."""
     found: dict[str, Any] = {}
     for key, value in section.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

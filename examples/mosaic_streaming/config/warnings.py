@@ -15,19 +15,12 @@ if TYPE_CHECKING:
 def warnings_of(
     loader: ResolvedLoader, job: Job, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[str]
 ) -> list[str]:
-    """What a start warns of.
-
-    Args:
-        loader: of the training streams.
-        job: that reads them.
-        tokenizer: transformers', of the model.
-        columns: of the first stream's samples.
-    """
+    """Return what a start warns of in the training loader's configuration; `columns` are the first stream's."""
     found = [*warnings_of_documents(loader, job), *warnings_of_chats(loader, tokenizer, columns)]
     if algo := loader.dataset.get("partition_algo"):
         found.append(
-            f"dataset.partition_algo = {algo!r} in {loader.source} has no effect: global batches are the same on any "
-            "number of ranks, which streaming's algorithms don't keep. Remove the key."
+            f"dataset.partition_algo = {algo!r} in {loader.source} has no effect: streaming's algorithms don't keep "
+            "global batches the same on any number of ranks. Remove the key."
         )
     if job.layout.world_size > 1:
         found += warnings_of_timeouts(loader, job.collective_timeout)
@@ -35,7 +28,7 @@ def warnings_of(
 
 
 def warnings_of_documents(loader: ResolvedLoader, job: Job) -> list[str]:
-    """Whether rows hold several documents, and attention is not kept within them."""
+    """Warn if rows hold several documents, but attention is not kept within them."""
     dataset, rows = loader.dataset, job.training.local_batch_size
     packed = int(rows * (dataset.get("packing_ratio") or 1)) > rows
     marked = dataset.get("eos_token_id") is not None or dataset.get("bos_token_id") is not None
@@ -53,7 +46,7 @@ def warnings_of_documents(loader: ResolvedLoader, job: Job) -> list[str]:
 def warnings_of_chats(
     loader: ResolvedLoader, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[str]
 ) -> list[str]:
-    """Whether a chat template is missing, or writes other tokens from day to day."""
+    """Warn if a chat template is missing, or writes other tokens from day to day."""
     if loader.name != "finetuning" or {"turns", "input_ids"} & set(columns):
         return []
     found = []
@@ -72,12 +65,7 @@ def warnings_of_chats(
 
 
 def warnings_of_timeouts(loader: ResolvedLoader, timeout: float) -> list[str]:
-    """Whether one rank may wait for a shard for longer than the others wait for that rank.
-
-    Args:
-        loader: of the training streams.
-        timeout: seconds that ranks wait for each other (`comm.train_timeout_seconds`).
-    """
+    """Warn if a rank may wait for a shard for longer than others wait for it (`comm.train_timeout_seconds`)."""
     found = []
     for name, stream in loader.streams.items():
         retry, patience = stream["download_retry"], stream["download_timeout"]
@@ -91,6 +79,6 @@ def warnings_of_timeouts(loader: ResolvedLoader, timeout: float) -> list[str]:
 
 
 def warnings_of_validation(validation: ResolvedLoader, training: ResolvedLoader) -> list[str]:
-    """Whether the validation streams are also trained on."""
+    """Warn if the validation streams are also trained on."""
     same = {folder.source for folder in validation.folders} & {folder.source for folder in training.folders}
     return [f"Training reads the same as validation: {', '.join(sorted(same))}. The loss will tell less."] * bool(same)

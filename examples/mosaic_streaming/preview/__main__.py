@@ -8,7 +8,7 @@ import sys
 import warnings
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.config import Parser, add_files, parse_known, read_loaders, read_toml, split_flags
+from examples.mosaic_streaming.config import Parser, read_loaders, read_toml
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
@@ -42,8 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     channel = AbortChannel()
     with channel.report_errors_once():
         channel.exit_on_signals()
-        ours, titan_flags = split_flags(sys.argv[1:] if argv is None else argv)
-        flags = parse(ours)
+        flags, titan_flags = parse(sys.argv[1:] if argv is None else argv)
         read_toml(flags.config)  # before the slow imports
         train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         be_quiet()
@@ -84,8 +83,8 @@ def log_aside() -> None:
             handler.setStream(sys.stderr)
 
 
-def parse(ours: list[str]) -> argparse.Namespace:
-    """The flags before the `--`, and the command.
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The command and the flags before the `--`, and TorchTitan's behind it.
 
     Raises:
         ConfigError: one is missing, unknown, or no number.
@@ -98,7 +97,7 @@ def parse(ours: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        add_files(command, required=True)
+        command.add_files(required=True)
         command.add_argument(
             "--world-size", type=positive, default=1, metavar="N", help="processes of the job (default: 1)"
         )
@@ -107,7 +106,7 @@ def parse(ours: list[str]) -> argparse.Namespace:
         )
         command.add_argument("--json", action="store_true", help="for scripts")
         ADD_FLAGS[name](command)
-    return parse_known(parser, ours)
+    return parser.parse(argv)
 
 
 def add_show(command: argparse.ArgumentParser) -> None:

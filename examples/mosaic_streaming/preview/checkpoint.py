@@ -14,17 +14,17 @@ from examples.mosaic_streaming.checkpoint import (
     History,
     Segment,
     State,
+    append_segment,
     check_position,
     damaged,
     differences,
-    explain_missing,
-    go_on,
     unpack,
 )
 from examples.mosaic_streaming.config import Checkpoints, Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import steps_with
+from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
 
 def root_cause(error: CheckpointException) -> str:
@@ -94,7 +94,7 @@ def history_of_start(data: JobData, saved: Saved | None) -> History | None:
         return History(order, (here,))
     segments = tuple(segment._replace(step=segment.step + step - saved.step) for segment in known.segments)
     if "dataloader" in excluded or segments[-1].global_batch_size != order.global_batch_size:
-        segments = go_on(segments, here)
+        segments = append_segment(segments, here)
     return dataclasses.replace(known, segments=segments)
 
 

@@ -288,7 +288,6 @@ def open_job_data(
         if "packing_ratio" in own.dataset:
             config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
         opened = open_streams(job, own, titan_tokenizer, tokenizer, new_job_id(), "The preview")
-        opened.dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration would
         yield JobData(job, job_settings, train, config, opened, tokenizer, folder, job.training, held_out)
 
 

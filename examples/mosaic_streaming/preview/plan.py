@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from examples.mosaic_streaming.checkpoint import History, shards_of
-from examples.mosaic_streaming.config import flat, has_cache
+from examples.mosaic_streaming.config import flat
 from examples.mosaic_streaming.preview.checkpoint import Saved
 from examples.mosaic_streaming.preview.job_data import JobData, open_validation
 from examples.mosaic_streaming.preview.ledger import Watched
@@ -205,9 +205,9 @@ def needs_section(data: JobData) -> dict[str, Any]:
 def bytes_of(data: JobData, cached: bool) -> int:
     """Bytes that the shards of the streams take that have a cache, or of those that have none."""
     total = 0
-    for number, stream in enumerate(data.config.streams.values()):
+    for number, (stream, folder) in enumerate(zip(data.config.streams.values(), data.config.folders, strict=True)):
         keeps_packed = stream["keep_zip"] or not cached
-        if has_cache(stream) == cached:
+        if folder.is_copy == cached:
             shards = shards_of(data.opened.dataset, number)
             total += sum(shard.get_persistent_size(keeps_packed) for shard in shards)
     return total

@@ -1,4 +1,4 @@
-"""The memory that a process may use, and what putting an epoch in order takes of it."""
+"""The memory that a process may use, and what putting an epoch in order takes."""
 
 import contextlib
 import os
@@ -7,37 +7,17 @@ from pathlib import Path
 from examples.mosaic_streaming.errors import ConfigError
 
 ORDER_BYTES = 47
-"""Of a node's memory for each sample of an epoch: seen with 100 million samples."""
+"""Bytes of a node's memory per sample of an epoch, measured with 100 million samples."""
 
 CGROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
-"""By controller, none in version 2: where cgroups lie, and the file with a limit (Linux, admin-guide/cgroup*)."""
-
-
-def memory_limit(root: str = "/") -> int:
-    """Bytes of memory for this process: the machine's, or less where its cgroup or one around that has a limit.
-
-    Args:
-        root: of the file system.
-    """
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    with contextlib.suppress(OSError):
-        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
-            _, controllers, group = line.split(":", 2)
-            for controller in CGROUPS.keys() & controllers.split(","):
-                top, name = CGROUPS[controller]
-                folder = Path(root, top, group.lstrip("/"))  # which a container may not see, but those around it
-                for one in [folder, *folder.parents]:
-                    with contextlib.suppress(OSError, ValueError):  # no file where there is no limit, or "max" in it
-                        limits.append(int((one / name).read_text()))
-    return min(limits)
+"""Where cgroups lie and which file has the limit, by controller; version 2 has "" (Linux, admin-guide/cgroup*)."""
 
 
 def check_memory(epoch_size: int, source: str) -> None:
-    """Raise ConfigError unless an epoch can be put in order in the memory that this process may use.
+    """Raise ConfigError unless this process may use the memory that ordering an epoch of so many samples takes.
 
     Args:
-        epoch_size: samples of an epoch.
-        source: the file that configures the loader.
+        source: file that configures the loader.
     """
     if (needed := epoch_size * ORDER_BYTES) > (memory := memory_limit()):
         raise ConfigError(
@@ -45,3 +25,18 @@ def check_memory(epoch_size: int, source: str) -> None:
             f"put in order, of {memory / 1e9:,.1f} GB that a process may use. Lower `epoch_size`, `repeat` or `choose` "
             f"in {source}."
         )
+
+
+def memory_limit(root: str = "/") -> int:
+    """Bytes of memory for this process: the machine's, or less where one of its cgroups has a limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError):
+        for line in Path(root, "proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            for controller in CGROUPS.keys() & controllers.split(","):
+                top, name = CGROUPS[controller]
+                folder = Path(root, top, group.lstrip("/"))  # a container may not see it, but only those around it
+                for ancestor in [folder, *folder.parents]:
+                    with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit
+                        limits.append(int((ancestor / name).read_text()))
+    return min(limits)

@@ -1,31 +1,23 @@
-"""Which samples a rank reads. The physical facts (who leads a node, barriers, shared memory) stay the machine's."""
+"""Which rank reads which samples. Who leads a node, barriers and shared memory remain those of the machine."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from streaming.base.world import World
+from streaming.base.world import World
 
 
 @dataclass(frozen=True)
 class Layout:
     """The ranks of a job, laid out as (pp, dp, cp, tp).
 
-    Attributes:
-        world_size: processes.
-        ranks_per_node: processes on each machine.
-        degrees: of parallelism: pp, dp_replicate, dp_shard, cp, tp. Their product is the world size.
-
     Source: torchtitan 0.2.2, distributed/parallel_dims.py.
     """
 
-    world_size: int
-    ranks_per_node: int
-    degrees: Mapping[str, int]
+    world_size: int  # processes
+    ranks_per_node: int  # processes on each machine
+    degrees: Mapping[str, int]  # pp, dp_replicate, dp_shard, cp, tp; their product is the world size
 
     @property
     def nodes(self) -> int:
@@ -43,27 +35,23 @@ class Layout:
         return self.world_size // self.dp_world_size
 
     def dp_rank(self, rank: int) -> int:
-        """The place of a rank on TorchTitan's batch mesh."""
+        """Return the position of a rank on TorchTitan's batch mesh."""
         return rank // (self.degrees["cp"] * self.degrees["tp"]) % self.dp_world_size
 
     def readers(self) -> list[list[int]]:
-        """The ranks that read what each dp rank reads."""
-        found: list[list[int]] = [[] for _ in range(self.dp_world_size)]
-        for rank in range(self.world_size):
-            found[self.dp_rank(rank)].append(rank)
-        return found
+        """Return, for each dp rank, the ranks that read its samples."""
+        dp_ranks = [self.dp_rank(rank) for rank in range(self.world_size)]
+        return [[rank for rank, own in enumerate(dp_ranks) if own == dp] for dp in range(self.dp_world_size)]
 
-    def world(self, dp_rank: int = 0) -> "World":
-        """The world in which samples are assigned, as a dp rank sees it: one rank for each dp rank.
+    def world(self, dp_rank: int = 0) -> World:
+        """Return the world in which samples are assigned, as a dp rank sees it: it has one rank per dp rank.
 
-        `replication` alone gives the same samples to consecutive ranks. That is wrong under pipeline parallelism, where
-        the peers of a dp rank are `world_size / pp` apart. A machine feeds the dp ranks of one pipeline stage: the
-        fewer they are, the fewer shards it has to fetch.
+        A node of it has the dp ranks that one machine feeds in one pipeline stage: the fewer they are, the fewer shards
+        a machine fetches. streaming's own `replication` gives the same samples to consecutive ranks, which is wrong
+        under pipeline parallelism: there the peers of a dp rank are `world_size / pp` apart.
 
-        Source: `World.replicate` (streaming 0.13.0, base/world.py), with the rank given instead of derived.
+        Source: like `World.replicate` (streaming 0.13.0, base/world.py), but with the rank given.
         """
-        from streaming.base.world import World
-
         dp = self.dp_world_size
         peers = self.degrees["cp"] * self.degrees["tp"]
         per_node = min(dp, max(1, self.ranks_per_node // peers))
@@ -72,18 +60,17 @@ class Layout:
 
 
 def assign_to_ranks(
-    samples: NDArray[np.int64], world: "World", local_batch_size: int, group_size: int = 1
+    samples: NDArray[np.int64], world: World, local_batch_size: int, group_size: int = 1
 ) -> NDArray[np.int64]:
-    """Assign ordered samples to nodes, ranks and workers, such that batch k doesn't depend on how many there are.
+    """Assign ordered samples to nodes, ranks and workers, so that batch k doesn't depend on how many there are.
 
-    Node n gets samples n, n + num_nodes, …: in the order of "random" and "per_stream" batching, with
-    `num_canonical_nodes` a multiple of the nodes, those are the samples of its own canonical nodes' shards.
+    Node n gets samples n, n + num_nodes, and so on. With "random" and "per_stream" batching and a multiple of the nodes
+    as `num_canonical_nodes`, those are the samples of its own canonical nodes' shards.
 
     Args:
-        samples: ids, int64 [whole global batches]; a global batch is a multiple of `local_batch_size` x dp ranks.
-        world: nodes, ranks and workers that take samples.
-        local_batch_size: samples per rank and batch.
-        group_size: consecutive samples that are kept in one rank's batch; divides `local_batch_size`.
+        samples: ids of whole global batches, int64 [samples].
+        local_batch_size: samples per rank and batch; times the ranks, it divides a global batch.
+        group_size: consecutive samples that stay in one rank's batch; divides `local_batch_size`.
 
     Returns:
         int64 [nodes, ranks per node, workers per rank, batches per worker, local_batch_size], as streaming has it; -1

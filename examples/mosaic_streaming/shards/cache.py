@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config import is_url, private_root, resolved_path
+from examples.mosaic_streaming.config import is_url, private_root
 from examples.mosaic_streaming.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def check_owner(folder: Path, label: str, path: str) -> None:
     Below a folder that anybody may write to, like `/tmp`, each folder has to belong to this user or to root.
     """
     for place in dict.fromkeys(
-        part for whole in (folder, resolved_path(str(folder))) for part in (whole, *whole.parents)
+        part for whole in (folder, Path(os.path.realpath(folder))) for part in (whole, *whole.parents)
     ):
         try:
             found, around = os.lstat(place), os.stat(place.parent)

@@ -4,12 +4,13 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from streaming import Stream
 from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config import Config, ResolvedLoader, identity, stream_defaults
+from examples.mosaic_streaming.config import ResolvedLoader, identity, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import take_cache
 from examples.mosaic_streaming.shards.index import FileError, Part, read_index
@@ -36,7 +37,7 @@ def prepare_streams(loader: ResolvedLoader) -> None:
         verify(stream, parts)
 
 
-def make_stream(settings: Config, label: str) -> CheckedStream:
+def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
     """Make a stream from its complete settings, as streaming will; raise ConfigError if it refuses them."""
     keys = ("remote", "local", *stream_defaults())
     try:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.mosaic_streaming import checkpoint
-from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, go_on
+from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, append_segment
 from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling.order import Order
@@ -231,7 +231,7 @@ def test_history_walks_as_a_loader_does(run: tuple[Order, list[tuple[int, int]]]
     found = [*simulate(order.epoch_samples, parts)]
     segments: tuple[Segment, ...] = ()
     for segment, _ in found:
-        segments = go_on(segments, segment)
+        segments = append_segment(segments, segment)
     history, steps = History(order, segments), [samples for _, read in found for samples in read]
     for number, samples in enumerate(steps, start=1):
         part = history.batch(number)
@@ -243,6 +243,13 @@ def test_history_walks_as_a_loader_does(run: tuple[Order, list[tuple[int, int]]]
         assert all((part.end - part.begin) % part.global_batch_size == 0 for part in slices)
     assert history.samples(len(steps)) == sum(map(len, steps))
     assert history.position(0) == Position(0, 0, 0)
+
+
+def test_what_was_read_before_steps_are_counted_from_1_again_is_known() -> None:
+    history = History(Order("random", 4, 4, 64), (Segment(-6, 0, 0, 4),))
+    assert history.samples(2) == 8 * 4
+    assert [(part.step, part.begin, part.end) for part in history.slices(until=2)] == [(-6, 0, 32)]
+    assert history.batch(1)[1:4] == (0, 24, 28)
 
 
 def test_step_before_those_that_are_known_is_refused() -> None:

@@ -13,7 +13,7 @@ from streaming.base.shuffle import algos as shuffle_algos
 from streaming.base.world import World
 
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.sampling.order import epoch_samples, round_down
+from examples.mosaic_streaming.sampling.order import round_down, samples_of_epoch
 from tests.support.ranks import dp_ranks_of, run_rank_values
 from tests.support.streams import (
     BATCHING,
@@ -175,6 +175,7 @@ def test_streams_that_fill_no_batch_are_refused_with_their_samples(
 
 
 def test_whole_epoch_of_one_canonical_node_leaves_nothing_out() -> None:
-    assert epoch_samples("random", [50, 33], [0.6, 0.4], 1, 8, 2) == 83
-    assert epoch_samples("random", [50, 33], [0.6, 0.4], 4, 8, 2) == 80
+    shares = (50 / 83, 33 / 83)
+    assert samples_of_epoch("random", [50, 33], [0.6, 0.4], 1, 8, 2) == (83, shares)
+    assert samples_of_epoch("random", [50, 33], [0.6, 0.4], 4, 8, 2) == (80, shares)
     assert round_down(7, 8) == 0

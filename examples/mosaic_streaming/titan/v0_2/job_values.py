@@ -1,10 +1,11 @@
 """Checks types and limits of the job config's values. TorchTitan takes those of the file as they come."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
-from examples.mosaic_streaming.config import has_type, type_name
+from examples.mosaic_streaming.config import wrong_value
 
 AT_LEAST: dict[str, int] = {
     **{"training.seq_len": 1, "training.steps": 1, "training.gc_freq": 1, "training.max_norm": 0},
@@ -21,12 +22,9 @@ def wrong_job_values(job_config: Any) -> list[str]:
     """Name the values of a job config that have the wrong type, or are smaller than makes sense."""
     wrong = []
     for key, value, hint, is_read in leaves(job_config):
-        least = AT_LEAST.get(key)
-        is_too_small = is_read and least is not None and isinstance(value, int | float) and not value >= least
-        if not has_type(value, hint) or is_too_small:
-            limit = "" if least is None else f", from {least} on"
-            wrong.append(f"{key} = {value!r} in the job config, expected {type_name(hint)}{limit}.")
-    return wrong
+        limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
+        wrong.append(wrong_value(key, value, hint, "the job config", limits))
+    return list(filter(None, wrong))
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:

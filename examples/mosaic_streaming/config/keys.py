@@ -1,0 +1,152 @@
+"""Keys and values of a loader configuration that llm-foundry or streaming would drop, refuse or misread."""
+
+import difflib
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from examples.mosaic_streaming.config.streams import Config
+from examples.mosaic_streaming.config.values import LIMITS, hints_of, wrong_value
+from examples.mosaic_streaming.errors import ConfigError
+
+TOKEN_IDS = [f"{name}_token_id" for name in ("eos", "bos")]
+OVERRIDES = [f"override_{key}_mismatch_error" for key in TOKEN_IDS]
+
+MAX_RATIO = 1000
+"""The most samples that are packed into a row, on average."""
+
+ELSEWHERE = {"tokenizer_name": "the tokenizer is that of model.hf_assets_path in the job config"}
+"""What replaces keys that llm-foundry's own YAMLs have."""
+
+NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
+"""Arguments that no configuration can give."""
+
+
+def check_keys(config: Config, path: str) -> None:
+    """Raise ConfigError for keys that nothing reads and values that make no sense, naming all of a kind."""
+    sections = sections_of(config, path)
+    name, dataset, unknown, wrong = config["name"], config["dataset"], [], []
+    for prefix, section, known, hints in sections:
+        unknown += unknown_keys(prefix, section, known, [] if prefix else dataset_keys().get(name, []))
+        for key, value in section.items():
+            if key in hints:
+                wrong.append(wrong_value(f"{prefix}{key}", value, hints[key], path, LIMITS.get(key)))
+    if unknown:
+        raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(unknown)}.")
+    if any(wrong):
+        raise ConfigError(" ".join(filter(None, wrong)))
+    check_packing(name, dataset, path)
+    if name == "finetuning" and not (dataset.get("remote") or dataset.get("streams") or "hf_name" in dataset):
+        raise ConfigError(
+            f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
+            "Give the stream's folder as `remote`, and another folder as `local`, for the cache."
+        )
+    for key, choices in choices_of().items():  # streaming looks only after the start, or never
+        if (choice := dataset.get(key, choices[0])) not in choices:
+            raise ConfigError(f"dataset.{key} = {choice!r} in {path}, expected one of: {', '.join(choices)}.")
+
+
+def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str], dict[str, Any]]]:
+    """Each section's prefix, settings, known keys and types; ConfigError if there is no such loader or section."""
+    from llmfoundry import registry
+    from streaming import Stream, StreamingDataset
+
+    name, dataset = str(config.get("name")), config.get("dataset")
+    loaders = sorted(registry.dataloaders.get_all())
+    if name not in loaders:
+        raise ConfigError(f"name = {name!r} in {path}, expected one of: {', '.join(loaders)}.")
+    if not isinstance(dataset, dict):
+        raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
+    streams = dataset.get("streams", {})
+    if not isinstance(streams, dict) or not all(isinstance(stream, dict) for stream in streams.values()):
+        raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
+    builder = registry.dataloaders.get(name)
+    top = ["name", *parameters(builder), *(key for key in config if takes(name, key))]
+    hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__)
+    found = [("", config, top, hints_of(builder))]
+    found.append(("dataset.", dataset, dataset_keys().get(name, list(dataset)), hints))
+    return found + [(f"dataset.streams.{key}.", stream, parameters(Stream), hints) for key, stream in streams.items()]
+
+
+def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset: Sequence[str]) -> list[str]:
+    """The unknown keys of a section, each with the nearest known one, or its place."""
+    valid, found = sorted({*known} - NOT_FOR_USERS), []
+    for key in sorted({*section} - {*valid}):
+        near = difflib.get_close_matches(key, valid, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
+        hint = "it belongs into [dataset]" if key in of_dataset else hint
+        found.append(f"{prefix}{key} ({ELSEWHERE.get(key, hint)})")
+    return found
+
+
+def parameters(function: Any) -> list[str]:
+    """The names of a function's parameters."""
+    return list(inspect.signature(function).parameters)
+
+
+@functools.cache
+def dataset_keys() -> dict[str, list[str]]:
+    """The keys of `dataset` by loader; loaders that a user has registered check them themselves.
+
+    Source: llm-foundry 0.22.0, data/text_data.py, data/utils.py and data/finetuning/dataloader.py. The text loader
+    silently drops keys that it doesn't know. Its collator's `mlm_probability` is left out here: it masks inputs, which
+    no causal model wants.
+    """
+    from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
+    from llmfoundry.data.finetuning import dataloader as finetuning
+    from streaming import StreamingDataset
+
+    text = [*parameters(StreamingTextDataset), *parameters(StreamingDataset), *TOKEN_IDS, *OVERRIDES]
+    examples = [*parameters(StreamingFinetuningDataset), *parameters(finetuning._validate_config)]
+    return {"text": text, "finetuning": [*examples, *TOKEN_IDS, *OVERRIDES, *finetuning._ALLOWED_DATASET_KEYS]}
+
+
+@functools.cache
+def choices_of() -> dict[str, tuple[str, ...]]:
+    """The words that a setting of `dataset` can be: those of streaming's tables, before ours are added."""
+    from streaming.base import batching, partition, shuffle
+
+    return {
+        "shuffle_algo": tuple(shuffle.algos),
+        "partition_algo": tuple(partition.algos),
+        "batching_method": tuple(batching.batching_methods),
+        "sampling_method": ("balanced", "fixed"),
+    }
+
+
+def takes(name: str, key: str) -> bool:
+    """Whether a loader's builder takes an argument; a user's may take fewer than llm-foundry's, or any."""
+    from llmfoundry import registry
+
+    arguments = inspect.signature(registry.dataloaders.get(name)).parameters
+    return key in arguments or any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+
+
+def check_packing(name: str, dataset: Config, path: str) -> None:
+    """Raise ConfigError for packing that is none or that no resume could repeat; fill in what makes it repeatable.
+
+    Source: by default, llm-foundry 0.22.0 keeps what didn't fit in the memory of a worker (data/packing.py).
+    """
+    if (ratio := dataset.get("packing_ratio")) is None:
+        return
+    if ratio != "auto" and not (type(ratio) in (int, float) and 1 <= ratio <= MAX_RATIO):
+        raise ConfigError(
+            f'dataset.packing_ratio = {ratio!r} in {path}, expected "auto" or a number from 1 to {MAX_RATIO:,}.'
+        )
+    if ratio == 1:  # no packing, as in llm-foundry
+        return
+    auto, method = 'dataset.packing_ratio = "auto"', dataset.get("batching_method", "random")
+    if ratio == "auto" and name != "finetuning":
+        raise ConfigError(f'{auto} in {path} is for name = "finetuning", not {name!r}. Give a number.')
+    if ratio == "auto" and method != "random":
+        raise ConfigError(
+            f"{auto} with dataset.batching_method = {method!r} in {path}: it is chosen for batches of any samples, and "
+            "those of one stream may need more room. Give a number."
+        )
+    if (kept := dataset.setdefault("max_leftover_bins_to_keep", 0)) != 0:
+        raise ConfigError(
+            f"dataset.max_leftover_bins_to_keep = {kept!r} in {path}: what workers keep in memory is lost at a "
+            "restart, so that a run can't go on as if it had not stopped. Remove the key: with 0, the default, a batch "
+            "depends on its samples alone, and the log says how many tokens are left out."
+        )
