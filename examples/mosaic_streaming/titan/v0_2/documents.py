@@ -16,12 +16,15 @@ def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
     """Derive a model whose attention masks follow the batch's `sequence_id`, where there is one.
 
     Source: TorchTitan makes masks from the input's EOS tokens (torchtitan 0.2.2, models/attention.py), which chats and
-    prompts have anywhere. It is given marks instead of tokens, and makes the same kind of mask from them.
+    prompts have anywhere. It is given marks instead of tokens, and makes the same kind of mask from them. TorchTitan's
+    validator asks every model for masks, and takes a TypeError for an answer (components/validate.py).
     """
 
     def get_attention_masks(
         self: Any, input_batch: Tensor, tokenizer: BaseTokenizer, extra_inputs: dict[str, Tensor] | None = None
     ) -> Any:
+        if not takes_masks(self.model_args):
+            raise TypeError("attention of this flavor takes no masks")
         sequence_id = (extra_inputs or {}).pop(SEQUENCE_ID, None)  # the model's `forward` doesn't take it
         if sequence_id is not None:
             assert tokenizer.eos_id is not None
@@ -31,10 +34,14 @@ def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
     return type(model_cls.__name__, (model_cls,), {"get_attention_masks": get_attention_masks})
 
 
+def takes_masks(model_args: BaseModelArgs) -> bool:
+    """Whether a flavor's attention takes masks, as TorchTitan's Trainer tells it (torchtitan 0.2.2, train.py)."""
+    return getattr(model_args, "attn_type", "sdpa") in ("flex", "varlen")
+
+
 def masks_documents(model_args: BaseModelArgs) -> bool:
     """Whether attention of a flavor can be kept within documents."""
-    attention = getattr(model_args, "attn_type", "sdpa")
-    return attention in ("flex", "varlen") and getattr(model_args, "attn_mask_type", "") == "block_causal"
+    return takes_masks(model_args) and getattr(model_args, "attn_mask_type", "") == "block_causal"
 
 
 def takes_positions(model_cls: type[ModelProtocol], layout: Layout) -> bool:
