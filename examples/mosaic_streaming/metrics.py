@@ -65,11 +65,10 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
 
 def log_text(progress: Progress) -> str:
     """What the log gets; padding and fetches only where there are any."""
-    seen = progress.seen
     parts = [
         f"epoch: {progress.epoch} ({progress.share:.1%})",
-        f"samples: {seen.samples:,}",
-        f"tokens: {seen.tokens:,}",
+        f"samples: {progress.seen.samples:,}",
+        f"tokens: {progress.seen.tokens:,}",
     ]
     parts += [f"padding: {progress.padding:.1%}"] * bool(progress.padding)
     parts += [f"fetched: {progress.fetched}"] * any(progress.fetched)
