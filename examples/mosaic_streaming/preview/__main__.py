@@ -1,4 +1,4 @@
-"""Look at the data of a job without running it. `--help` shows how; what the commands do is in `looks.py`."""
+"""Shows the data of a job without running it. `--help` says how; the commands are in `commands.py`."""
 
 import argparse
 import contextlib
@@ -38,7 +38,7 @@ CHECKPOINT = "of the run: a step's folder, or that of all steps for the one that
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags and both files, open the streams, print what was asked for."""
+    """Read the flags and the files, open the streams, and run the command."""
     channel = AbortChannel()
     with channel.report_errors_once():
         channel.exit_on_signals()
@@ -51,31 +51,28 @@ def main(argv: list[str] | None = None) -> None:
         log_aside()
         import_llm_foundry()
         channel.exit_on_signals()  # again: the import of composer sets its own
-        from examples.mosaic_streaming.preview import commands as looks
+        from examples.mosaic_streaming.preview import commands
         from examples.mosaic_streaming.preview.job_data import open_job_data
 
         with contextlib.ExitStack() as stack:
             layout = (flags.world_size, flags.ranks_per_node)
-            with looks.waiting("Opening the streams"):
+            with commands.waiting("Opening the streams"):
                 data = stack.enter_context(open_job_data(job_config, settings, train, validation, *layout, channel))
             try:
-                looks.LOOKS[flags.command](data, flags)
+                commands.COMMANDS[flags.command](data, flags)
                 sys.stdout.flush()
-            except BrokenPipeError:  # whoever reads has seen enough
+            except BrokenPipeError:  # the reader has seen enough
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def be_quiet() -> None:
-    """Let nothing speak that says nothing of the data: what upstream warns of while it is imported."""
+    """Silence the warnings of other packages, which say nothing of the data."""
     warnings.filterwarnings("ignore")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 
 def log_aside() -> None:
-    """Log warnings alone, and not where reports go.
-
-    Source: TorchTitan logs to stdout (0.2.2, tools/logging.py).
-    """
+    """Log only warnings, to stderr: reports go to stdout, to which TorchTitan logs (0.2.2, tools/logging.py)."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("llmfoundry").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
@@ -84,19 +81,15 @@ def log_aside() -> None:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The command and the flags before the `--`, and TorchTitan's behind it.
-
-    Raises:
-        ConfigError: one is missing, unknown, or no number.
-    """
+    """Parse the command with its flags, and TorchTitan's flags after the `--`; a ConfigError says what is wrong."""
     parser = Parser(
         prog="python -m examples.mosaic_streaming.preview",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        command = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_files(required=True)
         command.add_argument(
             "--world-size", type=positive, default=1, metavar="N", help="processes of the job (default: 1)"
@@ -148,14 +141,14 @@ ADD_FLAGS = {"show": add_show, "plan": add_plan, "step": add_step, "ledger": add
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Parse a whole number from 1 on."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
     return number
 
 
 def steps(text: str) -> range:
-    """Steps `N` or `N:M`, both of which are among them."""
+    """Parse steps `N` or `N:M`, with both ends."""
     first, *last = text.split(":")
     found = range(positive(first), positive(*last or [first]) + 1)
     if not found:

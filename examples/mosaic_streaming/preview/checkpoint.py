@@ -1,4 +1,4 @@
-"""What a checkpoint says of the data, and how a start goes on from it, read without a job."""
+"""Reads checkpoints without a job: what one says of the data, and how a start would go on from it."""
 
 import dataclasses
 import logging
@@ -28,24 +28,24 @@ from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
 
 def root_cause(error: CheckpointException) -> str:
-    """What a failure to read a checkpoint comes down to, in a sentence."""
+    """The root cause of a failure to read a checkpoint, in a sentence."""
     [failure, *_] = [cause for cause, _ in error.failures.values()]
     return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}."
 
 
 class Saved(NamedTuple):
-    """A checkpoint's folder, step and dataloader state; none where a start that leaves it out can't read it."""
+    """A checkpoint: its folder, step and dataloader state. The state may be None if a start leaves it out."""
 
     folder: str
     step: int
     state: State | None
 
     def differences(self, data: JobData) -> list[list[str]]:
-        """What is not as it was when the checkpoint was written: setting, value then, value now."""
+        """What has changed since the checkpoint was written: setting, value then, value now."""
         return differences(self.state.data, data.opened.fingerprint) if self.state else []
 
     def history(self, data: JobData) -> History | None:
-        """What its run has read, up to its step; none where that was other data, or isn't known.
+        """What its run has read up to its step; None if that was other data, or isn't known.
 
         Raises:
             DataError: the state is damaged.
@@ -68,14 +68,14 @@ class Saved(NamedTuple):
 
 
 def history_of_start(data: JobData, saved: Saved | None) -> History | None:
-    """What a run has read and will read that a start with the job's settings begins, or goes on with.
+    """What a run has read and will read if it is started now, with the job's settings.
 
     Args:
         data: the streams.
-        saved: the checkpoint that it loads, also where `checkpoint.enable` is false; none for a run that begins.
+        saved: the checkpoint to load, also if `checkpoint.enable` is false; None for a run that begins.
 
     Returns:
-        none where the start would be refused, as the checkpoint was written on other data.
+        None if the start would be refused, because the checkpoint was written on other data.
     """
     if saved is None:
         return data.from_beginning()
@@ -99,20 +99,17 @@ def history_of_start(data: JobData, saved: Saved | None) -> History | None:
 
 
 def own_checkpoints(job: Job) -> str | None:
-    """The folder of a job's own checkpoints, if there are finished ones that a start would load."""
+    """The folder of a job's own checkpoints, if a start would load one of them."""
     folder = job.checkpoints.folder
     return folder if job.checkpoints.enable and steps_with(folder, ".metadata") else None
 
 
 def checkpoint_of_start(job: Job, path: str | None) -> Saved | None:
-    """The checkpoint that a start loads.
+    """Read the checkpoint that a start loads; errors are those of `read_checkpoint`.
 
     Args:
-        job: that starts.
-        path: what the user has named; without, the job's own where its settings say how to load them.
-
-    Raises:
-        ConfigError, DataError: as `read_checkpoint`.
+        job: the job that starts.
+        path: the path that the user has named; None for the job's own, if its settings say how to load one.
     """
     settings = job.checkpoints
     if not path and (settings.load_step != -1 or {"dataloader", "train_state"} & {*settings.exclude_from_loading}):
@@ -121,14 +118,14 @@ def checkpoint_of_start(job: Job, path: str | None) -> Saved | None:
 
 
 def read_checkpoint(path: str, settings: Checkpoints) -> Saved:
-    """Read a checkpoint of TorchTitan's, or of several in a folder the one that a start loads.
+    """Read one of TorchTitan's checkpoints, or the one of several that a start loads.
 
     Args:
-        path: of its folder, or of that of all steps.
-        settings: of the job; `load_step` chooses, and what `exclude_from_loading` has needn't be there.
+        path: the folder of the checkpoint, or of all steps.
+        settings: the job's settings: `load_step` chooses one, and what `exclude_from_loading` names may be missing.
 
     Raises:
-        ConfigError: there is none, or it has no dataloader state.
+        ConfigError: there is no checkpoint, or it has no dataloader state.
         DataError: the state is damaged.
     """
     folder = step_folder(path, settings.load_step)
@@ -151,11 +148,7 @@ def read_checkpoint(path: str, settings: Checkpoints) -> Saved:
 
 
 def step_folder(path: str, load_step: int) -> str:
-    """The folder of a checkpoint, given that or the one of all steps.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The folder of a checkpoint, given that or the folder of all steps; raise ConfigError if there is none."""
     if os.path.isfile(os.path.join(path, ".metadata")):
         return path
     if not (steps := steps_with(path, ".metadata")):
@@ -168,14 +161,10 @@ def step_folder(path: str, load_step: int) -> str:
 
 
 def load(folder: str, content: dict[str, Any]) -> None:
-    """Fill in what a checkpoint has for these keys.
-
-    Raises:
-        ConfigError: one is missing, or can't be read.
-    """
-    logging.disable(logging.WARNING)  # tracebacks of what is said in a line here
+    """Fill in the values that a checkpoint has for these keys; raise ConfigError if that fails."""
+    logging.disable(logging.WARNING)  # which would print tracebacks
     try:
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group
+        with warnings.catch_warnings(action="ignore"):  # of a missing process group
             dcp.load(content, checkpoint_id=folder, no_dist=True)
     except CheckpointException as error:
         reason = explain_missing(str(error)) or f"it can't be read: {root_cause(error)} Name an earlier one."

@@ -1,22 +1,15 @@
-"""A job's data without the job: its streams in their order, in any layout, from one process on any machine.
+"""Opens a job's data without the job: its streams in their order, for any layout, in one process on any machine.
 
-Caches of jobs are neither used nor changed: what has to be fetched or unpacked goes into a folder of its own, which is
-removed.
+The caches of jobs are neither used nor changed. What has to be fetched or unpacked goes into a temporary folder.
 """
 
 import contextlib
 import copy
 import dataclasses
-import errno
-import fcntl
 import math
 import os
-import shutil
-import stat
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,24 +41,22 @@ from examples.mosaic_streaming.dataloader import (
 )
 from examples.mosaic_streaming.distributed import AbortChannel, new_job_id
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.preview.folder import own_folder
 from examples.mosaic_streaming.sampling import Order, assign_to_ranks, check_memory
 from examples.mosaic_streaming.shards import get_index, make_stream
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation
 
-OF_A_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
-"""What torchrun tells its processes; here, each of them would be wrong."""
-
-PREFIX, LOCK = "mosaic_streaming-preview-", "in_use"
-"""Of temporary folders: how their names begin, and the file in them that their process locks."""
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""Environment variables that torchrun sets for its processes. Here, each of them would be wrong."""
 
 GPUS = 8
-"""Of a machine, unless the user says another number."""
+"""The ranks of a machine, unless the user gives another number."""
 
 
 class SampleLocation(NamedTuple):
-    """Where a sample lies: its stream, its number there, its shard's file and its number in that."""
+    """Where a sample is stored: its stream, its number in that, its shard's file, and its number in that."""
 
     stream: str
     sample_of_stream: int
@@ -74,7 +65,7 @@ class SampleLocation(NamedTuple):
 
 
 class NoRowError(DataError):
-    """The loader's collator makes no row of a sample; training would stop there."""
+    """The loader's collator makes no row of a sample. Training would stop there."""
 
 
 @dataclass
@@ -82,15 +73,15 @@ class JobData:
     """The streams of a job that isn't running.
 
     Attributes:
-        job: that would read them.
-        job_settings: of its job config, with their owners.
+        job: the job that would read them.
+        job_settings: the settings of its job config, with their owners.
         given: the loader's file, as it was read.
-        config: the loader configuration that a job would have. `opened` has other caches.
-        opened: the streams, ready to be read.
-        tokenizer: transformers', of the model.
-        folder: of this process, for what it fetches.
-        shape: of the model's batches.
-        validation: the validation loader, where the job has one; its file and its configuration.
+        config: the loader configuration that the job would have. `opened` has other caches.
+        opened: the open streams.
+        tokenizer: the model's tokenizer, as transformers has it.
+        folder: the temporary folder of this process.
+        shape: the size of the model's batches.
+        validation: the file and the configuration of the validation loader, if the job has one.
     """
 
     job: Job
@@ -116,15 +107,15 @@ class JobData:
         return self.opened.dataset.sample_offset_per_stream
 
     def from_beginning(self) -> History:
-        """What a run reads that begins with the present settings, and goes on with them."""
+        """The history of a run that begins with the present settings, and keeps them."""
         order = self.opened.order
         return History(order, (Segment(0, 0, 0, order.global_batch_size),))
 
     def in_order(self, epoch: int) -> NDArray[np.int64]:
-        """Ids of the samples of an epoch, int64 [samples], also of those that fill no global batch; keeps the last.
+        """The samples of an epoch in order, int64 [samples], with those that fill no global batch. The last is kept.
 
         Raises:
-            ConfigError: this machine's memory is too small for it.
+            ConfigError: this machine's memory is too small.
         """
         if self._epoch != epoch:
             check_memory(self.opened.dataset.epoch_size, self.opened.config.source)
@@ -134,17 +125,17 @@ class JobData:
         return self._in_order
 
     def global_batch(self, step: int, history: History | None = None) -> NDArray[np.int64]:
-        """What each dp rank of this layout reads in a step.
+        """The samples that each dp rank reads in a step.
 
         Args:
-            step: counted from 1.
-            history: of the run; without, it has begun with the present settings.
+            step: the step, counted from 1.
+            history: the run's history; by default, it has begun with the present settings.
 
         Returns:
-            int64 [dp ranks, batches, samples of a batch].
+            int64 [dp ranks, micro-batches, samples of a micro-batch].
 
         Raises:
-            ConfigError: the step is not known, or this layout can't share out its global batch.
+            ConfigError: the step is not known, or its global batch can't be split for this layout.
         """
         order, dp = self.opened.order, self.job.layout.dp_world_size
         part = (history or self.from_beginning()).batch(step)
@@ -159,25 +150,21 @@ class JobData:
             dp, -1, order.local_batch_size
         )
 
-    def look(self) -> list[str]:
-        """What a start would warn of in the first samples.
+    def check_first_samples(self) -> list[str]:
+        """Check the first samples as a start does, and return its warnings.
 
         Raises:
-            ConfigError, DataError: it would refuse them.
+            ConfigError, DataError: a start would refuse them.
         """
         opened = self.opened
         return check_first_samples(opened.loader, opened.spec, opened.config, self.tokenizer, self.shape)
 
     def stream_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The numbers of the streams that samples are of, of the same shape."""
+        """The numbers of the samples' streams, of the same shape."""
         return np.searchsorted(self.offsets, samples, side="right") - 1
 
     def locate(self, sample: int) -> SampleLocation:
-        """Where a sample lies.
-
-        Raises:
-            ConfigError: there is no such sample.
-        """
+        """Say where a sample is stored; raise ConfigError if there is no such sample."""
         dataset = self.opened.dataset
         if not 0 <= sample < dataset.num_samples:
             raise ConfigError(f"Sample {sample}: the streams have samples 0 to {dataset.num_samples - 1:,}.")
@@ -188,11 +175,11 @@ class JobData:
         return SampleLocation(self.opened.names[stream], sample - int(self.offsets[stream]), file, index)
 
     def collate(self, samples: Sequence[int]) -> Mapping[str, Any]:
-        """The batch that llm-foundry's collator makes of samples.
+        """Make the batch that llm-foundry's collator makes of samples.
 
         Raises:
-            DataError: one can't be read.
-            NoRowError: one makes no row.
+            DataError: a sample can't be read.
+            NoRowError: a sample makes no row.
         """
         collate: Any = self.opened.loader.collate_fn
         read = [self.read(sample) for sample in samples]
@@ -207,7 +194,7 @@ class JobData:
         return batch
 
     def read(self, sample: int) -> Any:
-        """A sample as llm-foundry reads it.
+        """Read a sample as llm-foundry reads it.
 
         Raises:
             DataError: it can't be read.
@@ -224,23 +211,18 @@ class JobData:
             raise NoRowError(f"Sample {sample} makes no row, and training would stop there: {error}") from error
 
     def tokens(self, sample: int) -> list[int]:
-        """The ids of a sample that a row has room for, without padding.
-
-        Raises:
-            DataError: it can't be read.
-            NoRowError: it makes no row.
-        """
+        """The ids of a sample that fit into a row, without padding; errors are those of `collate`."""
         batch = self.collate([sample])
         ids = batch["input_ids"][0]
         padding = is_padding(batch["input_ids"], batch.get("attention_mask"), self.opened.spec)
         return [int(token) for token in (ids if padding is None else ids[~padding[0]])]
 
     def text(self, sample: int) -> str:
-        """What `tokens` returns, decoded."""
+        """The text of `tokens`."""
         return self.decode(self.tokens(sample))
 
     def decode(self, ids: list[int]) -> str:
-        """The text of tokens, as it is."""
+        """Decode ids, without cleaning up spaces."""
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
@@ -257,19 +239,19 @@ def open_job_data(
     """A context in which the streams of a job can be read.
 
     Args:
-        job_config: TorchTitan's.
-        job_settings: of it, with their owners.
-        train: the loader's configuration.
-        validation: that of the validation loader.
+        job_config: TorchTitan's job config.
+        job_settings: its settings, with their owners.
+        train: the configuration of the training loader.
+        validation: the configuration of the validation loader, if there is one.
         world_size: processes of the job.
-        ranks_per_node: processes on each machine; without, up to 8.
-        channel: of this process.
+        ranks_per_node: processes on each machine; by default, up to 8.
+        channel: ends this process.
 
     Raises:
         ConfigError: the job would not start with this configuration, or not on so many ranks.
-        DataError: an index can't be had, or can't be believed.
+        DataError: an index is missing or wrong.
     """
-    for name in OF_A_JOB:
+    for name in RANK_VARIABLES:
         os.environ.pop(name, None)
     ranks_per_node = check_ranks(world_size, ranks_per_node)
     titan.check_job(job_config, validation is not None, world_size)
@@ -292,11 +274,11 @@ def open_job_data(
 
 
 def open_validation(data: JobData) -> JobData | None:
-    """The validation streams of a job, if it has any; samples of theirs have ids of their own.
+    """Open the validation streams of a job, if it has any. Their samples have numbers of their own.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses them.
-        DataError: an index can't be had, or can't be believed.
+        DataError: an index is missing or wrong.
     """
     if not data.validation:
         return None
@@ -314,11 +296,7 @@ def open_validation(data: JobData) -> JobData | None:
 
 
 def check_ranks(world_size: int, ranks_per_node: int | None) -> int:
-    """Processes on each machine; without, up to 8.
-
-    Raises:
-        ConfigError: the world size is no multiple of them.
-    """
+    """Return the processes of each machine; raise ConfigError unless the world size is a multiple of them."""
     if ranks_per_node is None:
         ranks_per_node = world_size if world_size <= GPUS else math.gcd(world_size, GPUS)
     if world_size < 1 or ranks_per_node < 1 or world_size % ranks_per_node:
@@ -328,63 +306,14 @@ def check_ranks(world_size: int, ranks_per_node: int | None) -> int:
     return ranks_per_node
 
 
-@contextlib.contextmanager
-def own_folder(channel: AbortChannel) -> Iterator[str]:
-    """A temporary folder of this process; those that killed ones of this user have left are removed.
-
-    Raises:
-        ConfigError: there can be none.
-    """
-    try:
-        for left in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
-            with contextlib.suppress(OSError):
-                remove_left(left)
-        folder = tempfile.mkdtemp(prefix=PREFIX)
-    except OSError as error:
-        raise ConfigError(
-            f"No temporary folder can be made ({error}): set TMPDIR to a place with some room."
-        ) from error
-    with open(f"{folder}/{LOCK}.part", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        os.rename(lock.name, f"{folder}/{LOCK}")  # nobody sees it unlocked
-        try:
-            try:
-                yield folder
-            finally:
-                channel.begin_shutdown()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def remove_left(folder: Path) -> None:
-    """Remove a temporary folder of this user's whose process has ended; anybody may have put anything in its place.
-
-    Raises:
-        OSError: it is no such folder, or its process lives.
-    """
-    with contextlib.ExitStack() as stack:
-
-        def open_own(name: str | Path, flags: int, within: int | None = None) -> int:
-            file = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | flags, dir_fd=within)
-            stack.callback(os.close, file)
-            if os.fstat(file).st_uid != os.getuid():
-                raise PermissionError(errno.EPERM, "another user's", str(name))
-            return file
-
-        lock = open_own(LOCK, 0, within=open_own(folder, os.O_DIRECTORY))
-        if stat.S_ISREG(os.fstat(lock).st_mode):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def read_through(folder: str, loader: ResolvedLoader) -> ResolvedLoader:
-    """A configuration that reads the same streams in this process, with their indexes fetched.
+    """Change a configuration to read the same streams in this process, and fetch their indexes.
 
-    Streams in folders of this machine are read where they lie, if nothing has to be unpacked beside them, nor evicted
-    there; the others through caches in a folder.
+    Streams in folders of this machine are read where they are, unless files have to be unpacked or evicted there. All
+    others are read through caches in a temporary folder.
 
     Raises:
-        DataError: an index can't be had, or can't be believed.
+        DataError: an index is missing or wrong.
     """
     config = copy.deepcopy(loader.config) | WITHOUT_WORKERS
     dataset = config["dataset"]

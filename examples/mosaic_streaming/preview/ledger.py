@@ -1,4 +1,4 @@
-"""What a run has read of each stream up to a step, against the shares that were asked for."""
+"""Counts what a run has read of each stream, against the shares that were asked for."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -10,29 +10,25 @@ from examples.mosaic_streaming.checkpoint import History, Slice
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
 
-POINTS = 200
-"""Of a curve, at most."""
+CURVE_POINTS = 200
+"""A curve has at most so many points."""
 
-Watched = Callable[[Iterable[int], str], Iterable[int]]
-"""Shows how far one is in some numbers, while passing them on."""
+ProgressBar = Callable[[Iterable[int], str], Iterable[int]]
+"""Iterates numbers and shows a progress bar."""
 
 
-def samples_of_streams(data: JobData, parts: Iterable[Slice], watched: Watched) -> NDArray[np.int64]:
-    """Samples of each stream in parts of epochs, int64 [streams]."""
+def samples_of_streams(data: JobData, parts: Iterable[Slice], progress_bar: ProgressBar) -> NDArray[np.int64]:
+    """Count the samples of each stream in parts of epochs, int64 [streams]."""
     counts = np.zeros(len(data.opened.names), np.int64)
     parts = list(parts)
-    for number in watched(range(len(parts)), "epochs"):
+    for number in progress_bar(range(len(parts)), "epochs"):
         samples = data.in_order(parts[number].epoch)[parts[number].begin : parts[number].end]
         counts += np.bincount(data.stream_of(samples), minlength=counts.size)
     return counts
 
 
 def before(history: History) -> list[Slice]:
-    """What was read before the steps that are known, since the streams' beginning.
-
-    Raises:
-        ConfigError: that is not known, either.
-    """
+    """What was read before the known steps, since the streams' beginning; raise ConfigError if that isn't known."""
     first = history.segments[0]
     if first.epoch:
         raise ConfigError(
@@ -43,17 +39,17 @@ def before(history: History) -> list[Slice]:
     return [Slice(first.step, 0, 0, first.sample_in_epoch, first.global_batch_size)] * bool(first.sample_in_epoch)
 
 
-def ledger(data: JobData, history: History, until: int, watched: Watched) -> dict[str, Any]:
-    """What has been asked of each stream and what it has given, up to a step.
+def ledger(data: JobData, history: History, until: int, progress_bar: ProgressBar) -> dict[str, Any]:
+    """Say what was asked of each stream and what it has given, up to a step.
 
-    Shares are of samples, as `proportion` and the like are. Tokens are those that the model gets, none where samples
-    differ in length.
+    Shares are of samples, as `proportion` and the like are. Tokens are those that the model gets; there are none where
+    samples differ in length.
 
     Raises:
-        ConfigError: that is not known.
+        ConfigError: what was read is not known.
     """
     history.segment(until + 1)
-    read = samples_of_streams(data, [*before(history), *history.slices(until=until)], watched)
+    read = samples_of_streams(data, [*before(history), *history.slices(until=until)], progress_bar)
     tokens = data.opened.tokens_of_a_sample
     dataset, streams = data.opened.dataset, []
     for number, name in enumerate(data.opened.names):
@@ -77,23 +73,19 @@ def ledger(data: JobData, history: History, until: int, watched: Watched) -> dic
 
 
 def shares_over_steps(
-    data: JobData, history: History, until: int, watched: Watched
+    data: JobData, history: History, until: int, progress_bar: ProgressBar
 ) -> tuple[list[int], NDArray[np.float64]]:
-    """The share of each stream in all that a run has read from the streams' beginning, at some steps up to one.
-
-    Returns:
-        the steps, and float64 [steps, streams].
-    """
+    """The share of each stream in all that a run has read: at some steps, float64 [steps, streams]."""
     after = history.segments[0].step
-    steps = sorted({round(step) for step in np.linspace(after + 1, until, max(0, min(POINTS, until - after)))})
-    counts, shares = samples_of_streams(data, before(history), quietly), []
-    for step in watched(steps, "steps"):
-        counts += samples_of_streams(data, history.slices(after, step), quietly)
+    steps = sorted({round(step) for step in np.linspace(after + 1, until, max(0, min(CURVE_POINTS, until - after)))})
+    counts, shares = samples_of_streams(data, before(history), no_progress_bar), []
+    for step in progress_bar(steps, "steps"):
+        counts += samples_of_streams(data, history.slices(after, step), no_progress_bar)
         after = step
         shares.append(counts / counts.sum())
     return steps, np.array(shares)
 
 
-def quietly(numbers: Iterable[int], text: str) -> Iterable[int]:
-    """Shows nothing."""
+def no_progress_bar(numbers: Iterable[int], text: str) -> Iterable[int]:
+    """Iterate numbers and show nothing."""
     return numbers

@@ -1,4 +1,4 @@
-"""What a job will read and need, from its settings and the streams' indexes alone."""
+"""Plans a job: what it will read and need, from its settings and the streams' indexes alone."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from examples.mosaic_streaming.checkpoint import History, shards_of
 from examples.mosaic_streaming.config import flat
 from examples.mosaic_streaming.preview.checkpoint import Saved
 from examples.mosaic_streaming.preview.job_data import JobData, open_validation
-from examples.mosaic_streaming.preview.ledger import Watched
+from examples.mosaic_streaming.preview.ledger import ProgressBar
 from examples.mosaic_streaming.sampling import ORDER_BYTES, size_of_round, stream_shares
 
 EXACT = 20_000_000
-"""Samples of an epoch up to which the first repeat is looked for; beyond, only what it can't come before is said."""
+"""In an epoch of at most so many samples, the first repeat is looked for. Else the plan only has a lower bound."""
 
 DERIVED = {
     "dataset.max_seq_len": "derived from training.seq_len",
@@ -24,20 +24,20 @@ DERIVED = {
 }
 
 
-def plan(data: JobData, history: History | None, watched: Watched) -> dict[str, Any]:
-    """All sections of the plan.
+def plan(data: JobData, history: History | None, progress_bar: ProgressBar) -> dict[str, Any]:
+    """Make all sections of the plan.
 
     Args:
-        data: the streams.
-        history: of the run; none where a start would be refused.
-        watched: shows how far it is, where it takes long.
+        data: the streams of the job.
+        history: the run's history; None where a start would be refused.
+        progress_bar: shows the progress of what takes long.
     """
     streams = data.opened
     parts = stream_shares(streams.names, streams.dataset, streams.order, streams.tokens_of_a_sample)
     return {
         "streams": [part._asdict() | sizes_of(data, number) for number, part in enumerate(parts)],
         "epoch": epoch_section(data),
-        "run": run_section(data, history, watched),
+        "run": run_section(data, history, progress_bar),
         "validation": validation_section(data),
         "layout": layout_section(data),
         "needs": needs_section(data),
@@ -47,7 +47,7 @@ def plan(data: JobData, history: History | None, watched: Watched) -> dict[str, 
 
 
 def sizes_of(data: JobData, number: int) -> dict[str, Any]:
-    """A stream's source, shards, and their bytes as they are read."""
+    """A stream's source, its shards, and their bytes when they are unpacked."""
     name = data.opened.names[number]
     shards = shards_of(data.opened.dataset, number)
     return {
@@ -58,7 +58,7 @@ def sizes_of(data: JobData, number: int) -> dict[str, Any]:
 
 
 def epoch_section(data: JobData) -> dict[str, Any]:
-    """What an epoch is."""
+    """The size of an epoch."""
     order = data.opened.order
     samples = order.remaining(0)
     return {
@@ -70,14 +70,14 @@ def epoch_section(data: JobData) -> dict[str, Any]:
 
 
 def times(samples: int | None, tokens: int | None) -> int | None:
-    """Tokens of samples, where their number is known and they are all of one length."""
+    """The tokens of samples; None if their number or their length is unknown."""
     return None if samples is None or tokens is None else samples * tokens
 
 
-def run_section(data: JobData, history: History | None, watched: Watched) -> dict[str, Any]:
-    """What all steps read, and when a sample is read for the second time; none where that isn't known."""
+def run_section(data: JobData, history: History | None, progress_bar: ProgressBar) -> dict[str, Any]:
+    """What all steps read, and when a sample is first read again; None where that isn't known."""
     steps, tokens = data.job.steps, data.opened.tokens_of_a_sample
-    repeat, exact = first_repeat(data, history, watched) if history else (None, False)
+    repeat, exact = first_repeat(data, history, progress_bar) if history else (None, False)
     samples = history.samples(steps) if history else None
     unrepeated = history.samples(repeat - 1) if history and repeat else None
     return {
@@ -96,10 +96,10 @@ def run_section(data: JobData, history: History | None, watched: Watched) -> dic
     }
 
 
-def first_repeat(data: JobData, history: History, watched: Watched) -> tuple[int | None, bool]:
-    """The first step that has a sample again, and whether it is just that; else no earlier step has one.
+def first_repeat(data: JobData, history: History, progress_bar: ProgressBar) -> tuple[int | None, bool]:
+    """The first step that reads a sample again, and whether that is exact or only a lower bound.
 
-    None where it isn't known what was read before.
+    The step is None if it isn't known what was read before.
     """
     if not history.begins_anew:
         return None, False
@@ -112,7 +112,7 @@ def first_repeat(data: JobData, history: History, watched: Watched) -> tuple[int
         return (history.segments[0].step if within else turn) + 1, False
     seen = np.zeros(dataset.num_samples, bool)
     parts = history.slices()
-    for _ in watched(itertools.count(), "looking for the first repeat"):
+    for _ in progress_bar(itertools.count(), "looking for the first repeat"):
         part = next(parts)
         read = data.in_order(part.epoch)[part.begin : part.end]
         again = np.flatnonzero(seen[read] | is_again(read, dataset.num_samples))
@@ -123,23 +123,14 @@ def first_repeat(data: JobData, history: History, watched: Watched) -> tuple[int
 
 
 def is_again(samples: NDArray[np.int64], size: int) -> NDArray[np.bool_]:
-    """Which samples stand further to the left, too.
-
-    Args:
-        samples: ids below `size`.
-        size: samples that there are.
-    """
+    """Mark the samples, below `size`, that also stand further to the left."""
     first = np.zeros(size, np.int64)
     first[samples[::-1]] = np.arange(samples.size)[::-1]
     return first[samples] != np.arange(samples.size)
 
 
 def validation_section(data: JobData) -> dict[str, Any] | None:
-    """The validation streams, and what a round reads of them; none where the job reads none.
-
-    Raises:
-        ConfigError, DataError: a start would refuse their first samples.
-    """
+    """The validation streams and what a round reads of them; None without any. Errors are those of a start."""
     if not (found := open_validation(data)):
         return None
     assert data.job.validation
@@ -155,12 +146,12 @@ def validation_section(data: JobData) -> dict[str, Any] | None:
         "round": {"batches": batches, "samples": samples, "global_batch_size": order.global_batch_size},
         "seq_len": settings.shape.seq_len,
         "freq": settings.freq,
-        "warnings": found.look(),
+        "warnings": found.check_first_samples(),
     }
 
 
 def layout_section(data: JobData) -> dict[str, Any]:
-    """Who reads what."""
+    """The ranks, and which of them read the same."""
     layout, order = data.job.layout, data.opened.order
     return {
         "world_size": layout.world_size,
@@ -177,7 +168,7 @@ def layout_section(data: JobData) -> dict[str, Any]:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as "0-3, 8-11"."""
+    """Write ascending numbers as "0-3, 8-11"."""
     parts = []
     for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
         run = [number for _, number in group]
@@ -186,7 +177,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def needs_section(data: JobData) -> dict[str, Any]:
-    """What each node needs, in bytes: shared memory, that of the order while an epoch begins; memory; and disk."""
+    """What each node needs, in bytes: shared memory, memory and disk."""
     streams, config = data.opened, data.config.config
     ahead = config["num_workers"] * (config.get("prefetch_factor") or 2)  # 2 is llm-foundry's default
     tensors = 3 if streams.spec.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
@@ -203,7 +194,7 @@ def needs_section(data: JobData) -> dict[str, Any]:
 
 
 def bytes_of(data: JobData, cached: bool) -> int:
-    """Bytes that the shards of the streams take that have a cache, or of those that have none."""
+    """The bytes of all shards of the streams with a cache, or of those without."""
     total = 0
     for number, (stream, folder) in enumerate(zip(data.config.streams.values(), data.config.folders, strict=True)):
         keeps_packed = stream["keep_zip"] or not cached
@@ -214,7 +205,7 @@ def bytes_of(data: JobData, cached: bool) -> int:
 
 
 def cache_bytes(data: JobData) -> int:
-    """What a node's caches hold in the end, if nothing limits them: all shards, or those of its own ranges."""
+    """The bytes that a node's caches hold in the end without a limit: all shards, or those of its own ranges."""
     nodes, order = data.job.layout.world().num_nodes, data.opened.order
     ranges = data.config.dataset["num_canonical_nodes"]
     keeps_to_own = order.batching_method in ("random", "per_stream") and ranges % nodes == 0
@@ -222,7 +213,7 @@ def cache_bytes(data: JobData) -> int:
 
 
 def settings_section(data: JobData) -> list[dict[str, Any]]:
-    """Each setting that decides what is read and how, its value, and who has set it."""
+    """The settings that decide what is read and how, with their values and owners."""
     rows = []
     given, resolved = flat(data.given.config), flat(data.config.config)
     for key, value in resolved.items():
@@ -236,8 +227,8 @@ def settings_section(data: JobData) -> list[dict[str, Any]]:
 
 
 def checks(data: JobData) -> dict[str, list[str]]:
-    """What has been looked at just now, as at each start, and what a job looks at while it reads."""
-    form, layout = data.opened.spec, data.job.layout
+    """What was checked just now, as at each start, and what a job checks while it reads."""
+    spec, layout = data.opened.spec, data.job.layout
     hashes = "".join(f", {name}" for name in sorted(filter(None, set(data.config.hashes))))
     now = [
         "tokenizer: TorchTitan and transformers read the same ids from the same assets",
@@ -246,7 +237,7 @@ def checks(data: JobData) -> dict[str, list[str]]:
     ]
     later = [
         f"shards, when fetched and at each start: bytes, samples{hashes}",
-        f"each batch: shape [{form.rows}, {form.max_seq_len}], ids 0 to {form.vocab_size - 1:,}",
+        f"each batch: shape [{spec.rows}, {spec.max_seq_len}], ids 0 to {spec.vocab_size - 1:,}",
         "each epoch: as many samples as the index says",
     ]
     if layout.world_size > 1:
@@ -257,7 +248,7 @@ def checks(data: JobData) -> dict[str, list[str]]:
 
 
 def resume_section(data: JobData, saved: Saved, history: History | None) -> dict[str, Any]:
-    """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
+    """Where a checkpoint's run stands, what has changed since, and what a start would do."""
     order, checkpoint = data.opened.order, data.job.checkpoints
     state, differences = saved.state, saved.differences(data)
     anew = "dataloader" in checkpoint.exclude_from_loading

@@ -1,4 +1,4 @@
-"""Pictures of what `preview` finds."""
+"""Draws pictures of what `preview` finds."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,11 +14,7 @@ BINS = 40
 
 
 def plot_lengths(path: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Draw how long the documents of rows are, by stream.
-
-    Raises:
-        ConfigError: there are none, or the file can't be written.
-    """
+    """Draw the lengths of the rows' documents, by stream; raise ConfigError if there are none."""
     lengths: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         for document in row.get("documents", []):
@@ -38,18 +34,7 @@ def plot_lengths(path: str, rows: Sequence[dict[str, Any]]) -> None:
 def plot_shares(
     path: str, names: Sequence[str], steps: Sequence[int], shares: NDArray[np.float64], asked: Sequence[float]
 ) -> None:
-    """Draw each stream's share of what has been read, over steps, and what was asked for.
-
-    Args:
-        path: of the picture.
-        names: of the streams.
-        steps: where the shares were taken.
-        shares: float64 [steps, streams].
-        asked: share of each stream.
-
-    Raises:
-        ConfigError: the file can't be written.
-    """
+    """Draw each stream's share of what was read, `shares` float64 [steps, streams], and the share that was asked."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, name in enumerate(names):
@@ -62,7 +47,7 @@ def plot_shares(
 
 
 def save(figure: Figure, path: str) -> None:
-    """Write a picture; its form is the file's ending."""
+    """Write a picture, in the format of the file's ending; raise ConfigError if that fails."""
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Rows as the model gets them: what is learned, what is only read, what is padding, and where documents end."""
+"""Describes rows as the model gets them: what is learned, only read, or padding, and where documents end."""
 
 import dataclasses
 import itertools
@@ -16,18 +16,18 @@ from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
 
 KINDS = CONTEXT, TARGET, PADDING = "context", "target", "padding"
-"""What a token of a row is: read but not learned, learned, there to fill up."""
+"""What a token of a row can be: read but not learned, learned, or padding."""
 
 
 @dataclass(frozen=True)
 class Span:
-    """Tokens that follow each other, of one document and one kind.
+    """Consecutive tokens of one document and one kind.
 
     Attributes:
         kind: one of `KINDS`.
-        begin: the first one's place in the row.
-        ids: of the tokens.
-        text: they decode to.
+        begin: the first token's place in the row.
+        ids: the ids of the tokens.
+        text: the decoded tokens.
     """
 
     kind: str
@@ -38,48 +38,38 @@ class Span:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a batch.
-
-    Attributes:
-        samples: that it is made of, in their order.
-        documents: their spans.
-        padding: tokens that fill it up.
-    """
+    """A row of a batch: its samples in their order, the spans of its documents, and its padding tokens."""
 
     samples: list[int]
     documents: list[list[Span]]
     padding: int
 
     def count(self, kind: str) -> int:
-        """Its tokens of a kind."""
+        """The number of tokens of a kind."""
         spans = [span for document in self.documents for span in document if span.kind == kind]
         return self.padding if kind == PADDING else sum(len(span.ids) for span in spans)
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each document."""
+        """The number of tokens of each document."""
         return [sum(len(span.ids) for span in document) for document in self.documents]
 
 
 def rows_of(data: JobData, samples: Sequence[int]) -> list[Row]:
-    """The rows that llm-foundry's collator and ours make of samples.
-
-    Args:
-        data: the streams.
-        samples: their ids; with packing, those of a batch, of which some may find no room.
+    """Make the rows that a training batch would have of samples. With packing, some samples may find no room.
 
     Raises:
         DataError: a sample can't be read.
-        NoRowError: one makes no row, or none for the model.
+        NoRowError: a sample makes no row, or none for the model.
     """
     batch = data.collate(samples)
     ids = batch["input_ids"]
-    form = dataclasses.replace(data.opened.spec, rows=len(ids))
+    spec = dataclasses.replace(data.opened.spec, rows=len(ids))
     try:
-        _, labels = to_titan_batch(batch, form)
+        _, labels = to_titan_batch(batch, spec)
     except DataError as error:
         raise NoRowError(f"{named(samples)} no row for the model, and training would stop there: {error}") from error
-    kinds, last = kinds_of(batch, labels, form), last_tokens(batch, form)
+    kinds, last = kinds_of(batch, labels, spec), last_tokens(batch, spec)
     left = defaultdict(list)  # samples by their tokens, of which several may have the same
     for sample in samples if data.opened.order.packed else []:
         left[tuple(data.tokens(sample))].append(sample)
@@ -97,40 +87,27 @@ def named(samples: Sequence[int]) -> str:
     return f"Sample {samples[0]} makes" if len(samples) == 1 else f"Samples {', '.join(map(str, samples))} make"
 
 
-def kinds_of(batch: Mapping[str, Any], labels: Tensor, form: BatchSpec) -> Tensor:
-    """The kind of each token, as an index of `KINDS`.
-
-    Args:
-        batch: of llm-foundry.
-        labels: int64 [rows, seq_len], what the model has to say behind each token.
-        form: what the batch looks like.
-
-    Returns:
-        int64 [rows, max_seq_len].
-    """
+def kinds_of(batch: Mapping[str, Any], labels: Tensor, spec: BatchSpec) -> Tensor:
+    """The kind of each token, as an index of `KINDS`: int64 [rows, max_seq_len]. Labels are int64 [rows, seq_len]."""
     ids = batch["input_ids"]
-    targets = torch.nn.functional.pad(labels != IGNORE_INDEX, (1, 0))[:, : form.max_seq_len]
+    targets = torch.nn.functional.pad(labels != IGNORE_INDEX, (1, 0))[:, : spec.max_seq_len]
     kinds = torch.full_like(ids, KINDS.index(CONTEXT)).masked_fill(targets, KINDS.index(TARGET))
-    padding = is_padding(ids, batch.get("attention_mask"), form)
+    padding = is_padding(ids, batch.get("attention_mask"), spec)
     return kinds if padding is None else kinds.masked_fill(padding, KINDS.index(PADDING))
 
 
-def last_tokens(batch: Mapping[str, Any], form: BatchSpec) -> Tensor:
-    """Where documents end: as llm-foundry says or, in text of which it says nothing, behind each EOS.
-
-    Returns:
-        bool [rows, max_seq_len].
-    """
+def last_tokens(batch: Mapping[str, Any], spec: BatchSpec) -> Tensor:
+    """Mark the last tokens of documents, bool [rows, max_seq_len]: by `sequence_id`, or else in text by EOS."""
     ids = batch["input_ids"]
     if SEQUENCE_ID in batch:
         return ends(batch[SEQUENCE_ID])
-    if form.labels_are_ids and form.eos_id is not None:
-        return ids == form.eos_id
+    if spec.labels_are_ids and spec.eos_id is not None:
+        return ids == spec.eos_id
     return torch.zeros_like(ids, dtype=torch.bool)
 
 
 def documents_of(ids: Tensor, kinds: Tensor, last: Tensor, decode: Callable[[list[int]], str]) -> list[list[Span]]:
-    """The documents of a row, each in spans of one kind, without padding; each tensor has the row's length."""
+    """The documents of a row, each in spans of one kind, without padding. Each tensor has the row's length."""
     numbers = torch.nn.functional.pad(last[:-1].long(), (1, 0)).cumsum(0).tolist()
     documents: dict[int, list[Span]] = {}
     pairs = list(zip(numbers, kinds.tolist(), strict=True))

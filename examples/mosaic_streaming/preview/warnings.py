@@ -1,4 +1,4 @@
-"""Settings that are allowed, but known to hurt, and why."""
+"""Warns of settings that are allowed but known to hurt, and says why."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,19 +13,14 @@ from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.shards import ADD_HASHES
 
 MANY_PASSES = 4
-"""Beyond so many over the same text, one more teaches next to nothing.
+"""After so many passes over the same text, one more teaches next to nothing.
 
 Source: Muennighoff et al., Scaling Data-Constrained Language Models, arXiv 2305.16264.
 """
 
 
-def advice(data: JobData, plan: Mapping[str, Any]) -> list[str]:
-    """What a job would warn of, and what would hurt it later.
-
-    Args:
-        data: the streams.
-        plan: its other sections.
-    """
+def job_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
+    """What a job would warn of, and what would hurt it later, given the other sections of its plan."""
     return [
         *warnings_of(data.config, data.job, data.tokenizer, data.opened.columns),
         *of_order(data, plan),
@@ -38,7 +33,7 @@ def advice(data: JobData, plan: Mapping[str, Any]) -> list[str]:
 
 
 def of_order(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What an epoch leaves out, and in which order the rest comes."""
+    """Warn of what an epoch leaves out, and of the order of the rest."""
     left_out, samples = plan["epoch"]["left_out"], data.opened.dataset.epoch_size
     if left_out > DROP_WARN_FRACTION * samples:
         yield (
@@ -60,7 +55,7 @@ def of_order(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_streams(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What is read too often, or unchecked."""
+    """Warn of streams that are read too often, or unchecked."""
     hashes = data.config.hashes
     for number, stream in enumerate(plan["streams"]):
         passes = stream["passes"] * (plan["run"]["epochs"] or 0)
@@ -76,7 +71,7 @@ def of_streams(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_caches(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What makes machines fetch more than their share, or the same again."""
+    """Warn of machines that fetch more than their share, or the same again."""
     dataset, cache = data.opened.dataset, plan["needs"]["cache"]
     nodes, ranges = data.job.layout.world().num_nodes, int(dataset.num_canonical_nodes or 1)
     if not cache:
@@ -103,7 +98,7 @@ def of_caches(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 
 
 def of_job(data: JobData) -> Iterator[str]:
-    """What makes the training process wait, or a run end for good."""
+    """Warn of what makes the training process wait, or a run end for good."""
     checkpoint = data.job.checkpoints
     if data.config.config["num_workers"] == 0:
         yield "num_workers = 0: the training process reads by itself, and the model waits for it. Set 1 or more."
@@ -119,14 +114,14 @@ def of_job(data: JobData) -> Iterator[str]:
 
 
 def of_validation(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What a job would warn of in its validation streams."""
+    """Warn of what a job would warn of in its validation streams."""
     yield from (plan["validation"] or {"warnings": []})["warnings"]
     if data.validation:
         yield from warnings_of_validation(data.validation[1], data.config)
 
 
 def of_own_checkpoints(job: Job, reads_one: bool) -> Iterator[str]:
-    """That a job has checkpoints, where a report is of a run that begins."""
+    """Warn if a job has checkpoints, but the report is of a run that begins."""
     if not reads_one and (folder := own_checkpoints(job)):
         yield (
             f"This is a run that begins, and has had these settings in each step. {folder} has checkpoints: with "
