@@ -22,7 +22,7 @@ class FileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardFile:
     """One file of a shard.
 
     Attributes:
@@ -41,7 +41,7 @@ class Part:
         return self.packed or self.raw
 
 
-def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -> list[Part]:
+def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -> list[ShardFile]:
     """Read the files of a stream from its index.
 
     Args:
@@ -78,7 +78,7 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
     return parts
 
 
-def read_shard(name: str, shard: Any) -> list[Part]:
+def read_shard(name: str, shard: Any) -> list[ShardFile]:
     """Read the files of one shard's entry."""
     expect(isinstance(shard, dict), name, shard, "a section")
     kind, samples = str(shard.get("format")), shard.get("samples")
@@ -95,7 +95,9 @@ def read_shard(name: str, shard: Any) -> list[Part]:
         packed = shard.get(f"zip_{file}")
         expect(bool(packed) == bool(compression), f"{name}.zip_{file}", packed, "one where compression is set")
         parts.append(
-            Part(raw, read_file(f"{name}.zip_{file}", packed) if packed else None, samples if kind == "mds" else None)
+            ShardFile(
+                raw, read_file(f"{name}.zip_{file}", packed) if packed else None, samples if kind == "mds" else None
+            )
         )
     raw = parts[0].raw
     expect(samples * 4 < raw.bytes or kind != "mds", f"{name}.samples", samples, f"fewer in {raw.bytes} bytes")

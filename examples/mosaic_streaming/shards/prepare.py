@@ -13,7 +13,7 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.config import ResolvedLoader, identity, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import take_cache
-from examples.mosaic_streaming.shards.index import FileError, Part, read_index
+from examples.mosaic_streaming.shards.index import FileError, ShardFile, read_index
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe, make_checked
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
@@ -48,7 +48,7 @@ def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
     return make_checked(stream, label)
 
 
-def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
+def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
     """Read a stream's index. A wrong one in the cache is fetched again.
 
     Raises:
@@ -56,7 +56,7 @@ def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
     """
     index = stream.path(get_index_basename())
 
-    def read(path: str) -> list[Part]:
+    def read(path: str) -> list[ShardFile]:
         return read_index(path, allow_unsafe_types, stream.validate_hash)
 
     def store(path: str, folder: str) -> None:
@@ -76,7 +76,7 @@ def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[Part]:
     return read(index)
 
 
-def verify(stream: CheckedStream, parts: list[Part]) -> None:
+def verify(stream: CheckedStream, parts: list[ShardFile]) -> None:
     """Compare the files on this machine with the index: sizes, samples, and with `validate_hash` also hashes.
 
     Damaged files in a cache are removed, to be fetched again. Without a cache, they raise DataError.
@@ -99,7 +99,7 @@ def verify(stream: CheckedStream, parts: list[Part]) -> None:
     logger.warning(f"{told} They were removed, and will be fetched again.")
 
 
-def verify_part(stream: CheckedStream, part: Part) -> tuple[int, list[str]]:
+def verify_part(stream: CheckedStream, part: ShardFile) -> tuple[int, list[str]]:
     """Return the bytes of a file that are right, and its faults. A damaged file in a cache is removed."""
     size, faults = 0, []
     samples = {part.raw.basename: part.samples}

@@ -27,7 +27,7 @@ from examples.mosaic_streaming.config import is_copy
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.shards.cache import INCOMING
 from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched
-from examples.mosaic_streaming.shards.index import FileError, Part
+from examples.mosaic_streaming.shards.index import FileError, ShardFile
 
 MAX_BACKOFF = 60.0
 """The longest pause between two attempts to fetch a file, in seconds."""
@@ -61,9 +61,9 @@ class CheckedStream(Stream):
             DataError: a file is missing, damaged, or can't be stored.
         """
         samples = shard.samples if isinstance(shard, MDSReader) else None
-        return sum(self.prepare(Part(raw, packed, samples), shard.compression) for raw, packed in shard.file_pairs)
+        return sum(self.prepare(ShardFile(raw, packed, samples), shard.compression) for raw, packed in shard.file_pairs)
 
-    def prepare(self, part: Part, compression: str | None) -> int:
+    def prepare(self, part: ShardFile, compression: str | None) -> int:
         """Make one file ready, and return the bytes by which the cache has grown."""
         if os.path.isfile(self.path(part.raw.basename)):
             return 0
@@ -80,7 +80,7 @@ class CheckedStream(Stream):
         self.count(part.stored.bytes)
         return part.raw.bytes + (part.packed.bytes if part.packed and self.safe_keep_zip else 0)
 
-    def store(self, path: str, folder: str, part: Part, compression: str | None) -> int:
+    def store(self, path: str, folder: str, part: ShardFile, compression: str | None) -> int:
         """Check a file, put it into its place, unpacked, and return the bytes that it takes there.
 
         Args:

@@ -11,7 +11,7 @@ from streaming.base.format import FileInfo
 
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.shards.fetch_stats import FetchCounts, FetchStats
-from examples.mosaic_streaming.shards.index import FileError, Part, read_index
+from examples.mosaic_streaming.shards.index import FileError, ShardFile, read_index
 from examples.mosaic_streaming.shards.prepare import make_stream
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe
 from tests.support.streams import write_stream
@@ -19,7 +19,7 @@ from tests.support.streams import write_stream
 LABEL = "the stream"
 
 
-def open_stream(folder: Path, **settings: Any) -> tuple[CheckedStream, list[Part]]:
+def open_stream(folder: Path, **settings: Any) -> tuple[CheckedStream, list[ShardFile]]:
     """A stream of `folder/remote` with its cache beside it, and its files."""
     remote = write_stream(folder / "remote", 60)
     given = {"remote": str(remote), "local": str(folder / "cache"), "download_retry": 1, "validate_hash": "xxh64"}
