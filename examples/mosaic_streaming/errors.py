@@ -1,15 +1,15 @@
-"""Errors that a user can put right, and what their messages are made with."""
+"""The errors that a user can put right, and what their messages are made with."""
 
 import os
 from collections.abc import Sequence
 
 
 class ConfigError(ValueError):
-    """A setting is wrong: the message says what was given, what was expected and where to change it."""
+    """A setting is wrong. The message says what was given, what was expected and where to change it."""
 
 
 class DataError(RuntimeError):
-    """The data is not what the settings promise: the message names the streams and the values found."""
+    """The data is not what the settings promise. The message names the streams and the values found."""
 
 
 def is_rank_0() -> bool:

@@ -1,4 +1,9 @@
-"""An llm-foundry batch becomes one of TorchTitan: collate, shift, mask, documents, packing, checks."""
+"""Makes TorchTitan's batches of llm-foundry's: collate, shift, mask, documents, packing, checks.
+
+`use_fast_collator` gives a loader the one `Collator`. `Batches` iterates the loader, and `convert` makes the
+`TitanBatch` that a `BatchSpec` describes. Before a run, `check_first_samples` compares the data with the model, and
+`choose_ratio` fills in `packing_ratio = "auto"`.
+"""
 
 from examples.mosaic_streaming.batch.collate import (
     DROPPED_TOKENS,

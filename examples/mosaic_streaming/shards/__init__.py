@@ -1,4 +1,9 @@
-"""Indexes, fetching, caches and reading: only files that are right, and errors that reach the reader."""
+"""Reads streams: only right files come into a cache, and every error reaches the reader.
+
+At a start, `prepare_streams` makes indexes and caches ready on each node, and verifies what is there. `check_dataset`
+then turns llm-foundry's dataset into a `CheckedDataset` of `CheckedStream`s, which fetch shards while training reads.
+`check_columns` compares the columns with the loader, and `FetchStats` counts what was fetched.
+"""
 
 from examples.mosaic_streaming.shards.columns import FORMS, check_columns, columns_of, form_of
 from examples.mosaic_streaming.shards.dataset import CheckedDataset, Failure, check_dataset

@@ -94,11 +94,8 @@ def read_shard(name: str, shard: Any) -> list[ShardFile]:
         raw = read_file(f"{name}.raw_{file}", shard.get(f"raw_{file}"))
         packed = shard.get(f"zip_{file}")
         expect(bool(packed) == bool(compression), f"{name}.zip_{file}", packed, "one where compression is set")
-        parts.append(
-            ShardFile(
-                raw, read_file(f"{name}.zip_{file}", packed) if packed else None, samples if kind == "mds" else None
-            )
-        )
+        stored = read_file(f"{name}.zip_{file}", packed) if packed else None
+        parts.append(ShardFile(raw, stored, samples if kind == "mds" else None))
     raw = parts[0].raw
     expect(samples * 4 < raw.bytes or kind != "mds", f"{name}.samples", samples, f"fewer in {raw.bytes} bytes")
     return parts

@@ -1,1 +1,5 @@
-"""Patches of other projects' code, one file each: version, reason, and what makes it needless."""
+"""Patches of other projects' code, one file each.
+
+Each file says which version it is for, why it is needed, and what makes it needless. `patch.replaced` checks name and
+signature of what it replaces. `tests/upstream/` has a tripwire for each file.
+"""

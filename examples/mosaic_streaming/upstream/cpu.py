@@ -1,4 +1,4 @@
-"""Lets TorchTitan run where there is no accelerator; does nothing where there is one.
+"""Lets TorchTitan run without an accelerator. With one, it does nothing.
 
 TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported and takes "cuda" where it finds none. A
 TorchTitan that takes "cpu" makes this module unnecessary.
@@ -24,7 +24,7 @@ ACTIVE = torch._utils._get_available_device_type() is None
 
 
 class CpuModule(types.ModuleType):
-    """`torch.cpu` with what TorchTitan calls on a device module and `torch.cpu` lacks; memory is the process's."""
+    """`torch.cpu`, with what TorchTitan calls on a device module and `torch.cpu` lacks. Memory is the process's."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -74,7 +74,7 @@ def profile_cpu(*, activities: list[Any], **settings: Any) -> Any:
 
 
 def prepare_torchtitan() -> None:
-    """Import torchtitan such that it finds the CPU, where there is nothing else; later, it is too late."""
+    """Import torchtitan so that it finds the CPU if there is nothing else. After its import, it is too late."""
     if not ACTIVE:
         return
     with (

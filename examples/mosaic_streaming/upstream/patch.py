@@ -1,4 +1,4 @@
-"""The one way in which other projects' code is replaced here."""
+"""The one way in which this project replaces other projects' code."""
 
 import contextlib
 import inspect

@@ -1,4 +1,4 @@
-"""Ranks that torchrun restarts meet where earlier ones have left nothing.
+"""Lets ranks that torchrun restarts meet under keys that earlier ranks have not used.
 
 torchrun has one store for all its restarts, in which each rank leaves its address under the same key. A rank that reads
 it too early connects to a dead one until its time is up (torch 2.13, distributed/rendezvous.py). A torchrun with
@@ -21,7 +21,7 @@ NCCL_FAULT = "exception_dump"
 """The key by which NCCL's watchdogs tell each other to abort. They write it at the root of the store."""
 
 POLL_SECONDS = 0.01
-"""Between two looks of rank 0 for others."""
+"""The pause between two polls of rank 0."""
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def fresh_rendezvous() -> Iterator[None]:
 
 
 def unused_prefix(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """A part of a store in which no earlier ranks of this job have written; all ranks call it together.
+    """Find a part of a store in which no earlier ranks of this job have written. All ranks call it together.
 
     Each of the others takes a number that none has had before, and rank 0 answers all numbers with its own new name.
     Before, it removes what NCCL has left of a fault, which would end the new ranks, too, after some minutes (torch

@@ -1,4 +1,4 @@
-"""Shared memory of streaming datasets: each job has its own, and a job that is killed leaves none that stops the next.
+"""Gives each job shared memory of its own, of which a killed job leaves nothing that stops the next one.
 
 streaming 0.13.0 looks for the first free number for its shared memory, minding what dead jobs have left. Two jobs that
 start at once find the same number, and its clean-up takes a living neighbour's. Here each job has a number of its own,
@@ -28,15 +28,15 @@ from examples.mosaic_streaming.upstream.patch import replaced
 
 SHM = Path("/dev/shm")
 FIRST_NUMBER = 10**12
-"""Ours, of 13 digits, begin here: streaming counts up from 0."""
+"""This project's numbers have 13 digits and begin here. streaming counts up from 0."""
 LOCK = "job"
-"""Of a job's files in shared memory, the one that its processes lock."""
+"""The name of the file in a job's shared memory that its processes lock."""
 CREATION_SECONDS, POLL_SECONDS = 60.0, 0.002
-"""How long a process waits for shared memory that another one is creating, and between two looks."""
+"""How long a process waits for shared memory that another one creates, and the pause between two polls."""
 
 
 class ReadySharedMemory(BuiltinSharedMemory):
-    """Shared memory that is opened once it has its size, which its creator gives it a moment after its name.
+    """Shared memory that is opened only once it has its size. Its creator sets the size shortly after the name.
 
     Source: streaming 0.13.0 waits 7 ms, and then fails with "cannot mmap an empty file" (base/shared/memory.py).
     """
@@ -51,13 +51,13 @@ class ReadySharedMemory(BuiltinSharedMemory):
 
 @contextlib.contextmanager
 def shared_memory(number: int) -> Iterator[None]:
-    """Within it, a StreamingDataset that is made gets shared memory of this number, in place of the first free one.
+    """A context in which a new StreamingDataset gets shared memory of a given number, not of the first free one.
 
     Args:
-        number: the same on all ranks, of this dataset alone.
+        number: the same on all ranks, and used for this dataset alone.
 
-    Source: streaming 0.13.0, base/shared/prefix.py; that jobs may start at once and be killed at any time, and that
-    the next one may use the same `local`, makes this unnecessary.
+    Source: streaming 0.13.0, base/shared/prefix.py. A version in which jobs may start at once and be killed at any
+    time, and in which the next job may use the same `local`, makes this needless.
     """
 
     def get_shm_prefix(
@@ -83,14 +83,14 @@ def shared_memory(number: int) -> Iterator[None]:
 
 
 def keep_locks_together(dataset: StreamingDataset) -> None:
-    """Put a dataset's lock files to its shared memory: in the temporary folder, they would stay for ever."""
+    """Put a dataset's lock files beside its shared memory. In the temporary folder, they would stay for ever."""
     number = dataset._shm_prefix_int
     dataset._cache_filelock_path = str(SHM / _get_path(number, CACHE_FILELOCK))
     dataset._shared_barrier.filelock_path = str(SHM / _get_path(number, BARRIER_FILELOCK))
 
 
 def hold(number: int) -> None:
-    """Hold shared memory of a number until this process and all that it forks have ended; the last removes it."""
+    """Hold shared memory of a number until this process and its forks have ended. The last one removes it."""
     lock = SHM / _get_path(number, LOCK)
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -103,7 +103,7 @@ def hold(number: int) -> None:
 
 
 def let_go(file: int, number: int) -> None:
-    """Hold shared memory no longer."""
+    """Stop holding shared memory."""
     os.close(file)
     remove_unused(number)
 
@@ -133,7 +133,7 @@ def is_own(file: Path) -> bool:
 
 
 def remove_stale() -> None:
-    """Remove shared memory that dead jobs of this user have left, as far as it is of ours."""
+    """Remove the shared memory that this project's dead jobs of this user have left."""
     numbers = set()
     with os.scandir(SHM) as entries:
         for entry in entries:

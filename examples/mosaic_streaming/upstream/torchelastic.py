@@ -1,4 +1,4 @@
-"""What torchrun does with its ranks: the signals that it passes on, and the report that it prints of an error."""
+"""What torchrun does with its ranks: the signals that it passes on, and the report of an error that it prints."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Dataloader workers that end where reading would wait for them for ever, and are quiet where they are ended."""
+"""Ends dataloader workers for which the reader would wait for ever, and keeps those quiet that are ended."""
 
 import os
 import sys
@@ -10,13 +10,13 @@ from examples.mosaic_streaming.upstream.patch import replace
 
 
 def prepare_worker(number: int = 0) -> None:
-    """Have a dataloader worker, of any number, end where reading would wait for it, and be quiet where it ends."""
+    """Prepare a dataloader worker, of any number: it ends where its reader would wait, and doesn't print when ended."""
     replace(queues.Queue, "_on_queue_feeder_error", staticmethod(end_worker))
     sys.excepthook = ignore_lost_reader
 
 
 def end_worker(e: Exception, obj: object) -> NoReturn:
-    """End a worker that can't hand on a batch. Python would drop the batch, and whoever reads would wait for ever.
+    """End a worker that can't hand on a batch. Python would drop the batch, and the reader would wait for ever.
 
     It happens where shared memory is full, or where the path of the temporary folder is too long for a socket.
 
@@ -31,7 +31,7 @@ def end_worker(e: Exception, obj: object) -> NoReturn:
 
 
 def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Say nothing of a batch that nobody takes any more: whoever reads says why it stops.
+    """Print nothing of a batch that nobody takes any more. The reader says why it stops.
 
     In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
     """

@@ -1,1 +1,1 @@
-"""TorchTitan 0.2: TrainSpecs that read Mosaic streams, and its job config."""
+"""TorchTitan 0.2: `spec` registers TrainSpecs that read Mosaic streams, and `job` makes a `Job` of its job config."""
