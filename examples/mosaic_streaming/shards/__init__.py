@@ -1,8 +1,9 @@
-"""Reads streams: only right files come into a cache, and every error reaches the reader.
+"""Shards: their indexes, caches, fetching and reading.
 
-At a start, `prepare_streams` makes indexes and caches ready on each node, and verifies what is there. `check_dataset`
-then turns llm-foundry's dataset into a `CheckedDataset` of `CheckedStream`s, which fetch shards while training reads.
-`check_columns` compares the columns with the loader, and `FetchStats` counts what was fetched.
+`prepare` readies a loader's streams on each node before streaming opens them: it validates each `index`, takes each
+`cache`, and verifies the files there. `check_dataset` then turns llm-foundry's dataset into a `CheckedDataset`, whose
+errors reach the reader, with a `CheckedStream` (fetches only right files) and a `CheckedReader` (returns only whole
+samples) for each stream and shard. `columns` and `turns` find data that a loader can't read or would misread.
 """
 
 from examples.mosaic_streaming.shards.columns import FORMS, check_columns, columns_of, form_of

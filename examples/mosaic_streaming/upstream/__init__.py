@@ -1,5 +1,5 @@
-"""Patches of other projects' code, one file each.
+"""Patches of other projects' code.
 
-Each file says which version it is for, why it is needed, and what makes it needless. `patch.replaced` checks name and
-signature of what it replaces. `tests/upstream/` has a tripwire for each file.
+Each file has one patch and names the version, the reason, and what makes it needless. `tests/upstream/` has a test for
+each that fails when what it relies on changes. `patch` is the one way in which attributes are replaced.
 """
