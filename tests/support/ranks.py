@@ -155,7 +155,7 @@ def live_as_rank(
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
         if isinstance(exit.code, str):
-            print(exit.code)
+            print(exit.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     (folder / f"{rank}.shm").write_text("\n".join(shared_memory_of(os.getpid())))

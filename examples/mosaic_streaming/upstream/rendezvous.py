@@ -27,9 +27,7 @@ POLL_SECONDS = 0.01
 @contextlib.contextmanager
 def fresh_rendezvous() -> Iterator[None]:
     """Initialize process groups in this context under a key prefix that no earlier start has used."""
-    rendezvous = importlib.import_module(
-        "torch.distributed.rendezvous"
-    )  # the attribute is a function
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # the attribute is a function
     create = rendezvous._create_c10d_store
 
     def create_unused(

@@ -323,7 +323,7 @@ def test_file_that_is_renamed_while_its_size_is_looked_at_counts_as_none(tmp_pat
 )
 def test_only_what_a_disk_refuses_is_the_caches_fault(tmp_path: Path, error: OSError, is_disk: bool) -> None:
     error.filename = error.filename and error.filename.format(cache=tmp_path)
-    stream = make_checked(Stream(remote="/remote", local=str(tmp_path)), "the stream")
+    stream = make_checked(Stream(remote="/remote", local=str(tmp_path), keep_zip=True), "the stream")
     with pytest.raises(DataError if is_disk else type(error)), stream.storing("shard", 1):
         raise error
 
