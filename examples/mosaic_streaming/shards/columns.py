@@ -44,16 +44,6 @@ def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
     return ()
 
 
-def wrong_encoding(columns: Mapping[str, str], form: Sequence[str]) -> str | None:
-    """The first column of a form whose encoding its loader can't read."""
-    known = {name: kinds for forms in FORMS.values() for one in forms for name, kinds in one.items()}
-    for name in form:
-        kind, _, dtype = columns[name].partition(":")
-        if kind not in known[name] or dtype.startswith("float"):
-            return name
-    return None
-
-
 def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
     """Check that a loader can read all shards of all streams, and mix them in a batch.
 
@@ -91,12 +81,15 @@ def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -
         raise ConfigError(
             f"{where} has {listed(columns, list(columns))}, but the {loader} loader reads {readable(loader)}: {hint}."
         )
-    if wrong := wrong_encoding(columns, form):
-        expected = next(forms[wrong] for forms in FORMS[loader] if wrong in forms)
-        raise ConfigError(
-            f"{where} has {listed(columns, [wrong])}, but the {loader} loader reads that column as "
-            f"{' or '.join(expected[:2])}{' of whole numbers' if expected == IDS else ''}. Write it so."
-        )
+    encodings = {name: kinds for columns_read in FORMS[loader] for name, kinds in columns_read.items()}
+    for name in form:
+        kind, _, dtype = columns[name].partition(":")
+        if kind not in encodings[name] or dtype.startswith("float"):
+            expected = f"{' or '.join(encodings[name][:2])}{' of whole numbers' * (encodings[name] == IDS)}"
+            raise ConfigError(
+                f"{where} has {listed(columns, [name])}, but the {loader} loader reads that column as {expected}. "
+                "Write it so."
+            )
     return form
 
 
