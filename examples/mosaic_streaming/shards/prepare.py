@@ -36,7 +36,7 @@ def prepare_streams(loader: ResolvedLoader) -> None:
         verify(stream, get_index(stream, bool(loader.dataset.get("allow_unsafe_types"))))
 
 
-def make_stream(settings: Config, label: str) -> CheckedStream:
+def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
     """Make a stream from its complete settings, as streaming will.
 
     Raises:
