@@ -156,7 +156,7 @@ def pad_batch(found: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
     rows = 0 if found is None else len(found["input_ids"])
     missing = spec.rows - rows
     if found is not None and (missing <= 0 or found["input_ids"].shape[1] != spec.max_seq_len):
-        return batch.to_titan_batch(found, spec)  # which says what is wrong
+        return batch.to_titan_batch(found, spec)  # it is full, or wrong and refused here
     row = torch.zeros(missing, spec.max_seq_len, dtype=torch.int64)
     empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
     filled = empty if found is None else {key: torch.cat([found[key], empty[key]]) for key in found if key in empty}

@@ -1,7 +1,9 @@
-"""The seam to TorchTitan, with a package for each generation of it. Only this room knows TorchTitan's configuration.
+"""The seam to TorchTitan, with a package for each generation of it.
 
-A start calls these functions in this order: `load_job_config`, `check_job`, `import_custom`, `register`. From then on,
-everything else knows the `Job` that `make_job` makes. Nothing slow is imported before a function is called.
+`train.py` calls `load_job_config`, `check_job`, `import_custom`, `register` and `warnings_of_job`; after a failure
+`refusal`, and after a signal `next_start`. Preview also calls `make_job`, `settings_of` and `steps_with`. Beside
+`train.py`, only this room reads TorchTitan's `JobConfig`: everything else gets a `Job`. Nothing slow is imported before
+a function is called.
 """
 
 from typing import Any
