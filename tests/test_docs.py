@@ -13,7 +13,7 @@ import pytest
 
 from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import parse_flags
-from examples.mosaic_streaming.preview.__main__ import parse
+from examples.mosaic_streaming.preview.__main__ import build_parser
 from tests.support.ranks import run_rank_values
 
 README = Path("README.md")
@@ -120,7 +120,7 @@ def test_each_command_is_run_by_a_test_or_is_one_that_the_parsers_take() -> None
             check_titan_flags(flags.config, titan_flags)
         else:
             assert words[:3] == ["python", "-m", PREVIEW], (page, words)
-            _, titan_flags = parse(words[3:])
+            _, titan_flags = build_parser().parse(words[3:])
             check_files(words)
             check_titan_flags("examples/mosaic_streaming/configs/mosaic_job.toml", titan_flags)
     assert checked >= 12

@@ -11,15 +11,17 @@ from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.job_data import check_ranks, open_job_data
+from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.open import check_ranks, open_job_data, open_validation
 from examples.mosaic_streaming.sampling.placement import Layout
 from examples.mosaic_streaming.titan import make_job
-from tests.support.looking import offline
+from tests.support.looking import with_job_data
 from tests.support.ranks import can_make_nodes, run_rank_values
 from tests.support.reading import write_turns
 from tests.support.streams import (
     BATCHING,
     FIRST_ID,
+    SEQ_LEN,
     build_loader,
     job,
     loader_config,
@@ -78,7 +80,7 @@ def looked_up(
     config: dict[str, Any], job_config: JobConfig, steps: range, start: Segment | None = None, nodes: int = 1
 ) -> list[list[list[list[int]]]]:
     """The same without a job: their numbers are the samples' ids."""
-    found: list[list[list[list[int]]]] = offline(
+    found: list[list[list[list[int]]]] = with_job_data(
         config,
         lambda opened: [
             opened.global_batch(step, start and History(opened.opened.order, (start,))).tolist() for step in steps
@@ -141,6 +143,21 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
     ]
 
 
+def test_validation_streams_have_an_order_of_their_own(streams: dict[str, dict[str, Any]]) -> None:
+    """Also once that of the training streams is known."""
+    config = job(2, 8)
+    config.validation.enable, config.validation.seq_len = True, SEQ_LEN
+
+    def look(opened: JobData) -> Any:
+        validation = open_validation(opened)
+        assert validation
+        return [sorted(data.samples_of_epoch(0).tolist()) for data in (opened, validation)]
+
+    [a, _] = streams.values()
+    found = with_job_data(mixture(streams), look, config, validation=loader_config(Path(a["local"]), shuffle=True))
+    assert found == [list(range(83)), list(range(50))]
+
+
 def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[str, dict[str, Any]]) -> None:
     def run() -> list[tuple[int, list[str]]]:
         found, job_config = [], job()
@@ -178,7 +195,7 @@ def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:
 
 def test_timeout_of_a_jobs_workers_is_none_of_a_reader_without(tmp_path: Path) -> None:
     config = loader_config(write_stream(tmp_path / "stream", 8), num_workers=2) | {"timeout": 30}
-    given, own = offline(config, lambda data: (data.config.config["timeout"], data.opened.loader.timeout))
+    given, own = with_job_data(config, lambda data: (data.config.config["timeout"], data.opened.loader.timeout))
     assert (given, own) == (30, 0)
 
 
@@ -193,6 +210,6 @@ def test_shuffle_block_that_has_nothing_of_a_stream_is_refused(
         settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo, "shuffle_block_size": size}
         return mixture(streams, 0, **settings)
 
-    assert offline(with_block(6), lambda opened: len(opened.in_order(0))) > 0
+    assert with_job_data(with_block(6), lambda opened: len(opened.samples_of_epoch(0))) > 0
     with pytest.raises(AssertionError, match=r"shuffle_block_size = 4 in loader\.toml leaves stream b a block of less"):
-        offline(with_block(4), lambda opened: None)
+        with_job_data(with_block(4), lambda opened: None)
