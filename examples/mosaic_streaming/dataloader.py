@@ -338,7 +338,7 @@ class MosaicDataLoader(BaseDataLoader):
         """
         epoch, sample = self._state.epoch, self._state.sample_in_epoch
         if self._channel.count(f"no loss token in epoch {epoch} at {sample}") == dist.get_world_size():
-            raise batch.no_loss_token(self._dataset, self._order, epoch, sample)
+            raise batch.no_loss_token_error(self._dataset, self._order, epoch, sample)
 
     def _place(self) -> checkpoint.Fingerprint:
         """What all ranks have to agree on at a start, beside the data."""

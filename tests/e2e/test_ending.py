@@ -25,7 +25,8 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming import dataloader
 from examples.mosaic_streaming.batch.iterator import Batches
-from examples.mosaic_streaming.distributed.abort import AbortChannel, Listener
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.distributed.store import Listener
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
 from examples.mosaic_streaming.preview.private_folder import PREFIX
@@ -37,7 +38,7 @@ from tests.support.ranks import nothing_is_left, run_ranks
 CLOSING = [
     *((Batches, name) for name in ("close", "lost_workers")),
     *((dataloader.MosaicDataLoader, "close"), (Trainer, "close"), (CheckpointManager, "close")),
-    *((AbortChannel, name) for name in ("close", "_fail", "print_reason")),
+    *((AbortChannel, name) for name in ("close", "_tell", "print_reason")),
     *((Listener, name) for name in ("close", "send")),
     (dist, "destroy_process_group"),
 ]

@@ -33,7 +33,8 @@ def with_job_data(
     job_config.model.name = "llama3_mosaic"
 
     def run() -> Any:
-        train, held_out = LoaderFile(config, "loader.toml"), validation and LoaderFile(validation, "validation.toml")
+        train = LoaderFile(config, "loader.toml")
+        held_out = LoaderFile(validation, "validation.toml") if validation else None
         with open_job_data(job_config, [], train, held_out, world_size, ranks_per_node, AbortChannel()) as opened:
             return look(opened)
 

@@ -64,7 +64,7 @@ def test_second_run_does_nothing_and_a_cut_one_starts_again(demo: Path, capsys: 
 def test_folder_of_other_data_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train/index.json").write_text("somebody's")
-    with pytest.raises(SystemExit, match=f"{tmp_path} is no folder of demo data"):
+    with pytest.raises(SystemExit, match=f"{tmp_path} holds no demo data"):
         make_demo_data(tmp_path)
     assert (tmp_path / "train/index.json").read_text() == "somebody's"
 
