@@ -40,9 +40,7 @@ def build_mosaic_dataloader(
     """Build the training loader of one rank. All ranks call it together.
 
     Args:
-        job: the training job.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        tokenizer: TorchTitan's tokenizer.
         loader_config: the complete configuration of the loader.
         channel: tells all ranks why one of them stops.
 
@@ -55,17 +53,17 @@ def build_mosaic_dataloader(
     loader_config = config.without_token_ids(loader_config, hf_tokenizer)
     job_id = distributed.new_job_id()
     channel.connect(job_id)
-    distributed.check_machines()
+    distributed.check_ranks_per_node()
     distributed.on_each_node(job_id, lambda: shards.prepare_streams(loader_config))
     on_rank_0 = functools.partial(distributed.on_rank_0, job_id)
     loader_config = fill_in_packing_ratio(loader_config, job, hf_tokenizer, on_rank_0)
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(loader_config.config)}")
     reader = f"Rank {dist.get_rank()} (dp rank {dp_rank})"
-    opened = open_streams(job, loader_config, tokenizer, hf_tokenizer, job_id, reader)
+    opened = open_loader(job, loader_config, tokenizer, hf_tokenizer, job_id, reader)
     sampling.check_memory(opened.dataset.epoch_size, loader_config.source)
     warnings: list[str] = distributed.on_rank_0(
-        distributed.new_job_id(),
+        distributed.new_job_id(),  # each result that ranks share needs a number of its own
         lambda: batch.check_first_samples(opened.loader, opened.spec, loader_config, hf_tokenizer, job.training),
     )
     set_reader_world(opened.dataset, job.layout.world(dp_rank))
@@ -76,14 +74,13 @@ def build_mosaic_dataloader(
     return MosaicDataLoader(opened, dp_rank, job.steps, channel)
 
 
-def open_loader(
+def build_foundry_loader(
     loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
 ) -> DataLoader[Any]:
     """Build llm-foundry's loader over streams that are ready on this machine. All ranks call it together.
 
     Args:
         loader_config: the complete configuration of the loader.
-        tokenizer: the model's tokenizer, as transformers has it.
         batch_size: rows of a batch, per dp rank.
         shm_number: names the dataset's shared memory; the same on all ranks.
 
@@ -91,10 +88,10 @@ def open_loader(
         ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
     """
     name, source = loader_config.name, loader_config.source
-    arguments = copy.deepcopy(loader_config.arguments)
+    arguments = copy.deepcopy(loader_config.arguments)  # because build_dataloader changes them
     try:
         with shared_memory(shm_number):
-            spec: Any = build_dataloader(arguments, tokenizer, batch_size)  # which changes what it is given
+            spec: Any = build_dataloader(arguments, tokenizer, batch_size)
     except Exception as error:
         raise ConfigError(f"{loader_config.builder} refuses {source}: {type(error).__name__}: {error}") from error
     loader = getattr(spec, "dataloader", spec)
@@ -106,7 +103,7 @@ def open_loader(
             f"{loader.batch_size}, expected the {len(loader_config.streams)} of the file, and a number."
         )
     shards.check_columns(loader.dataset, name, loader_config.labels, source)
-    shards.check_dataset(loader.dataset, loader_config.labels, loader_config.may_cut)
+    shards.make_checked_dataset(loader.dataset, loader_config.labels, loader_config.may_cut)
     check_pad_token(name, loader.dataset.shards[0], tokenizer)
     batch.use_fast_collator(loader, name == "text")
     keep_locks_together(loader.dataset)
@@ -153,7 +150,7 @@ class OpenLoader:
         return self.spec.seq_len if self.spec.labels_are_ids else None
 
 
-def open_streams(
+def open_loader(
     job: Job,
     loader_config: ResolvedLoader,
     tokenizer: HuggingFaceTokenizer,
@@ -164,18 +161,16 @@ def open_streams(
     """Open the training streams, which are ready on this machine. All ranks call it together.
 
     Args:
-        job: the training job.
         loader_config: the complete configuration of the loader.
-        tokenizer: TorchTitan's tokenizer.
-        hf_tokenizer: the same tokenizer, as transformers has it.
         shm_number: names the dataset's shared memory; the same on all ranks.
         reader: who reads the streams, for messages.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
     """
-    loader = open_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
+    loader = build_foundry_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
+    # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
     order = sampling.set_order(dataset, batch_size, global_batch_size, cast(batch.Collator, loader.collate_fn).packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
@@ -192,31 +187,19 @@ def fill_in_packing_ratio(
 ) -> ResolvedLoader:
     """Replace `packing_ratio = "auto"` by a number. All ranks call it together.
 
-    Args:
-        loader_config: the configuration of the loader.
-        job: the training job.
-        tokenizer: the model's tokenizer, as transformers has it.
-        on_one: calls a function on one rank and returns its result on all.
+    `on_one` calls a function on one rank, and returns its result on all.
     """
     if loader_config.dataset.get("packing_ratio") != "auto":
         return loader_config
     rows, any_ratio = job.training.local_batch_size, loader_config.with_settings(packing_ratio=1)
-    loader = open_loader(any_ratio, tokenizer, rows, distributed.new_job_id())
+    loader = build_foundry_loader(any_ratio, tokenizer, rows, distributed.new_job_id())
     return loader_config.with_settings(packing_ratio=on_one(lambda: batch.choose_ratio(loader, rows, loader_config)))
 
 
 def batch_spec(
     job: Job, shape: BatchShape, loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, reader: str
 ) -> BatchSpec:
-    """Tell what the batches of a loader have to look like.
-
-    Args:
-        job: the training job.
-        shape: the size of the batches.
-        loader_config: the configuration of the loader.
-        tokenizer: the model's tokenizer, as transformers has it.
-        reader: who reads the streams, for messages.
-    """
+    """Tell what the batches of a loader have to look like. `reader` says in messages who reads them."""
     return BatchSpec(
         rows=shape.local_batch_size,
         seq_len=shape.seq_len,
@@ -248,7 +231,7 @@ class MosaicDataLoader(BaseDataLoader):
     def __init__(self, opened: OpenLoader, dp_rank: int, steps: int, channel: AbortChannel) -> None:
         order = opened.order
         self.config = opened.config
-        self.is_read = False
+        self.has_started = False
         """Whether a batch has been asked for."""
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
         self._dataset, self._spec, self._order = opened.dataset, opened.spec, order
@@ -273,9 +256,9 @@ class MosaicDataLoader(BaseDataLoader):
                 batch has no loss token.
             RuntimeError: this is not the first iteration.
         """
-        if self.is_read:
+        if self.has_started:
             raise RuntimeError("A MosaicDataLoader can be iterated once.")
-        self.is_read = True
+        self.has_started = True
         self._log_start()
         is_checked = False
         while True:
@@ -285,7 +268,7 @@ class MosaicDataLoader(BaseDataLoader):
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     titan_batch, padding = batch.convert(micro_batch, self._spec)
                     if not is_checked:
-                        settings = self._state.data | self._place()
+                        settings = self._state.data | self._settings_to_agree_on()
                         distributed.check_peers(titan_batch, self._dp_rank, settings, self.config.source)
                         is_checked = True
                     loss_tokens += self._counter.add(titan_batch[1], padding)
@@ -295,7 +278,7 @@ class MosaicDataLoader(BaseDataLoader):
                         self._counter.add_step(self._order.global_batch_size)
                         read = self._state.sample_in_epoch + self._order.global_batch_size
                         self._state = self._state._replace(sample_in_epoch=read, steps=self._state.steps + 1)
-                    yield titan_batch
+                    yield titan_batch  # TorchTitan saves after a step, before it asks for the next batch
             self._log_epoch_end()
             self._log_dropped_tokens()
             self._state = self._state._replace(epoch=self._state.epoch + 1, sample_in_epoch=0)
@@ -340,8 +323,8 @@ class MosaicDataLoader(BaseDataLoader):
         if self._channel.count(f"no loss token in epoch {epoch} at {sample}") == dist.get_world_size():
             raise batch.no_loss_token_error(self._dataset, self._order, epoch, sample)
 
-    def _place(self) -> checkpoint.Fingerprint:
-        """What all ranks have to agree on at a start, beside the data."""
+    def _settings_to_agree_on(self) -> checkpoint.Fingerprint:
+        """What all ranks have to agree on at a start, in addition to the data."""
         world = reader_world(self._dataset)
         return {
             "samples of a global batch": self._order.global_batch_size,
@@ -368,7 +351,7 @@ class MosaicDataLoader(BaseDataLoader):
             ConfigError: the data is not what it was when the state was saved.
             RuntimeError: the loader is iterated already.
         """
-        if self.is_read:
+        if self.has_started:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
         saved, size = checkpoint.unpack(state_dict), self._order.global_batch_size
         checkpoint.check_same_data(saved.data, self._state.data, self.config.source)

@@ -47,11 +47,11 @@ def log_data(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsPr
 
 
 def data_metrics(progress: Progress) -> dict[str, Any]:
-    """What TensorBoard and W&B get."""
+    """The metrics for TensorBoard and W&B."""
     seen, fetched = progress.seen, progress.fetched
     return {
         "data/epoch": progress.epoch,
-        "data/epoch_progress": progress.share,
+        "data/epoch_progress": progress.epoch_share,
         "data/samples_seen": seen.samples,
         "data/tokens_seen": seen.tokens,
         "data/targets_seen": seen.loss_tokens,
@@ -64,9 +64,9 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
 
 
 def log_text(progress: Progress) -> str:
-    """What the log gets; padding and fetches only where there are any."""
+    """The end of a log line, which has padding and fetches only where there are any."""
     parts = [
-        f"epoch: {progress.epoch} ({progress.share:.1%})",
+        f"epoch: {progress.epoch} ({progress.epoch_share:.1%})",
         f"samples: {progress.seen.samples:,}",
         f"tokens: {progress.seen.tokens:,}",
     ]

@@ -20,21 +20,21 @@ def build_tokenizer(path: str) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(path)
 
 
-def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
+def build_transformers_tokenizer(path: str, titan_tokenizer: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
     """Load the transformers tokenizer of the same assets, and compare it with TorchTitan's.
 
     Args:
         path: the folder with the assets, `model.hf_assets_path`.
-        titan: TorchTitan's tokenizer. It gets the BOS and EOS that it left unset.
+        titan_tokenizer: TorchTitan's tokenizer. It gets the BOS and EOS that it left unset.
 
     Raises:
         ConfigError: transformers can't read the assets, or the two tokenizers differ.
     """
     with explain_asset_errors(path, "transformers"):
-        tokenizer = load(path, titan.config or {})
+        tokenizer = load(path, titan_tokenizer.config or {})
         tokenizer.padding_side = "right"  # on the left, tokens would see the padding: TorchTitan doesn't mask it
-        fill_in_ends(titan, tokenizer)
-        differences = differences_of(titan, tokenizer)
+        fill_in_bos_and_eos(titan_tokenizer, tokenizer)
+        differences = differences_of(titan_tokenizer, tokenizer)
     if differences:
         raise ConfigError(
             f"TorchTitan and transformers read the tokenizer in model.hf_assets_path = {path!r} differently: "
@@ -61,7 +61,7 @@ def load(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
     return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **changes)
 
 
-def fill_in_ends(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> None:
+def fill_in_bos_and_eos(titan_tokenizer: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give TorchTitan's tokenizer the BOS and EOS of the transformers tokenizer where it has none.
 
     Source: torchtitan 0.2.2 sets only `bos_id` where both are one token, as GPT-2's. It reads neither
@@ -69,19 +69,19 @@ def fill_in_ends(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase
     needless.
     """
     for name in ("bos", "eos"):
-        if getattr(titan, f"{name}_id") is None:
-            setattr(titan, f"{name}_token", getattr(tokenizer, f"{name}_token"))
-            setattr(titan, f"{name}_id", getattr(tokenizer, f"{name}_token_id"))
+        if getattr(titan_tokenizer, f"{name}_id") is None:
+            setattr(titan_tokenizer, f"{name}_token", getattr(tokenizer, f"{name}_token"))
+            setattr(titan_tokenizer, f"{name}_id", getattr(tokenizer, f"{name}_token_id"))
 
 
-def differences_of(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def differences_of(titan_tokenizer: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What differs between two tokenizers of the same assets, with both values."""
     pairs = {
-        "vocabulary size": (titan.get_vocab_size(), len(tokenizer)),
-        "bos id": (titan.bos_id, tokenizer.bos_token_id),
-        "eos id": (titan.eos_id, tokenizer.eos_token_id),
+        "vocabulary size": (titan_tokenizer.get_vocab_size(), len(tokenizer)),
+        "bos id": (titan_tokenizer.bos_id, tokenizer.bos_token_id),
+        "eos id": (titan_tokenizer.eos_id, tokenizer.eos_token_id),
         f"ids of {PROBE!r}": (
-            titan.tokenizer.encode(PROBE, add_special_tokens=False).ids,
+            titan_tokenizer.tokenizer.encode(PROBE, add_special_tokens=False).ids,
             tokenizer.encode(PROBE, add_special_tokens=False),
         ),
     }

@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming import batch, config, distributed, sampling, shards
 from examples.mosaic_streaming.batch import BatchSpec, TitanBatch
 from examples.mosaic_streaming.config import Job, LoaderFile, ResolvedLoader
-from examples.mosaic_streaming.dataloader import batch_spec, open_loader
+from examples.mosaic_streaming.dataloader import batch_spec, build_foundry_loader
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 from examples.mosaic_streaming.upstream.sample_order import set_reader_world
@@ -26,8 +26,7 @@ def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> 
 
     Args:
         file: the configuration as it was read.
-        job: the training job, which validates.
-        training: the configuration of the training loader.
+        training: the complete configuration of the training loader.
 
     Raises:
         ConfigError: the loader, the job and the training loader don't fit together, or samples would be left out.
@@ -57,9 +56,7 @@ def build_validation_loader(
     """Build the validation loader of one rank. All ranks call it together.
 
     Args:
-        job: the training job, which validates.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        tokenizer: TorchTitan's tokenizer.
         loader_config: the complete configuration of the loader.
 
     Raises:
@@ -74,7 +71,7 @@ def build_validation_loader(
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(loader_config.config)}")
     job_id = distributed.new_job_id()
     distributed.on_each_node(job_id, lambda: shards.prepare_streams(loader_config))
-    loader = open_loader(loader_config, hf_tokenizer, shape.local_batch_size, job_id)
+    loader = build_foundry_loader(loader_config, hf_tokenizer, shape.local_batch_size, job_id)
     dataset = cast(shards.CheckedDataset, loader.dataset)
     spec = batch_spec(job, shape, loader_config, hf_tokenizer, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
     warnings: list[str] = distributed.on_rank_0(
@@ -122,12 +119,12 @@ class ValidationLoader:
         """
         self._batches.begin()
         for number in range(self._count):
-            found = next(iter(self._batches.take(1)), None)
-            if found is None and number < self._count - 1:
+            foundry_batch = next(iter(self._batches.take(1)), None)
+            if foundry_batch is None and number < self._count - 1:
                 raise DataError(
                     f"A validation round ended after {number} of {self._count} batches. {self._spec.source}"
                 )
-            titan_batch = pad_batch(found, self._spec)
+            titan_batch = pad_batch(foundry_batch, self._spec)
             if not self._is_checked:
                 settings = {"batches of a validation round": self._count}
                 distributed.check_peers(titan_batch, self._dp_rank, settings, self._source)
@@ -136,7 +133,7 @@ class ValidationLoader:
         if self._batches.take(1):
             raise DataError(f"A validation round goes on after {self._count} batches. {self._spec.source}")
 
-    def no_loss_token(self) -> DataError:
+    def no_loss_token_error(self) -> DataError:
         """Make the error for a round that has nothing to take a mean loss of."""
         return DataError(
             f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. "
@@ -144,22 +141,25 @@ class ValidationLoader:
         )
 
 
-def pad_batch(found: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
+def pad_batch(foundry_batch: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
     """Convert a batch for TorchTitan, and fill it with rows without targets.
 
     Args:
-        found: llm-foundry's batch; None where this rank has no sample left.
+        foundry_batch: llm-foundry's batch; None where this rank has no sample left.
         spec: what the batch has to look like in the end.
     """
-    if found is not None:
-        batch.check_keys(found, spec)
-    rows = 0 if found is None else len(found["input_ids"])
+    if foundry_batch is not None:
+        batch.check_keys(foundry_batch, spec)
+    rows = 0 if foundry_batch is None else len(foundry_batch["input_ids"])
     missing = spec.rows - rows
-    if found is not None and (missing <= 0 or found["input_ids"].shape[1] != spec.max_seq_len):
-        return batch.to_titan_batch(found, spec)  # it is full, or wrong and refused here
+    if foundry_batch is not None and (missing <= 0 or foundry_batch["input_ids"].shape[1] != spec.max_seq_len):
+        return batch.to_titan_batch(foundry_batch, spec)  # it is full, or wrong and refused here
     row = torch.zeros(missing, spec.max_seq_len, dtype=torch.int64)
     empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
-    filled = empty if found is None else {key: torch.cat([found[key], empty[key]]) for key in found if key in empty}
+    if foundry_batch is None:
+        filled = empty
+    else:
+        filled = {key: torch.cat([foundry_batch[key], empty[key]]) for key in foundry_batch if key in empty}
     inputs, labels = batch.to_titan_batch(filled, spec)
     labels[rows:] = IGNORE_INDEX
     return inputs, labels

@@ -26,16 +26,14 @@ def with_job_data(
     job_config: JobConfig | None = None,
     world_size: int = 1,
     ranks_per_node: int | None = None,
-    validation: dict[str, Any] | None = None,
 ) -> Any:
     """What a function sees in the streams of a loader configuration."""
     job_config = job_config or job()
     job_config.model.name = "llama3_mosaic"
 
     def run() -> Any:
-        train = LoaderFile(config, "loader.toml")
-        held_out = LoaderFile(validation, "validation.toml") if validation else None
-        with open_job_data(job_config, [], train, held_out, world_size, ranks_per_node, AbortChannel()) as opened:
+        file = LoaderFile(config, "loader.toml")
+        with open_job_data(job_config, [], file, None, world_size, ranks_per_node, AbortChannel()) as opened:
             return look(opened)
 
     [found] = run_rank_values(run)

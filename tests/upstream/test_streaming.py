@@ -77,7 +77,7 @@ def test_an_error_in_a_thread_ends_an_epoch_early_and_without_an_error(tmp_path:
 @pytest.mark.parametrize("kind", [Stream, StreamingDataset, MDSReader])
 def test_class_of_an_instance_can_be_changed(kind: type) -> None:
     made: Any = object.__new__(kind)
-    made.__class__ = type("Checked", (kind,), {})  # or `check_dataset` and `make_checked` have to make new ones
+    made.__class__ = type("Checked", (kind,), {})  # or `make_checked_dataset` and `make_checked` have to make new ones
     assert type(made) is not kind
 
 

@@ -57,7 +57,7 @@ def unpack(saved_state: Mapping[str, object]) -> State:
         steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size))
         return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")), steps, segments)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(text) from error
+        raise damaged_state_error(text) from error
 
 
 def read_seen(saved: Any) -> ConsumedCounts | None:
@@ -88,7 +88,7 @@ def checked(value: Any, limit: int = MAX_POSITION, least: int = 0) -> int:
     return value
 
 
-def damaged(state: str) -> DataError:
+def damaged_state_error(state: str) -> DataError:
     """Return the error for a state that can't be right."""
     return DataError(
         f"The checkpoint's dataloader state is damaged: {state[:200]!r}. Load an earlier checkpoint with "
@@ -99,4 +99,4 @@ def damaged(state: str) -> DataError:
 def check_position(state: State, epoch_size: int) -> None:
     """Raise DataError if a position is beyond the end of an epoch of so many samples."""
     if state.sample_in_epoch > epoch_size:
-        raise damaged(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")
+        raise damaged_state_error(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")

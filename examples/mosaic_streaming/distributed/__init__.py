@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
 
 if TYPE_CHECKING:
-    from examples.mosaic_streaming.distributed.agreement import check_machines, check_peers
+    from examples.mosaic_streaming.distributed.agreement import check_peers, check_ranks_per_node
     from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0, open_store
 
 
 def __getattr__(name: str) -> Any:
-    file = "agreement" if name in ("check_machines", "check_peers") else "store"
+    file = "agreement" if name in ("check_ranks_per_node", "check_peers") else "store"
     return getattr(importlib.import_module(f"{__name__}.{file}"), name)

@@ -26,7 +26,7 @@ def gather(*values: int) -> list[list[int]]:
     return [one.tolist() for one in everyone]
 
 
-def check_machines() -> None:
+def check_ranks_per_node() -> None:
     """Raise ConfigError, on all ranks, unless all machines have the same number of ranks."""
     machines: dict[int, list[str]] = {}  # the first rank of each, by their number of ranks
     sizes = gather(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))

@@ -17,7 +17,7 @@ from examples.mosaic_streaming.checkpoint import (
     append_segment,
     check_position,
     check_same_data,
-    damaged,
+    damaged_state_error,
     differences,
     unpack,
 )
@@ -58,11 +58,11 @@ class Checkpoint(NamedTuple):
         history = History(data.opened.order, segments)
         fits = all(history.remaining(0, segment.global_batch_size) for segment in segments)
         if not fits or history.position(self.step) != (self.step, state.epoch, state.sample_in_epoch):
-            raise damaged(f"after {state.steps:,} steps, its position is not that of {list(state.segments)}")
+            raise damaged_state_error(f"its position after {state.steps:,} steps is not that of {list(state.segments)}")
         read = history.samples(self.step)
         before = state.seen.samples - read if state.seen and read is not None else None
         if before and history.begins_anew:
-            raise damaged(f"{before:,} samples more read than {state.steps:,} steps have")
+            raise damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
         return dataclasses.replace(history, samples_before=before)
 
 

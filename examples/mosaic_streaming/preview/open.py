@@ -29,7 +29,7 @@ from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.private_folder import private_folder
 from examples.mosaic_streaming.sampling import Order
-from examples.mosaic_streaming.shards import get_index, make_stream
+from examples.mosaic_streaming.shards import fetch_index, make_stream
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation
@@ -79,7 +79,7 @@ def open_job_data(
         own = dataloader.fill_in_packing_ratio(with_own_caches(config, folder), job, tokenizer, lambda choose: choose())
         if "packing_ratio" in own.dataset:
             config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
-        opened = dataloader.open_streams(job, own, titan_tokenizer, tokenizer, new_job_id(), "The preview")
+        opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, new_job_id(), "The preview")
         yield JobData(job, job_settings, train, config, opened, tokenizer, folder, job.training, held_out)
 
 
@@ -97,7 +97,7 @@ def open_validation(data: JobData) -> JobData | None:
     config, shape = without_token_ids(config, data.tokenizer), data.job.validation.shape
     own = with_own_caches(config, os.path.join(data.folder, "validation"))
     rows = shape.local_batch_size
-    loader = dataloader.open_loader(own, data.tokenizer, rows, new_job_id())
+    loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, new_job_id())
     assert isinstance(loader.dataset, StreamingDataset)
     order = Order("random", rows * data.job.layout.dp_world_size, rows, loader.dataset.epoch_size)
     spec = dataloader.batch_spec(data.job, shape, own, data.tokenizer, "The preview")
@@ -130,7 +130,7 @@ def with_own_caches(loader: ResolvedLoader, folder: str) -> ResolvedLoader:
         local, source = is_local(settings), settings.get("remote") or settings["local"]
         source = os.path.abspath(source) if local else source
         own = {"remote": source, "local": os.path.join(folder, str(number))}
-        parts = get_index(make_stream(settings | own, label), bool(dataset.get("allow_unsafe_types")))
+        parts = fetch_index(make_stream(settings | own, label), bool(dataset.get("allow_unsafe_types")))
         if local and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
             own["local"] = source
         sections[number] |= own

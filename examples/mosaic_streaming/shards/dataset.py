@@ -270,7 +270,7 @@ class CheckedDataset(StreamingDataset):
         it.on_exit()
 
 
-def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
+def make_checked_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
     """Turn a dataset made by llm-foundry into a checked one, with its streams and readers.
 
     Source: llm-foundry 0.22.0's text loader names the class that it makes, so it can't be given one of ours.

@@ -33,7 +33,7 @@ def prepare_streams(loader: ResolvedLoader) -> None:
         stream = make_stream(settings, label)
         if stream.is_cache:
             take_cache(stream, loader.source)
-        verify(stream, get_index(stream, bool(loader.dataset.get("allow_unsafe_types"))))
+        verify(stream, fetch_index(stream, bool(loader.dataset.get("allow_unsafe_types"))))
 
 
 def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
@@ -51,7 +51,7 @@ def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
     return make_checked(stream, label)
 
 
-def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
+def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
     """Read a stream's index; an invalid one in a cache is fetched again.
 
     Raises:

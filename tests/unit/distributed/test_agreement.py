@@ -82,7 +82,7 @@ def test_eight_machines_of_a_kind_are_named(monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=r"ranks: 1 \(first rank: 0, 1, 2, 3, 4, 5, 6, 7, …\); 2 \(first rank: 9\)\."):
-        agreement.check_machines()
+        agreement.check_ranks_per_node()
 
 
 @needs_nodes

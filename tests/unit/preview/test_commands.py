@@ -404,11 +404,8 @@ def test_damaged_checkpoint_is_told_in_a_line(stopped: Path, tmp_path: Path) -> 
         file.unlink()
     said = printed(stopped, "plan", f"--checkpoint={tmp_path}", code=1)
     assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: FileNotFoundError: " in said
-    metadata = tmp_path / "step-12/.metadata"
-    metadata.write_bytes(b"")
-    said = printed(stopped, "plan", f"--checkpoint={tmp_path}", code=1)
-    assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: EOFError: " in said
-    metadata.write_bytes(b"cbuiltins\nexec\n(Vassert False\ntR.")  # an error without a message
+    for name in (".metadata", "__0.metadata"):  # torch tries the second where the first can't be read
+        (tmp_path / "step-12" / name).write_bytes(b"cbuiltins\nexec\n(Vassert False\ntR.")  # which has no message
     said = printed(stopped, "plan", f"--checkpoint={tmp_path}", code=1)
     assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: AssertionError. Name an earlier" in said
 

@@ -11,8 +11,7 @@ from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.open import check_ranks, open_job_data, open_validation
+from examples.mosaic_streaming.preview.open import check_ranks, open_job_data
 from examples.mosaic_streaming.sampling.placement import Layout
 from examples.mosaic_streaming.titan import make_job
 from tests.support.looking import with_job_data
@@ -21,7 +20,6 @@ from tests.support.reading import write_turns
 from tests.support.streams import (
     BATCHING,
     FIRST_ID,
-    SEQ_LEN,
     build_loader,
     job,
     loader_config,
@@ -141,21 +139,6 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
     assert [[[sorted(batch) for batch in dp_rank] for dp_rank in step] for step in looked] == [
         [[found[dp_rank][step]] for dp_rank in range(4)] for step in range(6)
     ]
-
-
-def test_validation_streams_have_an_order_of_their_own(streams: dict[str, dict[str, Any]]) -> None:
-    """Also once that of the training streams is known."""
-    config = job(2, 8)
-    config.validation.enable, config.validation.seq_len = True, SEQ_LEN
-
-    def look(opened: JobData) -> Any:
-        validation = open_validation(opened)
-        assert validation
-        return [sorted(data.samples_of_epoch(0).tolist()) for data in (opened, validation)]
-
-    [a, _] = streams.values()
-    found = with_job_data(mixture(streams), look, config, validation=loader_config(Path(a["local"]), shuffle=True))
-    assert found == [list(range(83)), list(range(50))]
 
 
 def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[str, dict[str, Any]]) -> None:

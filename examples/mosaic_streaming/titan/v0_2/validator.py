@@ -51,7 +51,7 @@ class MosaicValidator(Validator):
                 loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
         total = self._total(loss_tokens.to(device_type), "batch")
         if not total:
-            raise self.loader.no_loss_token()
+            raise self.loader.no_loss_token_error()
         mean = self._total(loss_sum.to(torch.float32).to(device_type), "loss", "pp") / total
         self.metrics_processor.log_validation(loss=mean, step=step)
         for model in model_parts:
@@ -80,7 +80,7 @@ class MosaicValidator(Validator):
             return torch.stack(losses).sum() if losses else torch.zeros(())
 
     def _total(self, number: Tensor, *meshes: str) -> float:
-        """The sum over meshes, as far as there are such."""
+        """The sum of a number over the ranks of these meshes; a mesh that this layout doesn't have is left out."""
         for name in meshes:
             if (mesh := self.parallel_dims.get_optional_mesh(name)) is not None:
                 number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)
