@@ -25,6 +25,7 @@ import torchtitan.models.llama3
 import torchtitan.train  # noqa: F401
 
 import examples.mosaic_streaming.dataloader
+import examples.mosaic_streaming.preview.commands
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
 from tests.support.jobs import write_files

@@ -146,4 +146,4 @@ def ledger(data: JobData, flags: Namespace) -> None:
     report["samples_by_checkpoint"] = seen.samples if seen else None
     emit(report, flags, lambda console: tables.print_ledger(console, report))
     if flags.plot:
-        plots.plot_shares(flags.plot, steps[1:], counts[1:], report["streams"])
+        plots.plot_shares(flags.plot, steps, counts, report["streams"])

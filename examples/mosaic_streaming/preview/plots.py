@@ -3,14 +3,15 @@
 import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from examples.mosaic_streaming.errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BINS = 40
 
@@ -36,7 +37,8 @@ def plot_shares(path: str, steps: Sequence[int], counts: NDArray[np.int64], stre
         counts: samples read up to each step, int64 [steps, streams].
         streams: of the report of `ledger`.
     """
-    shares = counts / counts.sum(axis=1, keepdims=True)
+    read = counts.sum(axis=1)
+    steps, shares = np.array(steps)[read > 0], counts[read > 0] / read[read > 0, None]
     with picture(path, "Streams: read (solid) and asked for (dotted)") as axes:
         for number, stream in enumerate(streams):
             [curve] = axes.plot(steps, shares[:, number], label=stream["stream"])
@@ -45,8 +47,10 @@ def plot_shares(path: str, steps: Sequence[int], counts: NDArray[np.int64], stre
 
 
 @contextlib.contextmanager
-def picture(path: str, title: str) -> Iterator[Axes]:
+def picture(path: str, title: str) -> Iterator["Axes"]:
     """The axes of a picture, which is written in the format that the file's ending names."""
+    from matplotlib.figure import Figure  # which takes a second to import
+
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     yield axes

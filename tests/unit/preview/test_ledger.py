@@ -9,6 +9,7 @@ import pytest
 from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
+from examples.mosaic_streaming.preview.plots import plot_shares
 from tests.support.looking import preview, with_job_data
 from tests.support.streams import BATCHING, SEQ_LEN, WEIGHTS, job, mixture, read_steps
 
@@ -48,16 +49,23 @@ def test_ledger_counts_what_is_delivered(
     assert counts.sum(axis=1).tolist() == [8 * step for step in steps]
 
 
-def test_what_was_read_before_the_first_known_step_is_counted(streams: dict[str, dict[str, Any]]) -> None:
+def test_what_was_read_before_the_first_known_step_is_counted_and_drawn(
+    streams: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
     """As after a checkpoint of an earlier version of this code, which knows its own step alone."""
 
     def look(opened: JobData) -> Any:
         history = History(opened.opened.order, (Segment(3, 0, 24, 8),))
-        return [count_samples(opened, whose, 3) for whose in (history, opened.new_run())]
+        steps, counts = count_samples(opened, history, 3)
+        plot_shares(
+            str(tmp_path / "shares.png"), steps, counts, ledger_report(opened, history, 3, counts[-1])["streams"]
+        )
+        return steps, counts, count_samples(opened, opened.new_run(), 3)[1]
 
-    (steps, counts), (_, all_counts) = with_job_data(mixture(streams), look, job(2, 8))
+    steps, counts, all_counts = with_job_data(mixture(streams), look, job(2, 8))
     assert steps == [3]
     assert counts.tolist() == [all_counts[-1].tolist()]
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ledger_is_drawn_and_goes_to_the_last_step_unless_another_is_given(files: Path) -> None:
