@@ -23,6 +23,7 @@ import torch
 import torch._dynamo
 import torchtitan.models.llama3
 import torchtitan.train  # noqa: F401
+from torchtitan.config import ConfigManager
 
 import examples.mosaic_streaming.dataloader
 import examples.mosaic_streaming.preview.commands
@@ -32,6 +33,7 @@ from tests.support.jobs import write_files
 from tests.support.streams import write_stream
 
 torch.set_num_threads(1)
+ConfigManager().parse_args([])  # tyro then knows the fields of JobConfig, which take it 0.3 s to read
 
 # The import of composer 0.32.1 sets handlers that raise SystemExit, which is lost in the first moments after a fork.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)
