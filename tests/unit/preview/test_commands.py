@@ -404,10 +404,10 @@ def test_damaged_checkpoint_is_told_in_a_line(stopped: Path, tmp_path: Path) -> 
         file.unlink()
     said = printed(stopped, "plan", f"--checkpoint={tmp_path}", code=1)
     assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: FileNotFoundError: " in said
-    for name in (".metadata", "__0.metadata"):  # torch tries the second where the first can't be read
-        (tmp_path / "step-12" / name).write_bytes(b"cbuiltins\nexec\n(Vassert False\ntR.")  # which has no message
+    (tmp_path / "step-12/.metadata").write_bytes(b"")
+    (tmp_path / "step-12/__0.metadata").write_bytes(b"")  # torch tries it where the other can't be read
     said = printed(stopped, "plan", f"--checkpoint={tmp_path}", code=1)
-    assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: AssertionError. Name an earlier" in said
+    assert f"ConfigError: --checkpoint {tmp_path}/step-12: it can't be read: AssertionError: metadata is None" in said
 
 
 def test_control_characters_of_a_text_are_shown_not_obeyed(files: Path) -> None:
@@ -494,7 +494,9 @@ def validating(files: Path) -> tuple[str, ...]:
 VALIDATION = ("--validation.enable", "--validation.seq_len=16", "--validation.local_batch_size=4")
 
 
-@pytest.mark.parametrize(("steps", "batches", "samples"), [("-1", 4, 30), ("3", 3, 24)])
+@pytest.mark.parametrize(
+    ("steps", "batches", "samples"), [pytest.param("-1", 4, 30, marks=pytest.mark.long), ("3", 3, 24)]
+)
 def test_plan_has_the_validation_streams_and_what_a_round_reads(
     files: Path, validating: tuple[str, ...], steps: str, batches: int, samples: int
 ) -> None:

@@ -191,7 +191,7 @@ def test_lengths_with_which_no_job_starts_are_refused(files: Path, seq_len: int,
     said = printed(files, "plan", titan=(f"--training.seq_len={seq_len}",), code=1)
     assert f"17 tokens, but rows of training.seq_len = {seq_len} take {seq_len + 1} (dataset.max_seq_len)" in said
     assert "Set training.seq_len = 16, or write samples of" in said
-    assert ("would leave out the rest" in said) == (f"dataset.max_seq_len = {seq_len + 1} in" in said) == rest
+    assert ("to leave out the rest" in said) == (f"dataset.max_seq_len = {seq_len + 1} in" in said) == rest
     assert "Checked now" not in said
 
 
