@@ -4,6 +4,7 @@ The quick tests compare what the pages say with the real parsers, files, setting
 commands of each page, one after the other, in a copy of the repository.
 """
 
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -20,8 +21,10 @@ import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from huggingface_hub.commands.download import DownloadCommand
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming import titan
@@ -134,7 +137,7 @@ def check_titan_flags(config: str, flags: list[str]) -> None:
 
 
 def check_command(command: str) -> None:
-    """The program that a command calls takes its flags, or the long test, or another one, runs it."""
+    """The program that a command calls takes its flags. Of some, this only shows in the tests that run them."""
     words = words_of(command)
     if words[0] == "make":
         assert set(words[1:]) <= TARGETS
@@ -150,14 +153,17 @@ def check_command(command: str) -> None:
         check_titan_flags(flags.config, titan_flags)
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
+        assert all(word.startswith(MADE) or (ROOT / word).exists() for word in words[3:])
+    elif words[:2] == ["huggingface-cli", "download"]:
+        parser = argparse.ArgumentParser()
+        DownloadCommand.register_subcommand(typing.cast(Any, parser.add_subparsers()))
+        parser.parse_args(words[1:])
     elif scripts := [word for word in words if word.startswith("configs/launch/")]:
         files = [word for word in words if word.endswith(".toml")]
         assert all((ROOT / path).is_file() for path in (*scripts, *files))
         check_titan_flags(files[0], words[words.index(files[-1]) + 1 :])
     else:
-        assert words[:2] == ["python", "-c"] or words[0] in (
-            *("cp", "export", "git", "huggingface-cli", "llmfoundry", "sed"),
-        )
+        assert words[:2] == ["python", "-c"] or words[0] in ("cp", "export", "git", "llmfoundry", "sed")
 
 
 @pytest.mark.parametrize(("page", "command"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
