@@ -25,6 +25,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.commands.download import DownloadCommand
+from torch.distributed.run import get_args_parser
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming import titan
@@ -144,6 +145,7 @@ def check_command(command: str) -> None:
     elif words[0] == "torchrun":
         module = words.index("-m")
         assert words[module + 1] == TRAIN
+        get_args_parser().parse_args(words[1:])
         flags, titan_flags = parse_flags(words[module + 2 :])
         check_files(words)
         check_titan_flags(flags.config, titan_flags)
