@@ -76,12 +76,15 @@ def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) 
 @pytest.mark.parametrize(
     ("world_size", "nodes", "flags"),
     [
-        pytest.param(*(2, 1, []), marks=pytest.mark.long),
+        (2, 1, []),
         pytest.param(
             *(2, 1, ["--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=8"]),
             marks=pytest.mark.long,
         ),
-        (4, 1, ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]),
+        pytest.param(
+            *(4, 1, ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *(4, 2, []),
             marks=[
