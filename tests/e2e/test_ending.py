@@ -245,9 +245,7 @@ def test_next_start_is_what_torchtitan_would_load(
     ("is_told", "is_own"),
     [
         (True, False),
-        (False, True),
-        pytest.param(False, False, marks=pytest.mark.long),
-        pytest.param(True, True, marks=pytest.mark.long),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, True), (False, False), (True, True))),
     ],
 )
 def test_only_errors_that_follow_another_ranks_end_are_left_unsaid(

@@ -55,7 +55,7 @@ def go_on(whole: Whole, checkpoint: str, name: str, *flags: str, world_size: int
     return folder, logged(ranks), recorded(folder / "recorded" / name)
 
 
-@pytest.mark.parametrize("step", [3, 8, 9])
+@pytest.mark.parametrize("step", [8, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 9))])
 def test_run_goes_on_as_if_it_had_not_stopped(whole: Whole, step: int) -> None:
     """In an epoch, at its end, and behind it."""
     _, losses, samples = go_on(whole, f"whole/step-{step}", f"from-{step}", "--training.local_batch_size=4")

@@ -143,7 +143,10 @@ def test_torchtitans_flags_are_listed(files: Path) -> None:
 
 @pytest.mark.parametrize(
     ("token", "notice", "codes"),
-    [(22, 0, {1, 128 + signal.SIGTERM}), pytest.param(22, 20, {1}, marks=pytest.mark.long), (4001, 20, {1})],
+    [
+        (22, 0, {1, 128 + signal.SIGTERM}),
+        *(pytest.param(token, 20, {1}, marks=pytest.mark.long) for token in (22, 4001)),
+    ],
 )
 def test_error_of_another_rank_alone_is_told_by_rank_0(files: Path, token: int, notice: float, codes: set[int]) -> None:
     """The second rank meets a token that no model has; the first is caught in a collective, or meets another later.

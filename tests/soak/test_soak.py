@@ -50,8 +50,14 @@ def test_killed_training_goes_on_exactly(trained: Place, kind: str, moment: int)
 
 
 @pytest.mark.skipif(not can_make_nodes(), reason="no rights to mount a disk")
-@pytest.mark.parametrize("kind", ["disk full", "cache not writable"])
-@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.long), 5])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("disk full", 5),
+        pytest.param("disk full", 1, marks=pytest.mark.long),
+        *(pytest.param("cache not writable", number, marks=pytest.mark.long) for number in (1, 5)),
+    ],
+)
 def test_cache_that_cannot_be_written_stops_the_job(place: Place, kind: str, number: int) -> None:
     goes_well(Case(kind, number, seed=1), place)
 

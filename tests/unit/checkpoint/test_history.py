@@ -178,6 +178,7 @@ def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
     return files, read
 
 
+@pytest.mark.long
 def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) -> None:
     files, read = anew
     cases: list[tuple[int, int, int, tuple[str, ...]]] = [
@@ -198,6 +199,7 @@ def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) ->
         assert f"ConfigError: Step {step} was read before step {step + 1}, and the streams began anew there" in said
 
 
+@pytest.mark.long
 def test_ledger_and_plan_count_since_the_streams_began_anew(anew: tuple[Path, Samples]) -> None:
     files, read = anew
     steps = "--training.steps=7"

@@ -76,10 +76,8 @@ def resume_after(config: dict[str, Any], steps: int, saved_steps: Iterable[int],
     return number + 1
 
 
-@pytest.mark.parametrize(
-    "batching_method",
-    [method if method == "random" else pytest.param(method, marks=pytest.mark.long) for method in BATCHING],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("batching_method", BATCHING)
 def test_resume_at_every_step_of_an_epoch_and_a_half(
     streams: dict[str, dict[str, Any]],
     batching_method: str,
@@ -108,8 +106,10 @@ def test_over_all_ways_to_read_each_step_is_resumed_with_each_setting_and_layout
     assert resumed == {*itertools.product(range(1, STEPS), settings)}
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("weights", "batching_method", "shuffle_algo"), WAYS)
+@pytest.mark.parametrize(
+    ("weights", "batching_method", "shuffle_algo"),
+    [WAYS[0], *(pytest.param(*way, marks=pytest.mark.long) for way in WAYS[1:])],
+)
 def test_resume_after_three_steps_in_each_way_to_read(
     streams: dict[str, dict[str, Any]],
     weights: str,
