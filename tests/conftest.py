@@ -9,6 +9,8 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA doesn't survive a fork: tests run on the CPU everywhere
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads doesn't survive a fork
+# torch's stores ask DNS for the name of ::ffff:127.0.0.1: a lost answer would cost a rank 5 s (glibc, resolv.conf(5)).
+os.environ["RES_OPTIONS"] = "timeout:1"
 
 warnings.filterwarnings("ignore", "pkg_resources is deprecated")
 

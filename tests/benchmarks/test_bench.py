@@ -61,6 +61,7 @@ def test_loader_on_text_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.against == "TorchTitan's loader" and min(*found.ours, *found.theirs) > 0
 
 
+@pytest.mark.long
 def test_epochs_and_memory_are_measured(tokens: data.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "SIZES", (10_000, 20_000))
     monkeypatch.setattr(epochs, "LATE", 200)

@@ -91,7 +91,7 @@ def at_each_step(monkeypatch: pytest.MonkeyPatch, call: Callable[[int], object])
     [
         (None, 0, "Process group destroyed"),
         pytest.param(*(RuntimeError("nobody's"), 1, "RuntimeError: nobody's"), marks=pytest.mark.long),
-        (DataError("the user's"), 1, "DataError: the user's"),
+        pytest.param(*(DataError("the user's"), 1, "DataError: the user's"), marks=pytest.mark.long),
         (signal.SIGHUP, 128 + signal.SIGHUP, "Stopped by SIGHUP after step 1; no checkpoint is finished: the same "),
     ],
     ids=["success", "exception", "user's error", "signal"],
@@ -244,7 +244,10 @@ def test_next_start_is_what_torchtitan_would_load(
 
 @pytest.mark.parametrize(
     ("is_told", "is_own"),
-    [(True, False), (False, True), (False, False), pytest.param(True, True, marks=pytest.mark.long)],
+    [
+        (True, False),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, True), (False, False), (True, True))),
+    ],
 )
 def test_only_errors_that_follow_another_ranks_end_are_left_unsaid(
     files: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool, is_own: bool

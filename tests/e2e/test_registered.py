@@ -127,7 +127,9 @@ def fails(files: Path, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("name", "workers", "message"),
     [
-        ("stacked", 1, "A batch of the loader is a Tensor, expected a dict of tensors."),
+        pytest.param(
+            *("stacked", 1, "A batch of the loader is a Tensor, expected a dict of tensors."), marks=pytest.mark.long
+        ),
         ("bare", 0, "A batch has no tensor input_ids nor labels, but: tokens, length. Have the loader make"),
     ],
 )

@@ -69,6 +69,7 @@ def test_folder_of_other_data_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "train/index.json").read_text() == "somebody's"
 
 
+@pytest.mark.long
 def test_same_streams_every_time(demo: Path, tmp_path: Path) -> None:
     run_rank_values(lambda: make_demo_data(tmp_path / "again"))
     for split in ("train", "val"):
@@ -77,6 +78,7 @@ def test_same_streams_every_time(demo: Path, tmp_path: Path) -> None:
         assert not different + unreadable
 
 
+@pytest.mark.long
 def test_tokenizer_script_makes_the_same_tokenizer_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run_rank_values(lambda name=name: train_tokenizer(tmp_path / name))  # type: ignore[misc]

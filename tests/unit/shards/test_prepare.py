@@ -60,7 +60,7 @@ def another_job(config: dict[str, Any]) -> Iterator[int]:
         os.waitpid(parent, 0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_job_on_the_cache_of_another_is_told_its_pid_at_once(tmp_path: Path, world_size: int) -> None:
     stream = write_stream(tmp_path / "stream", 40)
     config = cached(stream, tmp_path / "cache")
@@ -129,7 +129,7 @@ def test_what_another_user_has_put_beside_stale_memory_neither_hangs_a_start_nor
             file.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_nothing_is_left_in_shared_memory_nor_beside_the_shards(tmp_path: Path, num_workers: int) -> None:
     stream = write_stream(tmp_path / "stream", 40)
     before = shared()

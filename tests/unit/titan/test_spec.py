@@ -25,8 +25,9 @@ def missing_on_cpu(model_args: Any) -> str | None:
     return None
 
 
+LONG = {"qwen3_mosaic"}
 DEBUG = [
-    pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) else [])
+    pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) or model in LONG else [])
     for model in text_models()
     for flavor, model_args in base_spec(model).model_args.items()
     if flavor.startswith("debugmodel")
