@@ -72,6 +72,7 @@ def test_epochs_and_memory_are_measured(tokens: data.Tokens, tmp_path: Path, mon
     assert [figure.values["process"] for figure in grown] == ["rank", "rank", "worker 0", "worker 1"]
 
 
+@pytest.mark.long
 def test_resumes_and_verifying_are_measured(
     tokens: data.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

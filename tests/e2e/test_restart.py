@@ -76,7 +76,7 @@ def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) 
 @pytest.mark.parametrize(
     ("world_size", "nodes", "flags"),
     [
-        (2, 1, []),
+        pytest.param(*(2, 1, []), marks=pytest.mark.long),
         pytest.param(
             *(2, 1, ["--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=8"]),
             marks=pytest.mark.long,

@@ -1,6 +1,6 @@
-"""Resume equals never having stopped: by the samples of each global batch, restored in fresh processes.
+"""Resume equals never having stopped: by the samples of each global batch, restored in other processes.
 
-The sweep over all ways to weigh, batch and shuffle is marked `long`: `make test-all` runs it.
+The sweeps over all ways to weigh, batch and shuffle, and over all steps, are marked `long`: `make test-all` runs them.
 """
 
 import itertools
