@@ -1,7 +1,7 @@
 """Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `config/cli.py`.
 
 It does what TorchTitan's own `train.py` does, but the model's TrainSpec reads Mosaic streams. Packages that take long
-to import are imported where they are needed, so that `--help` and typing errors don't wait half a minute.
+to import are imported where they are needed, so that `--help` and typos don't wait half a minute.
 """
 
 import contextlib
@@ -26,17 +26,17 @@ PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """The log opens with their versions."""
 
 SAVE_SECONDS = 20.0
-"""How long a checkpoint in the background may take to be finished after a signal. torchrun leaves 30 s in all."""
+"""How long a background checkpoint may take to finish after a signal. torchrun kills a rank after 30 s."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and the files, register the spec, and train. A user's error ends in one line."""
-    channel = AbortChannel()
+    channel = AbortChannel()  # tells all ranks why one of them stops
     with channel.report_errors_once():
-        handle_signals(signal.SIG_DFL)  # until there is something to close
+        handle_signals(signal.SIG_DFL)  # a signal ends the process at once, until there is a loader to close
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
-        if not (flags.config and flags.mosaic_config):  # only for `-- --help`
-            titan.load_job_config(titan_flags)  # which prints it and exits
+        if not (flags.config and flags.mosaic_config):  # `-- --help`
+            titan.load_job_config(titan_flags)  # prints TorchTitan's help and exits
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
         train_file, validation_file = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         if "LOCAL_RANK" not in os.environ:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
         has_validation_file = validation_file is not None
         titan.check_job(job_config, has_validation_file, int(os.environ["WORLD_SIZE"]))
-        import_llm_foundry()
+        import_llm_foundry()  # before anything else does, which would take several times as long
         titan.import_custom(job_config)
         titan.register(job_config.model.name, train_file, validation_file, channel)
         run(job_config, has_validation_file, channel)
@@ -83,14 +83,14 @@ def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChanne
             else:
                 trainer.train()
         finally:
-            channel.begin_shutdown()  # inside the outer `try`, which catches a signal that comes before
+            channel.begin_shutdown()  # in the outer `try`: a signal that comes before raises SystemExit
     except BaseException as error:
         if channel.stopped_by:
-            channel.close()
+            channel.close()  # what fails from here on only follows from the signal
         explained = explain(error, trainer, job_config)  # while the workers still live
         with contextlib.suppress(Exception):
             close(trainer)
-        if channel.stopped_by and trainer and not channel.reason:  # after a fault, the signal is torchrun's
+        if channel.stopped_by and trainer and not channel.reason:  # with a reason printed, the signal is torchrun's
             log_stop(trainer, channel.stopped_by)
         if explained:
             raise explained from error
@@ -103,11 +103,11 @@ def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChanne
 
 
 def explain(error: BaseException, trainer: "Trainer | None", job_config: "JobConfig") -> ConfigError | DataError | None:
-    """Make the user's error of an exception that a dead worker, a checkpoint or a refused setting has caused."""
+    """Turn an exception that a dead worker, a checkpoint or a setting has caused into a user's error, if it is one."""
     from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
-    may_have_lost = trainer and isinstance(error, RuntimeError) and not isinstance(error, DataError)
-    if trainer and may_have_lost and (lost := lost_workers(trainer)):
+    is_plain = isinstance(error, RuntimeError) and not isinstance(error, DataError)
+    if trainer and is_plain and (lost := lost_workers(trainer)):
         return DataError(lost)
     reason = explain_missing(str(error))
     if not reason and not (trainer and trainer.dataloader.has_started):

@@ -14,7 +14,7 @@ from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.open import open_job_data
+from examples.mosaic_streaming.preview.open_data import open_job_data
 from tests.support.jobs import command
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import job

@@ -1,8 +1,9 @@
 """Turns what llm-foundry reads into TorchTitan's batches.
 
-`use_fast_collator` gives a loader the project's one collator, `Batches` takes batches from the loader, and
-`to_titan_batch` shifts, masks and checks them by a `BatchSpec`. Before training, `check_first_samples` refuses streams
-that don't fit the model, and `choose_ratio` finds the ratio for `packing_ratio = "auto"`.
+`use_fast_collator` gives a loader the project's one collator, `Batches` takes batches from the loader, and `convert`
+shifts, masks and checks them by a `BatchSpec` (`to_titan_batch` returns the same without the padding). Before training,
+`check_first_samples` refuses streams that don't fit the model, and `choose_ratio` finds the ratio for
+`packing_ratio = "auto"`.
 """
 
 from examples.mosaic_streaming.batch.collate import (

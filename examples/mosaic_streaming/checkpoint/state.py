@@ -29,6 +29,11 @@ class State(NamedTuple):
     steps: int  # optimizer steps since then; in a run that went on from an older state, since that one
     segments: tuple[Segment, ...]  # of these steps; each start that changes the global batch begins a new one
 
+    @classmethod
+    def at_beginning(cls, data: Fingerprint, global_batch_size: int) -> "State":
+        """Return the state of a run that has read nothing."""
+        return cls(0, 0, global_batch_size, data, None, 0, (Segment(0, 0, 0, global_batch_size),))
+
 
 def pack(state: State) -> dict[str, str]:
     """Return the state under one key: DCP asks only for the keys of the fresh state, so it finds any version."""

@@ -1,4 +1,7 @@
-"""What ranks tell each other: why one stops, that a node is ready, what one has computed, and whether all agree.
+"""What ranks tell each other.
+
+`AbortChannel` tells all ranks why one of them stops. Through the job's store, `on_each_node` waits until every node is
+ready, and `on_rank_0` shares what rank 0 has computed. `check_ranks_per_node` and `check_peers` compare the ranks.
 
 All but `AbortChannel` needs torch, and is imported when it is first asked for (PEP 562), so that `--help` is quick.
 """
@@ -10,9 +13,15 @@ from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_sig
 
 if TYPE_CHECKING:
     from examples.mosaic_streaming.distributed.agreement import check_peers, check_ranks_per_node
-    from examples.mosaic_streaming.distributed.store import new_job_id, on_each_node, on_rank_0, open_store
+    from examples.mosaic_streaming.distributed.store import draw_number, on_each_node, on_rank_0
+
+
+FILES = {"check_ranks_per_node": "agreement", "check_peers": "agreement"} | dict.fromkeys(
+    ("draw_number", "on_each_node", "on_rank_0"), "store"
+)
 
 
 def __getattr__(name: str) -> Any:
-    file = "agreement" if name in ("check_ranks_per_node", "check_peers") else "store"
-    return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    if name not in FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{FILES[name]}"), name)

@@ -61,12 +61,12 @@ class AbortChannel:
             write_report(self.reason or report)
             sys.exit(1)
 
-    def connect(self, job_id: int) -> None:
-        """Let all ranks hear why any of them stops; all ranks call it, with one job ID, once their group exists."""
+    def connect(self, number: int) -> None:
+        """Let all ranks hear why any of them stops; all ranks call it, with one number, once their group exists."""
         from examples.mosaic_streaming.distributed.store import Listener
 
         if self._listener is None:
-            self._listener = Listener(job_id, self.print_reason)
+            self._listener = Listener(number, self.print_reason)
             atexit.register(self.close)  # Python would abort at its end if a thread were still in `Store.wait`
 
     def count(self, key: str) -> int:

@@ -28,18 +28,21 @@ POLL_SECONDS, MAX_POLL_SECONDS = 0.01, 5.0
 """The shortest and the longest pause between two looks for a key."""
 
 
-def new_job_id() -> int:
-    """Draw a number, the same on all ranks, that no other job of this machine has."""
-    job_id = [random.SystemRandom().randrange(FIRST_NUMBER, 9 * FIRST_NUMBER)]
+def draw_number() -> int:
+    """Draw a random number, the same on all ranks, that no other job of this machine has.
+
+    It is the prefix of keys in the job's store, and names a dataset's shared memory. What ranks share needs one each.
+    """
+    number = [random.SystemRandom().randrange(FIRST_NUMBER, 9 * FIRST_NUMBER)]
     if dist.is_initialized():
-        dist.broadcast_object_list(job_id)
-    return job_id[0]
+        dist.broadcast_object_list(number)
+    return number[0]
 
 
-def open_store(job_id: int) -> dist.Store:
-    """Connect once more to the store of the job's process group, with keys of this job ID alone."""
+def open_store(number: int) -> dist.Store:
+    """Connect once more to the store of the job's process group, with keys of this number alone."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(str(job_id), dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
+    return dist.PrefixStore(str(number), dist.TCPStore(host, port, is_master=False, wait_for_workers=False))
 
 
 def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str | None:
@@ -55,9 +58,9 @@ def wait_for(store: dist.Store, key: str, seconds: float = float("inf")) -> str 
     return str(store.get(key).decode())
 
 
-def on_each_node(job_id: int, prepare: Callable[[], None]) -> None:
+def on_each_node(number: int, prepare: Callable[[], None]) -> None:
     """Call a function on one rank of each node; all ranks wait for all nodes, and raise the first one's error."""
-    store, node_size = open_store(job_id), int(os.environ["LOCAL_WORLD_SIZE"])
+    store, node_size = open_store(number), int(os.environ["LOCAL_WORLD_SIZE"])
     this_node, local_rank = divmod(dist.get_rank(), node_size)
     if local_rank == 0:
         publish(store, f"node {this_node}", prepare)
@@ -65,9 +68,9 @@ def on_each_node(job_id: int, prepare: Callable[[], None]) -> None:
         await_result(store, f"node {node}")
 
 
-def on_rank_0(job_id: int, compute: Callable[[], Any]) -> Any:
+def on_rank_0(number: int, compute: Callable[[], Any]) -> Any:
     """Call a function on rank 0, and return its result, or raise its error, on all ranks, however long it takes."""
-    store = open_store(job_id)
+    store = open_store(number)
     if dist.get_rank() == 0:
         publish(store, "rank 0", compute)
     return await_result(store, "rank 0")
@@ -99,11 +102,11 @@ class Listener:
     Each rank waits for a key of its own, so that it can also wake itself. Until then, it asks nothing of the store.
     """
 
-    def __init__(self, job_id: int, print_reason: Callable[[str], None]) -> None:
-        self._store, self._key = open_store(job_id), WAKE_UP_KEY.format(rank=dist.get_rank())
+    def __init__(self, number: int, print_reason: Callable[[str], None]) -> None:
+        self._store, self._key = open_store(number), WAKE_UP_KEY.format(rank=dist.get_rank())
         self._print_reason = print_reason
         self._is_woken, self._is_closed = False, threading.Event()
-        self._thread = threading.Thread(target=self._listen, args=[open_store(job_id)], daemon=True)
+        self._thread = threading.Thread(target=self._listen, args=[open_store(number)], daemon=True)
         self._thread.start()
 
     def _listen(self, store: dist.Store) -> None:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         import_llm_foundry()
         channel.exit_on_signals()  # again, because the import of composer sets its own handlers
         from examples.mosaic_streaming.preview import commands
-        from examples.mosaic_streaming.preview.open import open_job_data
+        from examples.mosaic_streaming.preview.open_data import open_job_data
         from examples.mosaic_streaming.preview.progress import STDERR
 
         with contextlib.ExitStack() as stack:

@@ -20,7 +20,7 @@ from examples.mosaic_streaming.preview.checkpoint import (
 )
 from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
 from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
-from examples.mosaic_streaming.preview.open import open_validation
+from examples.mosaic_streaming.preview.open_data import open_validation
 from examples.mosaic_streaming.preview.plan import plan_report
 from examples.mosaic_streaming.preview.plan_tables import print_plan
 from examples.mosaic_streaming.preview.progress import progress_bar

@@ -12,7 +12,7 @@ from examples.mosaic_streaming.checkpoint import History, shards_of
 from examples.mosaic_streaming.config import flat
 from examples.mosaic_streaming.preview.checkpoint import Checkpoint
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.open import open_validation
+from examples.mosaic_streaming.preview.open_data import open_validation
 from examples.mosaic_streaming.preview.progress import progress_bar
 from examples.mosaic_streaming.sampling import ORDER_BYTES, size_of_round, stream_shares
 

@@ -1,9 +1,11 @@
 """Shards: their indexes, caches, fetching and reading.
 
-`prepare` readies a loader's streams on each node before streaming opens them: it validates each `index`, takes each
-`cache`, and verifies the files there. `make_checked_dataset` then turns llm-foundry's dataset into a `CheckedDataset`,
-whose errors reach the reader, with a `CheckedStream` (fetches only right files) for each stream and a `CheckedReader`
-(returns only whole samples) for each shard. `columns` and `turns` find data that a loader can't read or would misread.
+`prepare_streams` readies a loader's streams on each node before streaming opens them: it validates their indexes
+(`index.py`), takes their caches (`cache.py`), and verifies the files there. `make_checked_dataset` then turns
+llm-foundry's dataset into a `CheckedDataset`, whose errors reach the reader. It has a `CheckedStream` for each stream,
+which fetches only right files (`check_file` in `stream.py`), and a `CheckedReader` for each shard, which returns only
+whole samples. `check_columns` finds data that a loader can't read or would misread, also turns of chats (`turns.py`).
+`FetchStats` counts what is fetched. `add_hashes.py` is a program that adds hashes to an index.
 """
 
 from examples.mosaic_streaming.shards.columns import FORMS, check_columns, columns_of, form_of

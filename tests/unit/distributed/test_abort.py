@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from examples.mosaic_streaming.distributed import abort, store
 from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.distributed.store import is_connection_error, new_job_id
+from examples.mosaic_streaming.distributed.store import draw_number, is_connection_error
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from tests.support.ranks import Rank, run_rank_values, run_ranks, wait_until
 
@@ -41,7 +41,7 @@ def connected(body: Callable[[AbortChannel], None]) -> Callable[[], None]:
         channel = AbortChannel()
         with channel.report_errors_once():
             channel.exit_on_signals()
-            channel.connect(new_job_id())
+            channel.connect(draw_number())
             dist.barrier()
             body(channel)
 
@@ -179,7 +179,7 @@ def test_ranks_count_together() -> None:
     def run() -> list[int]:
         dist.init_process_group("gloo")
         channel = AbortChannel()
-        channel.connect(new_job_id())
+        channel.connect(draw_number())
         counts = [channel.count("a"), channel.count("b")]
         dist.barrier()
         channel.close()

@@ -12,7 +12,7 @@ from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.open import check_ranks, open_job_data
+from examples.mosaic_streaming.preview.open_data import check_ranks, open_job_data
 from examples.mosaic_streaming.sampling.placement import Layout
 from examples.mosaic_streaming.titan import make_job
 from tests.support.looking import with_job_data

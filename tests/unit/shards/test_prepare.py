@@ -17,7 +17,7 @@ from streaming.base.shared import SharedMemory
 
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.distributed.store import new_job_id
+from examples.mosaic_streaming.distributed.store import draw_number
 from examples.mosaic_streaming.train import main
 from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER, SHM, hold, shared_memory
 from tests.support.jobs import command, logged, train, write_files
@@ -249,7 +249,7 @@ def test_numbers_of_jobs_differ() -> None:
 
     def numbers() -> list[int]:
         dist.init_process_group("gloo")
-        return [new_job_id() for _ in range(20)]
+        return [draw_number() for _ in range(20)]
 
     one, other = run_rank_values(numbers, 2)
     assert one == other and len(set(one)) == 20 and all(len(str(number)) == 13 for number in one)

@@ -15,7 +15,7 @@ from examples.mosaic_streaming.config import Job, LoaderFile, resolve, warnings_
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
-from examples.mosaic_streaming.metrics import log_data
+from examples.mosaic_streaming.metrics import add_data_metrics
 from examples.mosaic_streaming.titan.v0_2.documents import within_documents
 from examples.mosaic_streaming.titan.v0_2.job import make_job
 from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
@@ -116,7 +116,7 @@ class Builders:
     def build_metrics(self, *arguments: Any) -> MetricsProcessor:
         """Build the model's own metrics processor, and let it log what the loader has read."""
         build = self._spec.build_metrics_processor_fn or build_metrics_processor
-        return log_data(build(*arguments), self.loader)
+        return add_data_metrics(build(*arguments), self.loader)
 
     def build_validator(self, dp_rank: int, tokenizer: Any, **arguments: Any) -> MosaicValidator:
         """Build the validator, over streams of its own."""

@@ -1,4 +1,4 @@
-"""TorchTitan's validator over Mosaic streams: each target counts once in the mean."""
+"""TorchTitan's validator over Mosaic streams: each loss token counts once in the mean."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from examples.mosaic_streaming.validator import ValidationLoader
 class MosaicValidator(Validator):
     """The mean loss of a model over the validation streams, or over their first samples.
 
-    Each target counts once, whatever its batch. TorchTitan's own validator takes the mean of batches' means, and its
-    loader may end at different times on different ranks (torchtitan 0.2.2, components/validate.py).
+    Each loss token counts once, whatever its batch. TorchTitan's own validator takes the mean of batches' means, and
+    its loader may end at different times on different ranks (torchtitan 0.2.2, components/validate.py).
 
     Args:
         job_config: the whole job.
@@ -64,7 +64,7 @@ class MosaicValidator(Validator):
         return self.validation_dataloader
 
     def _loss(self, inputs: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]) -> Tensor:
-        """The loss of a batch, summed over this rank's targets; 0 on a pipeline's stages before the last."""
+        """The loss of a batch, summed over this rank's loss tokens; 0 on a pipeline's stages before the last."""
         tokens, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(inputs, labels, model_parts)
         with self.validation_context():
             if self.pp_schedule is None:

@@ -24,7 +24,7 @@ from examples.mosaic_streaming.config import (
     streams_of,
     without_token_ids,
 )
-from examples.mosaic_streaming.distributed import AbortChannel, new_job_id
+from examples.mosaic_streaming.distributed import AbortChannel, draw_number
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.private_folder import private_folder
@@ -79,7 +79,7 @@ def open_job_data(
         own = dataloader.fill_in_packing_ratio(with_own_caches(config, folder), job, tokenizer, lambda choose: choose())
         if "packing_ratio" in own.dataset:
             config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
-        opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, new_job_id(), "The preview")
+        opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
         yield JobData(job, job_settings, train, config, opened, tokenizer, folder, job.training, held_out)
 
 
@@ -97,7 +97,7 @@ def open_validation(data: JobData) -> JobData | None:
     config, shape = without_token_ids(config, data.tokenizer), data.job.validation.shape
     own = with_own_caches(config, os.path.join(data.folder, "validation"))
     rows = shape.local_batch_size
-    loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, new_job_id())
+    loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, draw_number())
     assert isinstance(loader.dataset, StreamingDataset)
     order = Order("random", rows * data.job.layout.dp_world_size, rows, loader.dataset.epoch_size)
     spec = dataloader.batch_spec(data.job, shape, own, data.tokenizer, "The preview")
