@@ -226,7 +226,7 @@ def fail_at_store(case: Case, kind: str, told: str, survived: int = 1) -> None:
     if not case.lasting:
         case.survives()
         return
-    named = re.escape(f"{case.remote}/{file} of stream 'it' in loader.toml can't be had: ")
+    named = re.escape(f"{case.remote}/{file} of stream 'it' in loader.toml can't be fetched: ")
     stopped = case.stops(rf"DataError: {named}.*({told}).* Attempts: 2 ", waited=2 * PATIENCE * (kind == "stall"))
     case.store.clear()
     case.goes_on(stopped)
@@ -408,7 +408,7 @@ def damage_index(case: Case) -> None:
     (case.cache / "index.json").write_bytes(damaged[how])
     case.outcome.injected = 1
     if how == "other":
-        case.goes_on(case.stops(r"DataError: .* can't be had: it has \d+ bytes, expected 1,?\d+"))
+        case.goes_on(case.stops(r"DataError: .* can't be fetched: it has \d+ bytes, expected 1,?\d+"))
     else:
         case.survives(r"index\.json in the cache of stream 'it' in loader\.toml is fetched again")
 

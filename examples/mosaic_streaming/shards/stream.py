@@ -111,7 +111,7 @@ class CheckedStream(Stream):
                 raise
             except Exception as error:
                 self._downloader = CloudDownloader.get(self.remote)  # other threads keep using the old one
-                problem = f"{self.source(basename)} of {self.label} can't be had: {describe(error)}"
+                problem = f"{self.source(basename)} of {self.label} can't be fetched: {describe(error)}"
                 if attempt == self.download_retry:
                     if isinstance(error, FileError):  # perhaps the index in the cache is the wrong one
                         Path(self.path(get_index_basename())).unlink(missing_ok=True)

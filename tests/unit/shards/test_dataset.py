@@ -113,7 +113,7 @@ def fault(kind: str, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("kind", "num_workers", "world_size"), CASES)
-def test_shard_that_cannot_be_had_stops_all_ranks_and_then_the_job_goes_on(
+def test_shard_that_cannot_be_fetched_stops_all_ranks_and_then_the_job_goes_on(
     place: Place, whole: list[list[int]], tmp_path: Path, kind: str, num_workers: int, world_size: int
 ) -> None:
     config = place.config(tmp_path / "cache", num_workers, download_timeout=1, predownload=8)
@@ -121,7 +121,7 @@ def test_shard_that_cannot_be_had_stops_all_ranks_and_then_the_job_goes_on(
     stopped = place.read(config, tmp_path / "1", world_size)
     assert re.search(LASTING[kind], stopped.message), stopped.message
     name = f"{place.remote}/shard.00003.mds of the stream in loader.toml"
-    assert stopped.message.startswith(f"DataError: {name} can't be had: ")
+    assert stopped.message.startswith(f"DataError: {name} can't be fetched: ")
     assert "Attempts: 2 (dataset.download_retry)." in stopped.message
     assert stopped.steps == whole[: len(stopped.steps)], "and nothing wrong before"
     place.store.clear()

@@ -202,7 +202,7 @@ def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
         ("foo://bucket/stream", r"ConfigError: the stream in loader\.toml: .*foo"),
         (
             "s3://bucket/nothing",
-            r"DataError: s3://bucket/nothing/index\.json of the stream in loader\.toml can't be had",
+            r"DataError: s3://bucket/nothing/index\.json of the stream in loader\.toml can't be fetched",
         ),
     ],
 )
