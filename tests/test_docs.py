@@ -32,6 +32,8 @@ from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import parse_flags
 from examples.mosaic_streaming.config.keys import dataset_keys
 from examples.mosaic_streaming.preview.__main__ import build_parser
+from examples.mosaic_streaming.titan.v0_2.documents import masks_documents
+from examples.mosaic_streaming.titan.v0_2.spec import base_spec
 from tests.support.ranks import run_rank_values
 
 ROOT = Path(__file__).parent.parent
@@ -261,9 +263,9 @@ def test_settings_modules_targets_and_files_in_the_text_exist(page: Path) -> Non
 
 
 def test_names_in_the_tables_of_the_architecture_exist() -> None:
-    """Of a room, those that its `__init__` exports; of a file, those that it defines; each patch, and no other."""
+    """Of a package, those that its `__init__` exports; of a file, those that it defines; each patch, and no other."""
     page = text_of(Path("docs/architecture.md"))
-    tables = page.split("## The front")[1].split("\n## Questions")[0]
+    tables = page.split("## Top-level files")[1].split("\n## Questions")[0]
     for name, names in re.findall(r"^\| `([\w./]+)` \|.*\| (.*) \|$", tables, re.MULTILINE):
         source = (EXAMPLE / name / "__init__.py" if name.endswith("/") else EXAMPLE / name).read_text()
         for defined in re.findall(r"`(\w+)`", names):
@@ -271,6 +273,19 @@ def test_names_in_the_tables_of_the_architecture_exist() -> None:
     patches = page.split("**What is patched upstream?**")[1].split("\n**")[0]
     written = re.findall(r"^\| `(\w+\.py)` \|", patches, re.MULTILINE)
     assert written == sorted(path.name for path in (EXAMPLE / "upstream").glob("*.py") if path.name != "__init__.py")
+
+
+def test_flavors_that_mask_documents_are_those_in_the_page() -> None:
+    written = {}
+    for row in re.findall(r"^\| (`\w+_mosaic`.*) \|$", text_of(Path("docs/finetuning.md")), re.MULTILINE):
+        models, _, flavors = re.sub(r" \(.*\)", "", row).partition(" | ")
+        for model in re.findall(r"`(\w+)`", models):
+            written[model] = re.findall(r"`([^`]+)`", flavors)
+    found = {}
+    for model in re.findall(r"`(\w+_mosaic)`", text_of(README)):
+        flavors = base_spec(model).model_args
+        found[model] = [flavor for flavor, model_args in flavors.items() if masks_documents(model_args)]
+    assert written == found
 
 
 def written_words() -> str:
