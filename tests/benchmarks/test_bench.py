@@ -42,6 +42,7 @@ def test_tables_line_up() -> None:
     assert shown.count("against") == 1 and shown.endswith("\n\n| a |\n|---|\n| 1 |\n| 2 |")
 
 
+@pytest.mark.long
 def test_loaders_are_compared(tokens: data.Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"REPEATS": 2, "SECONDS": 0.01, "EPOCH": 4000, "WARM_UP": 2}.items():
         monkeypatch.setattr(loaders, name, value)

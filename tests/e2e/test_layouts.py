@@ -13,7 +13,7 @@ from tests.support.recording import recorded, recording
 STEPS = 10
 FLAGS = ("--checkpoint.enable", f"--training.steps={STEPS}", f"--checkpoint.interval={STEPS}")
 
-QUICK = {"gradient accumulation", "FSDP 2"}
+QUICK = {"FSDP 2"}
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,7 @@ def name_loader(files: Path, name: str, settings: str = "") -> None:
     (files / "loader.toml").write_text(f'name = "{name}"\n{settings}\n[dataset]\nlocal = "{files}/stream"\n')
 
 
+@pytest.mark.long
 def test_registered_loaders_without_an_attention_mask_train_as_text_does_and_validate(files: Path) -> None:
     write_stream(files / "held_out", 5, first=200)
     (files / "validation.toml").write_text(f'name = "own"\n[dataset]\nlocal = "{files}/held_out"\n')

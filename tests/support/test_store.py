@@ -112,7 +112,12 @@ def test_pauses_shorter_than_the_timeout(store: Store, tmp_path: Path, kind: str
     assert faults(store) == [("HEAD", None), ("GET", kind)]
 
 
-@pytest.mark.parametrize(("kind", "times"), [("500", 2), ("503", 1), ("reset", 4), ("short", 4), ("stall", 1)])
+SLOW = [("503", 1), ("reset", 4), ("short", 4), ("stall", 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("500", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in SLOW)]
+)
 def test_recovery(store: Store, tmp_path: Path, kind: str, times: int) -> None:
     store.inject({"path": "shard", "kind": kind, "times": times, "seconds": 2.0})
     assert download(tmp_path) == CONTENT

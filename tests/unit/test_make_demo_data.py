@@ -33,6 +33,7 @@ def tokens(stream: Path) -> NDArray[np.int32]:
     return np.stack([reader[i]["tokens"] for reader in readers for i in range(len(reader))])
 
 
+@pytest.mark.long
 def test_streams_are_the_sources_tokenized_with_eos_behind_each(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     for split in ("train", "val"):

@@ -111,6 +111,7 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
     return files, go(files, 1, 6) | go(files, 7, 12, *WIDER)
 
 
+@pytest.mark.long
 def test_run_that_goes_on_with_twice_the_global_batch_is_known_before_it_does_and_afterwards(
     wider: tuple[Path, Samples],
 ) -> None:

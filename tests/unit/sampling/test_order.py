@@ -76,7 +76,7 @@ def test_global_batches_are_the_same_for_any_ranks_workers_and_accumulation(
         assert two.samples == one[way].samples, way
 
 
-@pytest.mark.parametrize("num_canonical_nodes", [1, 4])
+@pytest.mark.parametrize("num_canonical_nodes", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_epoch_is_as_long_as_reckoned_and_repeats_what_is_asked_alone(
     streams: dict[str, dict[str, Any]], num_canonical_nodes: int
 ) -> None:
