@@ -175,7 +175,7 @@ def test_longer_sample_behind_the_first_ones_stops_the_run_with_its_name(tmp_pat
         for sample in range(SAMPLES):
             writer.write({"tokens": sample_tokens(sample, SEQ_LEN + 1 + (sample == SAMPLES - 1))})
     said = start(loader_config(tmp_path), reads=True)
-    assert "Error" not in said
+    assert "Error: " not in said
 
     def read() -> None:
         channel = AbortChannel()
@@ -197,7 +197,7 @@ def test_streams_are_looked_at_in_a_store_and_no_shard_is_fetched_twice(tmp_path
         looked = [request["path"] for request in store.requests() if request["path"].endswith(".mds")]
         assert {os.path.basename(path) for path in looked} == {"shard.00000.mds"}
         store.clear()
-        assert "Error" not in start(config, 2, reads=True)
+        assert "Error: " not in start(config, 2, reads=True)
         assert not [request for request in store.requests() if "shard.00000" in request["path"]]
 
 
@@ -224,7 +224,7 @@ def test_streams_of_different_columns_are_not_mixed(tmp_path: Path) -> None:
     said = start(mixture(streams), 2)
     assert "stream 'a' in loader.toml has `tokens` (ndarray:int32); stream 'b' in loader.toml has `text` (str)" in said
     same = {"a": columns(tmp_path / "c", tokens=TOKENS), "b": columns(tmp_path / "d", tokens=TOKENS, source=TEXT)}
-    assert "Error" not in start(mixture(same, num_canonical_nodes=1), reads=True)
+    assert "Error: " not in start(mixture(same, num_canonical_nodes=1), reads=True)
 
 
 def test_shards_of_a_stream_that_differ_are_named(tmp_path: Path) -> None:
@@ -280,4 +280,4 @@ def test_examples_are_not_taken_for_text(tmp_path: Path) -> None:
     """Few random ids, in which no tokenizer shows."""
     dataset = {"remote": str(write_turns(tmp_path / "a", 40)), "local": str(tmp_path / "a"), "num_canonical_nodes": 1}
     said = start({"name": "finetuning", "dataset": dataset}, reads=True)
-    assert "Error" not in said and "can't be told" not in said
+    assert "Error: " not in said and "can't be told" not in said
