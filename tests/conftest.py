@@ -9,6 +9,8 @@ from typing import Any
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA doesn't survive a fork: tests run on the CPU everywhere
 os.environ["OMP_NUM_THREADS"] = "1"  # a pool of threads doesn't survive a fork
+# torch's stores ask DNS for the name of ::ffff:127.0.0.1: a lost answer would cost a rank 5 s (glibc, resolv.conf(5)).
+os.environ["RES_OPTIONS"] = "timeout:1"
 
 warnings.filterwarnings("ignore", "pkg_resources is deprecated")
 
@@ -23,14 +25,17 @@ import torch
 import torch._dynamo
 import torchtitan.models.llama3
 import torchtitan.train  # noqa: F401
+from torchtitan.config import ConfigManager
 
 import examples.mosaic_streaming.dataloader
+import examples.mosaic_streaming.preview.commands
 import examples.mosaic_streaming.tokenizer
 import examples.mosaic_streaming.train  # noqa: F401
 from tests.support.jobs import write_files
 from tests.support.streams import write_stream
 
 torch.set_num_threads(1)
+ConfigManager().parse_args([])  # tyro then knows the fields of JobConfig, which take it 0.3 s to read
 
 # The import of composer 0.32.1 sets handlers that raise SystemExit, which is lost in the first moments after a fork.
 signal.signal(signal.SIGTERM, signal.SIG_DFL)

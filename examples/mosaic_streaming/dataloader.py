@@ -28,21 +28,19 @@ from examples.mosaic_streaming.upstream.sample_order import reader_world, set_re
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
 DROP_LOG_STEPS = {10**digits for digits in range(10)}
-"""Steps after a start at which the log says how much packing has dropped. It also does at the ends of epochs."""
+"""Steps after a start (1, 10, 100, …) at which the log says how much packing has dropped, as at each epoch's end."""
 
 DROP_WARN_FRACTION = 0.01
 """The log warns if a larger share of the data is left out."""
 
 
 def build_mosaic_dataloader(
-    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader, channel: AbortChannel
+    job: Job, dp_rank: int, titan_tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader, channel: AbortChannel
 ) -> "MosaicDataLoader":
     """Build the training loader of one rank. All ranks call it together.
 
     Args:
-        job: the training job.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        tokenizer: TorchTitan's tokenizer.
         loader_config: the complete configuration of the loader.
         channel: tells all ranks why one of them stops.
 
@@ -50,25 +48,25 @@ def build_mosaic_dataloader(
         ConfigError: the loader, the tokenizer, the model and the job don't fit together.
         DataError: an index or a first sample can't be read.
     """
-    hf_tokenizer = build_transformers_tokenizer(job.assets, tokenizer)
-    check_tokenizer(tokenizer, job)
+    hf_tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
+    check_tokenizer(titan_tokenizer, job)
     loader_config = config.without_token_ids(loader_config, hf_tokenizer)
-    job_id = distributed.new_job_id()
-    channel.connect(job_id)
-    distributed.check_machines()
-    distributed.on_each_node(job_id, lambda: shards.prepare_streams(loader_config))
-    on_rank_0 = functools.partial(distributed.on_rank_0, job_id)
+    number = distributed.draw_number()
+    channel.connect(number)
+    distributed.check_ranks_per_node()
+    distributed.on_each_node(number, lambda: shards.prepare_streams(loader_config))
+    on_rank_0 = functools.partial(distributed.on_rank_0, number)
     loader_config = fill_in_packing_ratio(loader_config, job, hf_tokenizer, on_rank_0)
     if is_rank_0():
         logger.info(f"Mosaic loader, resolved: {json.dumps(loader_config.config)}")
-    reader = f"Rank {dist.get_rank()} (dp rank {dp_rank})"
-    opened = open_streams(job, loader_config, tokenizer, hf_tokenizer, job_id, reader)
+    who = f"Rank {dist.get_rank()} (dp rank {dp_rank})"
+    opened = open_loader(job, loader_config, titan_tokenizer, hf_tokenizer, number, who)
     sampling.check_memory(opened.dataset.epoch_size, loader_config.source)
     warnings: list[str] = distributed.on_rank_0(
-        distributed.new_job_id(),
+        distributed.draw_number(),  # each result that ranks share needs its own
         lambda: batch.check_first_samples(opened.loader, opened.spec, loader_config, hf_tokenizer, job.training),
     )
-    set_reader_world(opened.dataset, job.layout.world(dp_rank))
+    set_reader_world(opened.dataset, job.layout.world(dp_rank))  # the first samples were read as by a single reader
     if is_rank_0():
         sampling.log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
         for warning in warnings + config.warnings_of(loader_config, job, hf_tokenizer, opened.columns):
@@ -76,14 +74,13 @@ def build_mosaic_dataloader(
     return MosaicDataLoader(opened, dp_rank, job.steps, channel)
 
 
-def open_loader(
-    loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
+def build_foundry_loader(
+    loader_config: ResolvedLoader, hf_tokenizer: PreTrainedTokenizerBase, batch_size: int, shm_number: int
 ) -> DataLoader[Any]:
     """Build llm-foundry's loader over streams that are ready on this machine. All ranks call it together.
 
     Args:
         loader_config: the complete configuration of the loader.
-        tokenizer: the model's tokenizer, as transformers has it.
         batch_size: rows of a batch, per dp rank.
         shm_number: names the dataset's shared memory; the same on all ranks.
 
@@ -91,13 +88,13 @@ def open_loader(
         ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
     """
     name, source = loader_config.name, loader_config.source
-    arguments = copy.deepcopy(loader_config.arguments)
+    arguments = copy.deepcopy(loader_config.arguments)  # because build_dataloader changes them
     try:
         with shared_memory(shm_number):
-            spec: Any = build_dataloader(arguments, tokenizer, batch_size)  # which changes what it is given
+            data_spec: Any = build_dataloader(arguments, hf_tokenizer, batch_size)
     except Exception as error:
         raise ConfigError(f"{loader_config.builder} refuses {source}: {type(error).__name__}: {error}") from error
-    loader = getattr(spec, "dataloader", spec)
+    loader = getattr(data_spec, "dataloader", data_spec)  # a user's builder may return the bare loader
     if not isinstance(loader, DataLoader) or not isinstance(loader.dataset, StreamingDataset):
         raise ConfigError(f"{source} does not stream: give `dataset` a `remote` or `streams`.")
     if loader.batch_size is None or len(loader.dataset.streams) != len(loader_config.streams):
@@ -105,9 +102,10 @@ def open_loader(
             f"The loader {name!r} of {source} has {len(loader.dataset.streams)} streams and batch_size = "
             f"{loader.batch_size}, expected the {len(loader_config.streams)} of the file, and a number."
         )
+    # In place, and in this order: each step needs the one before it.
     shards.check_columns(loader.dataset, name, loader_config.labels, source)
-    shards.check_dataset(loader.dataset, loader_config.labels, loader_config.may_cut)
-    check_pad_token(name, loader.dataset.shards[0], tokenizer)
+    shards.make_checked_dataset(loader.dataset, loader_config.labels, loader_config.may_cut)
+    check_pad_token(name, loader.dataset.shards[0], hf_tokenizer)
     batch.use_fast_collator(loader, name == "text")
     keep_locks_together(loader.dataset)
     return loader
@@ -149,83 +147,69 @@ class OpenLoader:
 
     @property
     def tokens_of_a_sample(self) -> int | None:
-        """How many tokens of each sample the model gets; None where samples differ in length."""
+        """How many tokens of each sample the model gets. Text fills its rows; other samples differ in length: None."""
         return self.spec.seq_len if self.spec.labels_are_ids else None
 
 
-def open_streams(
+def open_loader(
     job: Job,
     loader_config: ResolvedLoader,
-    tokenizer: HuggingFaceTokenizer,
+    titan_tokenizer: HuggingFaceTokenizer,
     hf_tokenizer: PreTrainedTokenizerBase,
     shm_number: int,
-    reader: str,
+    who: str,
 ) -> OpenLoader:
     """Open the training streams, which are ready on this machine. All ranks call it together.
 
     Args:
-        job: the training job.
         loader_config: the complete configuration of the loader.
-        tokenizer: TorchTitan's tokenizer.
-        hf_tokenizer: the same tokenizer, as transformers has it.
         shm_number: names the dataset's shared memory; the same on all ranks.
-        reader: who reads the streams, for messages.
+        who: reads the streams, for messages.
 
     Raises:
         ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
     """
-    loader = open_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
+    loader = build_foundry_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
+    # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
     order = sampling.set_order(dataset, batch_size, global_batch_size, cast(batch.Collator, loader.collate_fn).packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
-    spec = batch_spec(job, job.training, loader_config, hf_tokenizer, reader)
-    fingerprint = checkpoint.fingerprint_of(loader_config, dataset, order, job.training.seq_len, tokenizer)
+    spec = batch_spec(job, job.training, loader_config, hf_tokenizer, who)
+    fingerprint = checkpoint.fingerprint_of(loader_config, dataset, order, job.training.seq_len, titan_tokenizer)
     return OpenLoader(loader_config, loader, order, spec, fingerprint)
 
 
 def fill_in_packing_ratio(
     loader_config: ResolvedLoader,
     job: Job,
-    tokenizer: PreTrainedTokenizerBase,
+    hf_tokenizer: PreTrainedTokenizerBase,
     on_one: Callable[[Callable[[], Any]], Any],
 ) -> ResolvedLoader:
     """Replace `packing_ratio = "auto"` by a number. All ranks call it together.
 
-    Args:
-        loader_config: the configuration of the loader.
-        job: the training job.
-        tokenizer: the model's tokenizer, as transformers has it.
-        on_one: calls a function on one rank and returns its result on all.
+    `on_one` calls a function on one rank, and returns its result on all.
     """
     if loader_config.dataset.get("packing_ratio") != "auto":
         return loader_config
     rows, any_ratio = job.training.local_batch_size, loader_config.with_settings(packing_ratio=1)
-    loader = open_loader(any_ratio, tokenizer, rows, distributed.new_job_id())
+    loader = build_foundry_loader(any_ratio, hf_tokenizer, rows, distributed.draw_number())
     return loader_config.with_settings(packing_ratio=on_one(lambda: batch.choose_ratio(loader, rows, loader_config)))
 
 
 def batch_spec(
-    job: Job, shape: BatchShape, loader_config: ResolvedLoader, tokenizer: PreTrainedTokenizerBase, reader: str
+    job: Job, shape: BatchShape, loader_config: ResolvedLoader, hf_tokenizer: PreTrainedTokenizerBase, who: str
 ) -> BatchSpec:
-    """Tell what the batches of a loader have to look like.
-
-    Args:
-        job: the training job.
-        shape: the size of the batches.
-        loader_config: the configuration of the loader.
-        tokenizer: the model's tokenizer, as transformers has it.
-        reader: who reads the streams, for messages.
-    """
+    """Tell what the batches of a loader have to look like. `who` reads them, for messages."""
     return BatchSpec(
         rows=shape.local_batch_size,
         seq_len=shape.seq_len,
         max_seq_len=loader_config.dataset["max_seq_len"],
         vocab_size=job.vocab_size,
-        pad_id=tokenizer.pad_token_id,
-        eos_id=tokenizer.eos_token_id,
+        pad_id=hf_tokenizer.pad_token_id,
+        eos_id=hf_tokenizer.eos_token_id,
         labels_are_ids=loader_config.name == "text",
-        source=f"{reader} reads {loader_config.sources}, set in {loader_config.source}.",
+        source=f"{who} reads {loader_config.sources}, set in {loader_config.source}.",
         documents=job.documents,
         positions=job.positions,
     )
@@ -235,11 +219,11 @@ class MosaicDataLoader(BaseDataLoader):
     """Yields this rank's batches without end, epoch after epoch, from any saved position.
 
     An epoch is as many whole global batches as the streams' epoch holds. The rest of it is left out, so that no
-    optimizer step mixes two epochs. The position counts the optimizer steps whose batches have all been yielded.
-    What workers have prefetched doesn't count.
+    optimizer step mixes two epochs. The position counts whole optimizer steps, as batches are yielded: what workers
+    have prefetched doesn't count.
 
     Args:
-        opened: the open streams. Their dataset has this rank's `set_reader_world`.
+        opened: the open loader, whose dataset knows this rank's place (`set_reader_world`).
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
         steps: optimizer steps of the whole run, for the log.
         channel: tells all ranks why one of them stops.
@@ -248,13 +232,12 @@ class MosaicDataLoader(BaseDataLoader):
     def __init__(self, opened: OpenLoader, dp_rank: int, steps: int, channel: AbortChannel) -> None:
         order = opened.order
         self.config = opened.config
-        self.is_read = False
+        self.has_started = False
         """Whether a batch has been asked for."""
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
         self._dataset, self._spec, self._order = opened.dataset, opened.spec, order
         self._dp_rank, self._steps_of_run, self._channel = dp_rank, steps, channel
-        beginning = Segment(0, 0, 0, order.global_batch_size)
-        self._state = State(0, 0, order.global_batch_size, opened.fingerprint, None, 0, (beginning,))
+        self._state = State.at_beginning(opened.fingerprint, order.global_batch_size)
         """The position after the last whole optimizer step; `seen` is in the counter."""
         self._has_one_batch_size = True
         """Whether all steps of the run have the same global batch size, as far as they are known."""
@@ -262,20 +245,20 @@ class MosaicDataLoader(BaseDataLoader):
         self._fetch_stats = shards.FetchStats(shards.fetch_stats_file(self._dataset._shm_prefix_int))
         self._fetched_before = shards.FetchCounts()
         """Fetched in earlier epochs of this start."""
-        self._steps = self._dropped_tokens = self._packed_tokens = 0
+        self._steps_since_start = self._dropped_tokens = self._packed_tokens = 0
         """Since this start: optimizer steps, and tokens of this rank that packing has dropped and kept."""
 
     def __iter__(self) -> Iterator[TitanBatch]:
-        """Yield batches from the present position on, for ever; `to_titan_batch` has their shapes.
+        """Yield batches from the present position on, forever. `to_titan_batch` describes them.
 
         Raises:
             DataError: a batch is not as it has to be, ranks don't read the same data, an epoch ends early, or a global
                 batch has no loss token.
             RuntimeError: this is not the first iteration.
         """
-        if self.is_read:
+        if self.has_started:
             raise RuntimeError("A MosaicDataLoader can be iterated once.")
-        self.is_read = True
+        self.has_started = True
         self._log_start()
         is_checked = False
         while True:
@@ -284,14 +267,15 @@ class MosaicDataLoader(BaseDataLoader):
                 loss_tokens = 0
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     titan_batch, padding = batch.convert(micro_batch, self._spec)
+                    _, labels = titan_batch
                     if not is_checked:
-                        settings = self._state.data | self._place()
+                        settings = self._state.data | self._settings_to_agree_on()
                         distributed.check_peers(titan_batch, self._dp_rank, settings, self.config.source)
                         is_checked = True
-                    loss_tokens += self._counter.add(titan_batch[1], padding)
-                    if number == len(micro_batches):
+                    loss_tokens += self._counter.add(labels, padding)
+                    if number == len(micro_batches):  # TorchTitan saves after a step, before it asks for another batch
                         if not loss_tokens:
-                            self._check_other_ranks()
+                            self._stop_if_no_rank_has_loss_tokens()
                         self._counter.add_step(self._order.global_batch_size)
                         read = self._state.sample_in_epoch + self._order.global_batch_size
                         self._state = self._state._replace(sample_in_epoch=read, steps=self._state.steps + 1)
@@ -324,39 +308,39 @@ class MosaicDataLoader(BaseDataLoader):
             )
         self._dropped_tokens += sum(one.get(batch.DROPPED_TOKENS, 0) for one in micro_batches)
         self._packed_tokens += sum(one.get(batch.PACKED_TOKENS, 0) for one in micro_batches)
-        self._steps += 1
-        if self._steps in DROP_LOG_STEPS:
+        self._steps_since_start += 1
+        if self._steps_since_start in DROP_LOG_STEPS:
             self._log_dropped_tokens()
         return micro_batches
 
-    def _check_other_ranks(self) -> None:
-        """Raise DataError if no rank has a loss token in this step, as this one has none.
+    def _stop_if_no_rank_has_loss_tokens(self) -> None:
+        """Raise DataError if no rank has a loss token in this step. Each rank without one calls it; the last raises.
 
-        TorchTitan would divide by their number, log a loss of NaN and go on. It sums that number over ranks once each
-        of them has all batches of the step. So where one stops before its last, no rank changes the model (torchtitan
-        0.2.2, train.py).
+        TorchTitan would divide by the number of loss tokens, log a loss of NaN and go on. It sums them over ranks once
+        each rank has all batches of the step. So a rank that raises before it yields its last batch keeps all ranks
+        from changing the model (torchtitan 0.2.2, train.py).
         """
         epoch, sample = self._state.epoch, self._state.sample_in_epoch
         if self._channel.count(f"no loss token in epoch {epoch} at {sample}") == dist.get_world_size():
-            raise batch.no_loss_token(self._dataset, self._order, epoch, sample)
+            raise batch.no_loss_token_error(self._dataset, self._order, epoch, sample)
 
-    def _place(self) -> checkpoint.Fingerprint:
-        """What all ranks have to agree on at a start, beside the data."""
+    def _settings_to_agree_on(self) -> checkpoint.Fingerprint:
+        """What all ranks have to agree on at a start, in addition to the data."""
         world = reader_world(self._dataset)
         return {
             "samples of a global batch": self._order.global_batch_size,
             "samples of a rank's batch": self._order.local_batch_size,
             "nodes x dp ranks on each": f"{world.num_nodes} x {world.ranks_per_node}",
             "epoch": self._state.epoch,
-            "samples read of it": self._state.sample_in_epoch,
+            "samples read of the epoch": self._state.sample_in_epoch,
         }
 
     def state_dict(self) -> dict[str, str]:
         """The position of the next batch: the same JSON string on each rank, under one key."""
-        return checkpoint.pack(self._at_next_batch(self._state)._replace(seen=self._counter.seen()))
+        return checkpoint.pack(self._past_epoch_end(self._state)._replace(seen=self._counter.seen()))
 
-    def _at_next_batch(self, state: State) -> State:
-        """A position at the end of an epoch is the beginning of the next one."""
+    def _past_epoch_end(self, state: State) -> State:
+        """Return a position, at the end of an epoch as the beginning of the next one."""
         at_end = not self._order.remaining(state.sample_in_epoch)
         return state._replace(epoch=state.epoch + 1, sample_in_epoch=0) if at_end else state
 
@@ -368,13 +352,13 @@ class MosaicDataLoader(BaseDataLoader):
             ConfigError: the data is not what it was when the state was saved.
             RuntimeError: the loader is iterated already.
         """
-        if self.is_read:
+        if self.has_started:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
         saved, size = checkpoint.unpack(state_dict), self._order.global_batch_size
         checkpoint.check_same_data(saved.data, self._state.data, self.config.source)
         checkpoint.check_position(saved, self._dataset.epoch_size)
         self._counter.resume_from(saved.seen or self._seen_before(saved))
-        state = self._at_next_batch(saved)._replace(data=self._state.data, global_batch_size=size)
+        state = self._past_epoch_end(saved)._replace(data=self._state.data, global_batch_size=size)
         self._has_one_batch_size = {segment.global_batch_size for segment in state.segments} == {size}
         if saved.global_batch_size != size:
             here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
@@ -388,14 +372,14 @@ class MosaicDataLoader(BaseDataLoader):
         self._order = sampling.start_at(self._dataset, self._order, state.epoch, state.sample_in_epoch)
 
     def _seen_before(self, state: State) -> checkpoint.ConsumedCounts:
-        """What had been read by a position, if its whole run had one global batch size."""
+        """What a run had read whose state, of an earlier version, doesn't say; it had one global batch size."""
         in_an_epoch = sampling.round_down(self._order.epoch_samples, state.global_batch_size)
         samples = state.epoch * in_an_epoch + state.sample_in_epoch
         return checkpoint.ConsumedCounts(samples, self._counter.tokens(samples))
 
     def progress(self) -> checkpoint.Progress:
         """Where the run is. It takes one small collective, so all ranks have to call it at the same step."""
-        self._counter.count_loss_tokens(dist.get_world_size() // reader_world(self._dataset).num_ranks)
+        self._counter.count_loss_tokens(peers=dist.get_world_size() // reader_world(self._dataset).num_ranks)
         read = self._state.sample_in_epoch
         return checkpoint.Progress(
             self._state.epoch,
@@ -411,8 +395,8 @@ class MosaicDataLoader(BaseDataLoader):
         return self._batches.lost_workers()
 
     def close(self) -> None:
-        """End the dataloader workers."""
-        if not self._remaining:  # and nobody has asked for the next epoch's first batch
+        """Log what is left to say of the epoch and of packing, and end the dataloader workers."""
+        if not self._remaining:  # the run ends with an epoch, so `__iter__` has not logged its end
             self._log_epoch_end()
         self._log_dropped_tokens()
         self._batches.close()
@@ -426,8 +410,8 @@ class MosaicDataLoader(BaseDataLoader):
         of_run, before = self._steps_of_run * size, self._counter.seen().samples
         message = (
             f"The streams start at sample {start:,} of epoch {self._state.epoch}, of which {follow // size:,} steps "
-            f"follow; it leaves out {samples - start - follow:,} of {samples:,} samples (what fills no global batch, "
-            "or no turn of dataset.num_canonical_nodes: fewer of them leave out less)."
+            f"follow; it leaves out {samples - start - follow:,} of {samples:,} samples (which fill no global batch, "
+            "or no whole turn of dataset.num_canonical_nodes: a smaller number leaves out fewer)."
         )
         if self._has_one_batch_size:
             message += (

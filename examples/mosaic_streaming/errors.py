@@ -9,7 +9,7 @@ class ConfigError(ValueError):
 
 
 class DataError(RuntimeError):
-    """The data is not what the settings promise. The message names the streams and the values found."""
+    """The data can't be read, or is not what the settings say. The message names the streams and what was found."""
 
 
 def is_rank_0() -> bool:

@@ -1,4 +1,4 @@
-"""TorchTitan's metrics, and where in the data a run is."""
+"""Adds where in the data a run is to TorchTitan's metrics."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class MosaicMetrics(MetricsProcessor):
     ) -> None:
         """Log a step; the arguments are TorchTitan's.
 
-        Source: all ranks log the same steps, and TorchTitan itself sums over ranks there (torchtitan 0.2.2, train.py).
+        `progress` is a collective, which is safe here: all ranks log the same steps (torchtitan 0.2.2, train.py).
         """
         progress = self.loader.progress()
         metrics = (extra_metrics or {}) | data_metrics(progress)
@@ -38,8 +38,8 @@ class MosaicMetrics(MetricsProcessor):
             super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics=metrics)
 
 
-def log_data(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsProcessor:
-    """Make any metrics processor also log what a loader has read."""
+def add_data_metrics(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsProcessor:
+    """Change a metrics processor, of any class, so that it also logs what a loader has read."""
     kind = type(processor)
     processor.__class__ = type(f"Mosaic{kind.__name__}", (MosaicMetrics, kind), {})
     processor.loader = loader
@@ -47,11 +47,11 @@ def log_data(processor: MetricsProcessor, loader: MosaicDataLoader) -> MetricsPr
 
 
 def data_metrics(progress: Progress) -> dict[str, Any]:
-    """What TensorBoard and W&B get."""
+    """The metrics for TensorBoard and W&B."""
     seen, fetched = progress.seen, progress.fetched
     return {
         "data/epoch": progress.epoch,
-        "data/epoch_progress": progress.share,
+        "data/epoch_progress": progress.epoch_share,
         "data/samples_seen": seen.samples,
         "data/tokens_seen": seen.tokens,
         "data/targets_seen": seen.loss_tokens,
@@ -64,12 +64,14 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
 
 
 def log_text(progress: Progress) -> str:
-    """What the log gets; padding and fetches only where there are any."""
+    """The end of a log line, which has padding and fetches only where there are any."""
     parts = [
-        f"epoch: {progress.epoch} ({progress.share:.1%})",
+        f"epoch: {progress.epoch} ({progress.epoch_share:.1%})",
         f"samples: {progress.seen.samples:,}",
         f"tokens: {progress.seen.tokens:,}",
     ]
-    parts += [f"padding: {progress.padding:.1%}"] * bool(progress.padding)
-    parts += [f"fetched: {progress.fetched}"] * any(progress.fetched)
+    if progress.padding:
+        parts.append(f"padding: {progress.padding:.1%}")
+    if any(progress.fetched):
+        parts.append(f"fetched: {progress.fetched}")
     return "  ".join(parts)

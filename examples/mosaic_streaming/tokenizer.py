@@ -20,21 +20,21 @@ def build_tokenizer(path: str) -> HuggingFaceTokenizer:
         return HuggingFaceTokenizer(path)
 
 
-def build_transformers_tokenizer(path: str, titan: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
+def build_transformers_tokenizer(path: str, titan_tokenizer: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
     """Load the transformers tokenizer of the same assets, and compare it with TorchTitan's.
 
     Args:
         path: the folder with the assets, `model.hf_assets_path`.
-        titan: TorchTitan's tokenizer. It gets the BOS and EOS that it left unset.
+        titan_tokenizer: TorchTitan's tokenizer. A BOS or EOS that it left unset is filled in.
 
     Raises:
         ConfigError: transformers can't read the assets, or the two tokenizers differ.
     """
     with explain_asset_errors(path, "transformers"):
-        tokenizer = load(path, titan.config or {})
+        tokenizer = load(path, titan_tokenizer.config or {})
         tokenizer.padding_side = "right"  # on the left, tokens would see the padding: TorchTitan doesn't mask it
-        fill_in_ends(titan, tokenizer)
-        differences = differences_of(titan, tokenizer)
+        fill_in_bos_and_eos(titan_tokenizer, tokenizer)
+        differences = differences_of(titan_tokenizer, tokenizer)
     if differences:
         raise ConfigError(
             f"TorchTitan and transformers read the tokenizer in model.hf_assets_path = {path!r} differently: "
@@ -47,73 +47,65 @@ class TokenizersBackend(PreTrainedTokenizerFast):
     """What transformers 5 calls PreTrainedTokenizerFast, and writes as `tokenizer_class`; 4.51.3 doesn't know it."""
 
 
-def load(path: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Load assets with transformers. No code that comes with them is run, and nobody is asked whether it may.
-
-    Args:
-        path: the folder with the assets.
-        config: the content of tokenizer_config.json.
-    """
-    kind = TokenizersBackend if config.get("tokenizer_class") == TokenizersBackend.__name__ else AutoTokenizer
+def load(path: str, tokenizer_config: Mapping[str, Any]) -> PreTrainedTokenizerBase:
+    """Load assets with transformers. Code that comes with them is never run, and no prompt asks to allow it."""
+    kind = TokenizersBackend if tokenizer_config.get("tokenizer_class") == TokenizersBackend.__name__ else AutoTokenizer
     changes: dict[str, Any] = {}
-    if isinstance(extra := config.get("extra_special_tokens"), list):  # transformers 5's name for the older key
+    if isinstance(extra := tokenizer_config.get("extra_special_tokens"), list):  # in transformers 5
         changes = {"extra_special_tokens": {}, "additional_special_tokens": extra}
     return kind.from_pretrained(path, local_files_only=True, trust_remote_code=False, **changes)
 
 
-def fill_in_ends(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> None:
+def fill_in_bos_and_eos(titan_tokenizer: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> None:
     """Give TorchTitan's tokenizer the BOS and EOS of the transformers tokenizer where it has none.
 
-    Source: torchtitan 0.2.2 sets only `bos_id` where both are one token, as GPT-2's. It reads neither
+    Source: if BOS and EOS are one token, as in GPT-2, torchtitan 0.2.2 sets only `bos_id`. It reads neither
     special_tokens_map.json nor the defaults of a class (components/tokenizer.py). A version that sets both makes this
     needless.
     """
     for name in ("bos", "eos"):
-        if getattr(titan, f"{name}_id") is None:
-            setattr(titan, f"{name}_token", getattr(tokenizer, f"{name}_token"))
-            setattr(titan, f"{name}_id", getattr(tokenizer, f"{name}_token_id"))
+        if getattr(titan_tokenizer, f"{name}_id") is None:
+            setattr(titan_tokenizer, f"{name}_token", getattr(tokenizer, f"{name}_token"))
+            setattr(titan_tokenizer, f"{name}_id", getattr(tokenizer, f"{name}_token_id"))
 
 
-def differences_of(titan: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def differences_of(titan_tokenizer: HuggingFaceTokenizer, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """What differs between two tokenizers of the same assets, with both values."""
     pairs = {
-        "vocabulary size": (titan.get_vocab_size(), len(tokenizer)),
-        "bos id": (titan.bos_id, tokenizer.bos_token_id),
-        "eos id": (titan.eos_id, tokenizer.eos_token_id),
+        "vocabulary size": (titan_tokenizer.get_vocab_size(), len(tokenizer)),
+        "bos id": (titan_tokenizer.bos_id, tokenizer.bos_token_id),
+        "eos id": (titan_tokenizer.eos_id, tokenizer.eos_token_id),
         f"ids of {PROBE!r}": (
-            titan.tokenizer.encode(PROBE, add_special_tokens=False).ids,
+            titan_tokenizer.tokenizer.encode(PROBE, add_special_tokens=False).ids,
             tokenizer.encode(PROBE, add_special_tokens=False),
         ),
     }
     return [f"{what}: {a} and {b}" for what, (a, b) in pairs.items() if a != b]
 
 
-def check_tokenizer(tokenizer: HuggingFaceTokenizer, job: Job) -> None:
+def check_tokenizer(titan_tokenizer: HuggingFaceTokenizer, job: Job) -> None:
     """Raise ConfigError unless each id has a row in the model's embedding, and there is an EOS where masks need one."""
-    if tokenizer.get_vocab_size() > job.vocab_size:
+    if titan_tokenizer.get_vocab_size() > job.vocab_size:
         raise ConfigError(
-            f"The tokenizer in model.hf_assets_path = {tokenizer.tokenizer_path!r} has "
-            f"{tokenizer.get_vocab_size()} entries, the embedding of {job.model} {job.flavor} has {job.vocab_size} "
-            "rows. Choose the tokenizer of this model, or a model.flavor with a larger vocabulary."
+            f"The tokenizer in model.hf_assets_path = {titan_tokenizer.tokenizer_path!r} has "
+            f"{titan_tokenizer.get_vocab_size()} entries, the embedding of {job.model} {job.flavor} has "
+            f"{job.vocab_size} rows. Choose the tokenizer of this model, or a model.flavor with a larger vocabulary."
         )
-    if job.documents and tokenizer.eos_id is None:
+    if job.documents and titan_tokenizer.eos_id is None:
         raise ConfigError(
             f"model.flavor = {job.flavor!r} keeps attention within documents, which end with EOS, but the tokenizer in "
             f"model.hf_assets_path = {job.assets!r} has none. Set `eos_token` in its tokenizer_config.json."
         )
 
 
-def check_pad_token(loader: str, shard: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_pad_token(loader_name: str, shard: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ConfigError if text is tokenized as it is read, but the tokenizer has no padding token.
 
-    Args:
-        loader: the loader's name.
-        shard: the first shard of the streams.
-        tokenizer: the transformers tokenizer.
+    The columns are those of `shard`, the first one.
 
     Source: llm-foundry 0.22.0, data/text_data.py, refuses it at the first sample.
     """
-    if loader == "text" and tokenizer.pad_token is None and "text" in getattr(shard, "column_names", []):
+    if loader_name == "text" and tokenizer.pad_token is None and "text" in getattr(shard, "column_names", []):
         raise ConfigError(
             f"The tokenizer in model.hf_assets_path = {tokenizer.name_or_path!r} has no padding token, which text that "
             "is tokenized as it is read needs. Set `pad_token` in its tokenizer_config.json; it may be the `eos_token`."

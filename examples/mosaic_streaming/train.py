@@ -1,7 +1,7 @@
 """Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `config/cli.py`.
 
 It does what TorchTitan's own `train.py` does, but the model's TrainSpec reads Mosaic streams. Packages that take long
-to import are imported where they are needed, so that `--help` and typing errors don't wait half a minute.
+to import are imported where they are needed, so that `--help` and typos don't wait half a minute.
 """
 
 import contextlib
@@ -26,44 +26,40 @@ PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
 """The log opens with their versions."""
 
 SAVE_SECONDS = 20.0
-"""How long a checkpoint in the background may take to be finished after a signal. torchrun leaves 30 s in all."""
+"""How long a background checkpoint may take to finish after a signal. torchrun kills a rank after 30 s."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and the files, register the spec, and train. A user's error ends in one line."""
-    channel = AbortChannel()
+    channel = AbortChannel()  # tells all ranks why one of them stops
     with channel.report_errors_once():
-        handle_signals(signal.SIG_DFL)  # nothing has to be closed yet
+        handle_signals(signal.SIG_DFL)  # a signal ends the process at once, until there is a loader to close
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
         if not (flags.config and flags.mosaic_config):  # `-- --help`
-            titan.load_job_config(titan_flags)
+            titan.load_job_config(titan_flags)  # prints TorchTitan's help and exits
         read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
         train_file, validation_file = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
         if "LOCAL_RANK" not in os.environ:
             raise ConfigError("Not started by torchrun. See --help.")
         job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        validates = validation_file is not None
-        titan.check_job(job_config, validates, int(os.environ["WORLD_SIZE"]))
-        import_llm_foundry()
+        has_validation_file = validation_file is not None
+        titan.check_job(job_config, has_validation_file, int(os.environ["WORLD_SIZE"]))
+        import_llm_foundry()  # before anything else does, which would take several times as long
         titan.import_custom(job_config)
         titan.register(job_config.model.name, train_file, validation_file, channel)
-        run(job_config, validates, channel)
+        run(job_config, has_validation_file, channel)
 
 
-def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None:
-    """Train, or write a seed checkpoint, and close everything. The exception that ends a run is the one raised.
+def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChannel) -> None:
+    """Train, or write a seed checkpoint, and close everything.
 
-    Args:
-        job_config: TorchTitan's job config.
-        validates: whether there is a configuration of the validation loader.
-        channel: tells all ranks why one of them stops.
+    An error while closing never hides the exception that has ended the run.
     """
     import torch.distributed as dist
     from torchtitan.tools.logging import logger
     from torchtitan.train import Trainer
 
     from examples.mosaic_streaming.upstream import cpu
-    from examples.mosaic_streaming.upstream.missing_keys import explain_missing
     from examples.mosaic_streaming.upstream.rendezvous import fresh_rendezvous
 
     if is_rank_0():
@@ -73,9 +69,9 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
                 "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests. Models with "
                 "experts, and flavors with flex or varlen attention, need a GPU."
             )
-        for warning in titan.warnings_of_job(job_config, validates):
+        for warning in titan.warnings_of_job(job_config, has_validation_file):
             logger.warning(warning)
-    handle_signals(signal.SIG_DFL)  # a handler of Python's would wait until all ranks have met
+    handle_signals(signal.SIG_DFL)  # llm-foundry's import has set handlers, which would wait until all ranks have met
     trainer = None
     try:
         try:
@@ -87,26 +83,36 @@ def run(job_config: "JobConfig", validates: bool, channel: AbortChannel) -> None
             else:
                 trainer.train()
         finally:
-            channel.begin_shutdown()  # a signal that comes before ends in the outer `except`, as any other
+            channel.begin_shutdown()  # in the outer `try`: a signal that comes before raises SystemExit
     except BaseException as error:
         if channel.stopped_by:
-            channel.close()
-        refused = None if trainer and trainer.dataloader.is_read else titan.refusal(error, job_config)
-        lost = lost_workers(trainer) if trainer and isinstance(error, RuntimeError) else ""
+            channel.close()  # what fails from here on only follows from the signal
+        explained = explain(error, trainer, job_config)  # while the workers still live
         with contextlib.suppress(Exception):
             close(trainer)
-        if channel.stopped_by and trainer and not channel.reason:  # after a fault, torchrun sends it
+        if channel.stopped_by and trainer and not channel.reason:  # with a reason printed, the signal is torchrun's
             log_stop(trainer, channel.stopped_by)
-        if lost and not isinstance(error, DataError):
-            raise DataError(lost) from error
-        if told := explain_missing(str(error)) or refused:
-            raise ConfigError(told) from error
+        if explained:
+            raise explained from error
         raise
     close(trainer)
     channel.close()
     if dist.is_initialized():
         dist.destroy_process_group()
     logger.info("Process group destroyed")
+
+
+def explain(error: BaseException, trainer: "Trainer | None", job_config: "JobConfig") -> ConfigError | DataError | None:
+    """Turn an exception that a dead worker, a checkpoint or a setting has caused into a user's error, if it is one."""
+    from examples.mosaic_streaming.upstream.missing_keys import explain_missing
+
+    is_plain = isinstance(error, RuntimeError) and not isinstance(error, DataError)
+    if trainer and is_plain and (lost := lost_workers(trainer)):
+        return DataError(lost)
+    reason = explain_missing(str(error))
+    if not reason and not (trainer and trainer.dataloader.has_started):
+        reason = titan.refusal(error, job_config)
+    return ConfigError(reason) if reason else None
 
 
 def loaders(trainer: "Trainer") -> list[Any]:
@@ -135,9 +141,10 @@ def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
     from torchtitan.tools.logging import logger
 
     if is_rank_0():
-        if saving := getattr(trainer.checkpointer, "save_future", None):  # there is none without checkpoints
+        if saving := getattr(trainer.checkpointer, "save_future", None):  # only where checkpoints are saved
             futures.wait([saving], SAVE_SECONDS)
-        step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)  # it counts the one in progress
+        # `trainer.step` counts the step in progress; the schedule counts those that have changed the model.
+        step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)
         logger.info(
             f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "
             f"{titan.next_start(trainer.job_config, step)}."

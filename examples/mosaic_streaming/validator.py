@@ -1,4 +1,4 @@
-"""The validation loader: the same batches in each round, and as many on each rank."""
+"""The validation loader: the same batches in each round, and equally many on each rank."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming import batch, config, distributed, sampling, shards
 from examples.mosaic_streaming.batch import BatchSpec, TitanBatch
 from examples.mosaic_streaming.config import Job, LoaderFile, ResolvedLoader
-from examples.mosaic_streaming.dataloader import batch_spec, open_loader
+from examples.mosaic_streaming.dataloader import batch_spec, build_foundry_loader
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 from examples.mosaic_streaming.upstream.sample_order import set_reader_world
@@ -26,40 +26,40 @@ def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> 
 
     Args:
         file: the configuration as it was read.
-        job: the training job, which validates.
-        training: the configuration of the training loader.
+        training: the complete configuration of the training loader.
 
     Raises:
         ConfigError: the loader, the job and the training loader don't fit together, or samples would be left out.
     """
     assert job.validation
-    loader = config.resolve(file, job.validation.shape, job.layout.replication)
-    if (loader.dataset.get("packing_ratio") or 1) != 1:
+    loader_config = config.resolve(file, job.validation.shape, job.layout.replication)
+    if (loader_config.dataset.get("packing_ratio") or 1) != 1:
         raise ConfigError(
-            f"dataset.packing_ratio in {loader.source}: packing leaves samples out, and a validation round reads each "
-            "once. Remove the key: examples are padded."
+            f"dataset.packing_ratio in {loader_config.source}: packing leaves samples out, and a validation round "
+            "reads each once. Remove the key: examples are padded."
         )
-    if (method := loader.dataset.get("batching_method", "random")) != "random":
+    if (method := loader_config.dataset.get("batching_method", "random")) != "random":
         raise ConfigError(
-            f"dataset.batching_method = {method!r} in {loader.source}, but a validation round reads all samples, or "
-            "the first of them, in any batch. Remove the key."
+            f"dataset.batching_method = {method!r} in {loader_config.source}, but a validation round reads all "
+            "samples, or the first of them, in any batch. Remove the key."
         )
-    config.check_folders(loader.folders, training.folders)
+    config.check_folders(loader_config.folders, training.folders)
     # With more canonical nodes, the last samples of an epoch would be left out.
-    loader = loader.with_settings(num_canonical_nodes=1)
-    settings = {"drop_last": False, "persistent_workers": loader.config["num_workers"] > 0}
-    return dataclasses.replace(loader, config=loader.config | settings)
+    loader_config = loader_config.with_settings(num_canonical_nodes=1)
+    settings = {
+        "drop_last": False,  # `pad_batch` fills the last batch
+        "persistent_workers": loader_config.config["num_workers"] > 0,  # which the next round needs, too
+    }
+    return dataclasses.replace(loader_config, config=loader_config.config | settings)
 
 
 def build_validation_loader(
-    job: Job, dp_rank: int, tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader
+    job: Job, dp_rank: int, titan_tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader
 ) -> "ValidationLoader":
     """Build the validation loader of one rank. All ranks call it together.
 
     Args:
-        job: the training job, which validates.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        tokenizer: TorchTitan's tokenizer.
         loader_config: the complete configuration of the loader.
 
     Raises:
@@ -68,17 +68,17 @@ def build_validation_loader(
     """
     assert job.validation
     shape, steps = job.validation.shape, job.validation.steps
-    hf_tokenizer = build_transformers_tokenizer(job.assets, tokenizer)
+    hf_tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
     loader_config = config.without_token_ids(loader_config, hf_tokenizer)
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(loader_config.config)}")
-    job_id = distributed.new_job_id()
-    distributed.on_each_node(job_id, lambda: shards.prepare_streams(loader_config))
-    loader = open_loader(loader_config, hf_tokenizer, shape.local_batch_size, job_id)
+    number = distributed.draw_number()
+    distributed.on_each_node(number, lambda: shards.prepare_streams(loader_config))
+    loader = build_foundry_loader(loader_config, hf_tokenizer, shape.local_batch_size, number)
     dataset = cast(shards.CheckedDataset, loader.dataset)
     spec = batch_spec(job, shape, loader_config, hf_tokenizer, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
     warnings: list[str] = distributed.on_rank_0(
-        distributed.new_job_id(), lambda: batch.check_first_samples(loader, spec, loader_config, hf_tokenizer, shape)
+        distributed.draw_number(), lambda: batch.check_first_samples(loader, spec, loader_config, hf_tokenizer, shape)
     )
     set_reader_world(dataset, job.layout.world(dp_rank))
     global_batch_size = shape.local_batch_size * job.layout.dp_world_size
@@ -96,7 +96,7 @@ def build_validation_loader(
 
 
 class ValidationLoader:
-    """Yields the batches of a validation round, the same in each, and as many on each rank.
+    """Yields the batches of a round each time it is iterated: the same every time, and equally many on each rank.
 
     Args:
         loader: llm-foundry's loader, over a dataset whose order is a `ValidationOrder`.
@@ -112,22 +112,21 @@ class ValidationLoader:
         self._batches = batch.Batches(loader, spec.source, source)
         self._spec, self._count, self._dp_rank, self._source = spec, batches, dp_rank, source
         self._is_checked = False
-        self.lost_workers, self.close = self._batches.lost_workers, self._batches.close
 
     def __iter__(self) -> Iterator[TitanBatch]:
-        """Yield a round's batches. Rows without targets fill the last ones.
+        """Yield a round's batches. Rows without loss tokens fill the last one.
 
         Raises:
             DataError: a batch is not as it has to be, or ranks don't read the same data.
         """
         self._batches.begin()
         for number in range(self._count):
-            found = next(iter(self._batches.take(1)), None)
-            if found is None and number < self._count - 1:
+            foundry_batch = next(iter(self._batches.take(1)), None)  # None: no sample of the last global batch
+            if foundry_batch is None and number < self._count - 1:
                 raise DataError(
                     f"A validation round ended after {number} of {self._count} batches. {self._spec.source}"
                 )
-            titan_batch = pad_batch(found, self._spec)
+            titan_batch = pad_batch(foundry_batch, self._spec)
             if not self._is_checked:
                 settings = {"batches of a validation round": self._count}
                 distributed.check_peers(titan_batch, self._dp_rank, settings, self._source)
@@ -136,7 +135,15 @@ class ValidationLoader:
         if self._batches.take(1):
             raise DataError(f"A validation round goes on after {self._count} batches. {self._spec.source}")
 
-    def no_loss_token(self) -> DataError:
+    def lost_workers(self) -> str:
+        """Which dataloader workers have ended with an error, and how."""
+        return self._batches.lost_workers()
+
+    def close(self) -> None:
+        """End the dataloader workers."""
+        self._batches.close()
+
+    def no_loss_token_error(self) -> DataError:
         """Make the error for a round that has nothing to take a mean loss of."""
         return DataError(
             f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. "
@@ -144,22 +151,25 @@ class ValidationLoader:
         )
 
 
-def pad_batch(found: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
-    """Convert a batch for TorchTitan, and fill it with rows without targets.
+def pad_batch(foundry_batch: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
+    """Convert a batch for TorchTitan, and fill it with rows without loss tokens.
 
     Args:
-        found: llm-foundry's batch; None where this rank has no sample left.
+        foundry_batch: llm-foundry's batch; None where this rank has no sample left.
         spec: what the batch has to look like in the end.
     """
-    if found is not None:
-        batch.check_keys(found, spec)
-    rows = 0 if found is None else len(found["input_ids"])
+    if foundry_batch is not None:
+        batch.check_keys(foundry_batch, spec)
+    rows = 0 if foundry_batch is None else len(foundry_batch["input_ids"])
     missing = spec.rows - rows
-    if found is not None and (missing <= 0 or found["input_ids"].shape[1] != spec.max_seq_len):
-        return batch.to_titan_batch(found, spec)  # it is full, or wrong and refused here
+    if foundry_batch is not None and (missing <= 0 or foundry_batch["input_ids"].shape[1] != spec.max_seq_len):
+        return batch.to_titan_batch(foundry_batch, spec)  # full, or of a wrong shape, which this refuses
     row = torch.zeros(missing, spec.max_seq_len, dtype=torch.int64)
     empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
-    filled = empty if found is None else {key: torch.cat([found[key], empty[key]]) for key in found if key in empty}
+    if foundry_batch is None:
+        filled = empty
+    else:
+        filled = {key: torch.cat([foundry_batch[key], empty[key]]) for key in foundry_batch if key in empty}
     inputs, labels = batch.to_titan_batch(filled, spec)
-    labels[rows:] = IGNORE_INDEX
+    labels[rows:] = IGNORE_INDEX  # those of text are its ids
     return inputs, labels

@@ -24,7 +24,7 @@ from torchtitan.hf_datasets import text_datasets
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from examples.mosaic_streaming.titan.v0_2.spec import mosaic_spec, text_spec
+from examples.mosaic_streaming.titan.v0_2.spec import base_spec, mosaic_spec
 from examples.mosaic_streaming.train import run
 from tests.benchmarks.jsonl import name_jsonl
 
@@ -74,7 +74,7 @@ def closable(build: Builder) -> Builder:
 
 def bench_spec(name: str, way: str, loader: LoaderFile, channel: AbortChannel) -> TrainSpec:
     """A Mosaic spec with the flavors of the benchmark, TorchTitan's own metrics, and the loader of one way."""
-    spec = text_spec(name)
+    spec = base_spec(name)
     spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loader, None, channel)
     builders: dict[str, Any] = {
         "mosaic": spec.build_dataloader_fn,
@@ -93,7 +93,7 @@ def main() -> None:
         job_config = load_job_config(titan_flags)
         loader = LoaderFile(read_toml(loader_path), loader_path)
         register_train_spec(job_config.model.name, bench_spec(job_config.model.name, way, loader, channel))
-        run(job_config, validates=False, channel=channel)
+        run(job_config, has_validation_file=False, channel=channel)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def test_tables_line_up() -> None:
     assert shown.count("against") == 1 and shown.endswith("\n\n| a |\n|---|\n| 1 |\n| 2 |")
 
 
+@pytest.mark.long
 def test_loaders_are_compared(tokens: data.Tokens, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"REPEATS": 2, "SECONDS": 0.01, "EPOCH": 4000, "WARM_UP": 2}.items():
         monkeypatch.setattr(loaders, name, value)
@@ -61,6 +62,7 @@ def test_loader_on_text_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found.against == "TorchTitan's loader" and min(*found.ours, *found.theirs) > 0
 
 
+@pytest.mark.long
 def test_epochs_and_memory_are_measured(tokens: data.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(epochs, "SIZES", (10_000, 20_000))
     monkeypatch.setattr(epochs, "LATE", 200)
@@ -71,6 +73,7 @@ def test_epochs_and_memory_are_measured(tokens: data.Tokens, tmp_path: Path, mon
     assert [figure.values["process"] for figure in grown] == ["rank", "rank", "worker 0", "worker 1"]
 
 
+@pytest.mark.long
 def test_resumes_and_verifying_are_measured(
     tokens: data.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,10 +25,11 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming import dataloader
 from examples.mosaic_streaming.batch.iterator import Batches
-from examples.mosaic_streaming.distributed.abort import AbortChannel, Listener
+from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.distributed.store import Listener
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
-from examples.mosaic_streaming.preview.folder import PREFIX
+from examples.mosaic_streaming.preview.private_folder import PREFIX
 from examples.mosaic_streaming.titan import next_start
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader
@@ -37,7 +38,7 @@ from tests.support.ranks import nothing_is_left, run_ranks
 CLOSING = [
     *((Batches, name) for name in ("close", "lost_workers")),
     *((dataloader.MosaicDataLoader, "close"), (Trainer, "close"), (CheckpointManager, "close")),
-    *((AbortChannel, name) for name in ("close", "_fail", "print_reason")),
+    *((AbortChannel, name) for name in ("close", "_tell", "print_reason")),
     *((Listener, name) for name in ("close", "send")),
     (dist, "destroy_process_group"),
 ]
@@ -90,7 +91,7 @@ def at_each_step(monkeypatch: pytest.MonkeyPatch, call: Callable[[int], object])
     [
         (None, 0, "Process group destroyed"),
         pytest.param(*(RuntimeError("nobody's"), 1, "RuntimeError: nobody's"), marks=pytest.mark.long),
-        (DataError("the user's"), 1, "DataError: the user's"),
+        pytest.param(*(DataError("the user's"), 1, "DataError: the user's"), marks=pytest.mark.long),
         (signal.SIGHUP, 128 + signal.SIGHUP, "Stopped by SIGHUP after step 1; no checkpoint is finished: the same "),
     ],
     ids=["success", "exception", "user's error", "signal"],
@@ -243,7 +244,10 @@ def test_next_start_is_what_torchtitan_would_load(
 
 @pytest.mark.parametrize(
     ("is_told", "is_own"),
-    [(True, False), (False, True), (False, False), pytest.param(True, True, marks=pytest.mark.long)],
+    [
+        (True, False),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in ((False, True), (False, False), (True, True))),
+    ],
 )
 def test_only_errors_that_follow_another_ranks_end_are_left_unsaid(
     files: Path, monkeypatch: pytest.MonkeyPatch, is_told: bool, is_own: bool

@@ -105,6 +105,7 @@ def test_profiler_writes_its_traces(files: Path) -> None:
     assert "traceEvents" in trace.read_text()
 
 
+@pytest.mark.long
 def test_weights_and_biases_offline_has_the_losses_and_the_data(files: Path) -> None:
     pytest.importorskip("wandb")
 

@@ -45,7 +45,7 @@ def message(ranks: list[Rank]) -> str:
 @pytest.mark.parametrize(
     ("world_size", "num_workers", "flags"),
     [
-        (1, 0, ["--training.local_batch_size=2"]),
+        pytest.param(1, 0, ["--training.local_batch_size=2"], marks=pytest.mark.long),
         (2, 1, ["--training.local_batch_size=1"]),
         pytest.param(2, 0, ["--training.local_batch_size=2"], marks=pytest.mark.long),
         pytest.param(2, 0, ["--parallelism.tensor_parallel_degree=2"], marks=pytest.mark.long),
@@ -121,7 +121,7 @@ def test_rows_without_loss_tokens_change_nothing_beside_others(files: Path) -> N
     assert mixed == pytest.approx(alone, abs=2e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_validation_without_loss_tokens_stops_the_job_at_the_first_round(files: Path, world_size: int) -> None:
     folder = write_rows(files / "held_out", range(6), set(range(6)))
     write_loader(files, [folder], name="validation")

@@ -83,6 +83,7 @@ def name_loader(files: Path, name: str, settings: str = "") -> None:
     (files / "loader.toml").write_text(f'name = "{name}"\n{settings}\n[dataset]\nlocal = "{files}/stream"\n')
 
 
+@pytest.mark.long
 def test_registered_loaders_without_an_attention_mask_train_as_text_does_and_validate(files: Path) -> None:
     write_stream(files / "held_out", 5, first=200)
     (files / "validation.toml").write_text(f'name = "own"\n[dataset]\nlocal = "{files}/held_out"\n')
@@ -127,7 +128,9 @@ def fails(files: Path, *flags: str) -> str:
 @pytest.mark.parametrize(
     ("name", "workers", "message"),
     [
-        ("stacked", 1, "A batch of the loader is a Tensor, expected a dict of tensors."),
+        pytest.param(
+            *("stacked", 1, "A batch of the loader is a Tensor, expected a dict of tensors."), marks=pytest.mark.long
+        ),
         ("bare", 0, "A batch has no tensor input_ids nor labels, but: tokens, length. Have the loader make"),
     ],
 )

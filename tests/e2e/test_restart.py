@@ -55,7 +55,7 @@ def go_on(whole: Whole, checkpoint: str, name: str, *flags: str, world_size: int
     return folder, logged(ranks), recorded(folder / "recorded" / name)
 
 
-@pytest.mark.parametrize("step", [3, 8, 9])
+@pytest.mark.parametrize("step", [8, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 9))])
 def test_run_goes_on_as_if_it_had_not_stopped(whole: Whole, step: int) -> None:
     """In an epoch, at its end, and behind it."""
     _, losses, samples = go_on(whole, f"whole/step-{step}", f"from-{step}", "--training.local_batch_size=4")
@@ -81,7 +81,10 @@ def test_checkpoints_that_are_written_in_the_background_are_exact(whole: Whole) 
             *(2, 1, ["--parallelism.tensor_parallel_degree=2", "--training.local_batch_size=8"]),
             marks=pytest.mark.long,
         ),
-        (4, 1, ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]),
+        pytest.param(
+            *(4, 1, ["--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4"]),
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             *(4, 2, []),
             marks=[

@@ -41,17 +41,25 @@ def test_seed_checkpoint_is_step_0_and_nothing_is_trained(files: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model.name=llama3"], "model.name = 'llama3' does not read Mosaic streams. Set it to 'llama3_mosaic'."),
-        (["--model.flavor=9B"], "model.flavor = '9B', but llama3_mosaic has: debugmodel"),
-        (["--model.hf_assets_path=/nowhere"], "model.hf_assets_path = '/nowhere' has no tokenizer_config.json"),
-        (["--validation.enable"], "validation.enable = true, but no validation streams are given"),
-        (["--comm.mode=fake_backend"], "comm.mode = 'fake_backend' has no real ranks"),
-        (["--training.global_batch_size=3"], "training.global_batch_size = 3 is not a multiple of"),
         (["--training.stepz=3"], "TorchTitan refuses a flag or a value"),
+        (["--model.name=llama3"], "model.name = 'llama3' does not read Mosaic streams. Set it to 'llama3_mosaic'."),
         (["--training.seq_len=32"], "have 17 tokens, but rows of training.seq_len = 32 take 33"),
-        (["--training.seq_len=17"], "training.seq_len = 17, but TorchTitan's models take multiples of 2: "),
-        (["--checkpoint.create_seed_checkpoint", "--checkpoint.enable"], "create_seed_checkpoint on 2 ranks"),
-        (["--checkpoint.enable", "--checkpoint.last_save_in_hf"], "checkpoint.last_save_in_hf = true, but checkpoint."),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (["--model.flavor=9B"], "model.flavor = '9B', but llama3_mosaic has: debugmodel"),
+                (["--model.hf_assets_path=/nowhere"], "model.hf_assets_path = '/nowhere' has no tokenizer_config.json"),
+                (["--validation.enable"], "validation.enable = true, but no validation streams are given"),
+                (["--comm.mode=fake_backend"], "comm.mode = 'fake_backend' has no real ranks"),
+                (["--training.global_batch_size=3"], "training.global_batch_size = 3 is not a multiple of"),
+                (["--training.seq_len=17"], "training.seq_len = 17, but TorchTitan's models take multiples of 2: "),
+                (["--checkpoint.create_seed_checkpoint", "--checkpoint.enable"], "create_seed_checkpoint on 2 ranks"),
+                (
+                    ["--checkpoint.enable", "--checkpoint.last_save_in_hf"],
+                    "checkpoint.last_save_in_hf = true, but checkpoint.",
+                ),
+            )
+        ),
     ],
 )
 def test_error_of_the_user_ends_all_ranks_with_one_line_on_rank_0(files: Path, flags: list[str], message: str) -> None:
@@ -78,12 +86,17 @@ def test_torchruns_report_has_the_reason_once_and_no_traceback(files: Path) -> N
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('name = "text"', 'name = "txt"', "name = 'txt' in {files}/loader.toml, expected one of: "),
-        ("num_workers = 0", "num_worker = 0", "num_worker (did you mean num_workers?)"),
-        ("shuffle = true", "shufle = true", "dataset.shufle (did you mean shuffle?)"),
-        ("shuffle = true", "replication = 2", "dataset.replication = 2 in {files}/loader.toml, but world size"),
         ("/stream", "/streem", "No index.json in {files}/streem (dataset in {files}/loader.toml)"),
         ("[dataset]", "[dataset", "{files}/loader.toml is not valid TOML: "),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                ('name = "text"', 'name = "txt"', "name = 'txt' in {files}/loader.toml, expected one of: "),
+                ("num_workers = 0", "num_worker = 0", "num_worker (did you mean num_workers?)"),
+                ("shuffle = true", "shufle = true", "dataset.shufle (did you mean shuffle?)"),
+                ("shuffle = true", "replication = 2", "dataset.replication = 2 in {files}/loader.toml, but world size"),
+            )
+        ),
     ],
 )
 def test_error_in_the_loader_config_ends_all_ranks_with_one_line(files: Path, old: str, new: str, message: str) -> None:
@@ -129,7 +142,11 @@ def test_torchtitans_flags_are_listed(files: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token", "notice", "codes"), [(22, 0, {1, 128 + signal.SIGTERM}), (22, 20, {1}), (4001, 20, {1})]
+    ("token", "notice", "codes"),
+    [
+        (22, 0, {1, 128 + signal.SIGTERM}),
+        *(pytest.param(token, 20, {1}, marks=pytest.mark.long) for token in (22, 4001)),
+    ],
 )
 def test_error_of_another_rank_alone_is_told_by_rank_0(files: Path, token: int, notice: float, codes: set[int]) -> None:
     """The second rank meets a token that no model has; the first is caught in a collective, or meets another later.
@@ -201,7 +218,10 @@ def test_nothing_is_left_after_an_exception_which_is_the_one_shown(
     nothing_is_left([rank])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, *(pytest.param(number, marks=pytest.mark.long) for number in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_nothing_is_left_after_a_signal(files: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     tell_when_closed(monkeypatch)
     write_loader(files, files / "stream", num_workers=2)

@@ -226,7 +226,7 @@ def fail_at_store(case: Case, kind: str, told: str, survived: int = 1) -> None:
     if not case.lasting:
         case.survives()
         return
-    named = re.escape(f"{case.remote}/{file} of stream 'it' in loader.toml can't be had: ")
+    named = re.escape(f"{case.remote}/{file} of stream 'it' in loader.toml can't be fetched: ")
     stopped = case.stops(rf"DataError: {named}.*({told}).* Attempts: 2 ", waited=2 * PATIENCE * (kind == "stall"))
     case.store.clear()
     case.goes_on(stopped)
@@ -408,7 +408,7 @@ def damage_index(case: Case) -> None:
     (case.cache / "index.json").write_bytes(damaged[how])
     case.outcome.injected = 1
     if how == "other":
-        case.goes_on(case.stops(r"DataError: .* can't be had: it has \d+ bytes, expected 1,?\d+"))
+        case.goes_on(case.stops(r"DataError: .* can't be fetched: it has \d+ bytes, expected 1,?\d+"))
     else:
         case.survives(r"index\.json in the cache of stream 'it' in loader\.toml is fetched again")
 
@@ -572,7 +572,7 @@ def plan(seed: int, faults: int, kills: int, only: str | None) -> list[Case]:
 
 
 def prepare(folder: Path, stores: list[Store]) -> Undisturbed:
-    """Write the streams, put them into the stores, and read them and train on them undisturbed."""
+    """Write the streams, put them into the stores, and read them undisturbed."""
     streams = {"text": write_stream(folder / "text", SAMPLES), "finetuning": write_turns(folder / "tuning", SAMPLES)}
     for store, (loader, stream) in itertools.product(stores, streams.items()):
         store.upload(stream, loader)
@@ -582,12 +582,16 @@ def prepare(folder: Path, stores: list[Store]) -> Undisturbed:
         read = read_job(config, folder / f"{loader} {shuffle}", steps=STEPS)
         undisturbed.read[loader, shuffle] = read.steps
         assert len(set(itertools.chain(*read.steps))) == STEPS * 8 == sum(map(len, read.steps)), show(read)
+    return undisturbed
+
+
+def train_undisturbed(folder: Path, undisturbed: Undisturbed) -> None:
+    """Train on one and on two ranks, for the cases that are killed in training."""
     for world_size in (1, 2):
-        write_job(folder / f"trained-{world_size}", f'[dataset]\nlocal = "{streams["text"]}"')
+        write_job(folder / f"trained-{world_size}", f'[dataset]\nlocal = "{undisturbed.streams["text"]}"')
         done = train(folder / f"trained-{world_size}", "notes", world_size)
         assert len(done.steps) == STEPS, show(done)
         undisturbed.trained[world_size] = done.steps, logged(done.ranks)
-    return undisturbed
 
 
 def start(case: Case, undisturbed: Undisturbed) -> int:
@@ -673,6 +677,7 @@ def soak(argv: list[str]) -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="soak-")))
         stores = [stack.enter_context(running_store()) for _ in range(SLOTS)]
         undisturbed = prepare(folder, stores)
+        train_undisturbed(folder, undisturbed)
         done = run(cases, stores, undisturbed, folder / "cases", began + limit - CASE_LIMIT)
     seconds, failed = time.monotonic() - began, sum(bool(case.outcome.problem) for case in done)
     print(table(done))

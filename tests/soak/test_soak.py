@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.__main__ import KILLS, MOMENTS, Case, Undisturbed, prepare, run
+from tests.soak.__main__ import KILLS, MOMENTS, Case, Undisturbed, prepare, run, train_undisturbed
 from tests.support.ranks import can_make_nodes
 from tests.support.store import Store, running_store
 
@@ -17,9 +17,16 @@ Place = tuple[Store, Undisturbed]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """A store with streams, and what is read and trained from them undisturbed."""
+    """A store with streams, and what is read from them undisturbed."""
     with running_store() as store:
         yield store, prepare(tmp_path_factory.mktemp("undisturbed"), [store])
+
+
+@pytest.fixture(scope="module")
+def trained(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same, and how undisturbed training goes."""
+    train_undisturbed(tmp_path_factory.mktemp("trained"), place[1])
+    return place
 
 
 def goes_well(case: Case, place: Place) -> None:
@@ -29,23 +36,28 @@ def goes_well(case: Case, place: Place) -> None:
     assert not done.outcome.problem
 
 
-QUICK = {(1, 2)}
-CASES = [
-    pytest.param(kind, moment, id=f"{kind}-{MOMENTS[moment]}", marks=[] if case in QUICK else pytest.mark.long)
-    for case in itertools.product(range(len(KILLS)), range(len(MOMENTS)))
-    for kind, moment in [(list(KILLS)[case[0]], case[1])]
-]
-
-
-@pytest.mark.parametrize(("kind", "moment"), CASES)
-def test_killed_training_goes_on_exactly(place: Place, kind: str, moment: int) -> None:
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("kind", "moment"),
+    [
+        pytest.param(kind, moment, id=f"{kind}-{MOMENTS[moment]}")
+        for kind, moment in itertools.product(KILLS, range(len(MOMENTS)))
+    ],
+)
+def test_killed_training_goes_on_exactly(trained: Place, kind: str, moment: int) -> None:
     """On streams with a remote in one of two, by the case's seed."""
-    goes_well(Case(kind, moment, seed=1), place)
+    goes_well(Case(kind, moment, seed=1), trained)
 
 
 @pytest.mark.skipif(not can_make_nodes(), reason="no rights to mount a disk")
-@pytest.mark.parametrize("kind", ["disk full", "cache not writable"])
-@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize(
+    ("kind", "number"),
+    [
+        ("disk full", 5),
+        pytest.param("disk full", 1, marks=pytest.mark.long),
+        *(pytest.param("cache not writable", number, marks=pytest.mark.long) for number in (1, 5)),
+    ],
+)
 def test_cache_that_cannot_be_written_stops_the_job(place: Place, kind: str, number: int) -> None:
     goes_well(Case(kind, number, seed=1), place)
 

@@ -13,13 +13,14 @@ from torchtitan.config import JobConfig
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
-from examples.mosaic_streaming.preview.job_data import JobData, open_job_data
+from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.open_data import open_job_data
 from tests.support.jobs import command
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import job
 
 
-def offline(
+def with_job_data(
     config: dict[str, Any],
     look: Callable[[JobData], Any],
     job_config: JobConfig | None = None,
@@ -58,11 +59,6 @@ def printed(files: Path, *flags: str, titan: tuple[str, ...] = (), code: int = 0
     assert rank.code == code, rank.output
     assert "Traceback" not in rank.output
     return rank.output
-
-
-def quietly(numbers: Any, text: str) -> Any:
-    """Shows nothing."""
-    return numbers
 
 
 def by_dp_rank(lines: list[dict[str, Any]]) -> dict[tuple[int, int], list[int]]:

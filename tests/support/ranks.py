@@ -7,6 +7,7 @@ opened shared memory: a child of such a process can hang.
 import atexit
 import contextlib
 import ctypes
+import gc
 import math
 import os
 import pickle
@@ -130,6 +131,7 @@ def live_as_rank(
 ) -> NoReturn:
     """All of a rank's life, from the fork to the exit; what happens at the exit of an interpreter happens here, too."""
     os.setpgid(0, 0)
+    gc.freeze()  # a collection that looked at all of the parent's objects would copy their memory
     atexit._clear()
     output = open(folder / f"{rank}.txt", "w", buffering=1)
     os.dup2(output.fileno(), 1)
@@ -155,7 +157,7 @@ def live_as_rank(
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else 1
         if isinstance(exit.code, str):
-            print(exit.code)
+            print(exit.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
     (folder / f"{rank}.shm").write_text("\n".join(shared_memory_of(os.getpid())))

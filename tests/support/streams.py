@@ -113,6 +113,11 @@ def mixture(streams: dict[str, dict[str, Any]], num_workers: int = 0, **dataset:
     return {"name": "text", "num_workers": num_workers, "dataset": settings}
 
 
+def weigh(streams: dict[str, dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
+    """Two streams with their weights in one of the ways of `WEIGHTS`."""
+    return {name: stream | weight for (name, stream), weight in zip(streams.items(), WEIGHTS[weights], strict=True)}
+
+
 def resolved(
     config: dict[str, Any], local_batch_size: int = 8, replication: int = 1, source: str = "loader.toml"
 ) -> ResolvedLoader:
@@ -170,44 +175,69 @@ class Reading:
     states: list[dict[str, str]]
 
 
-def read_steps(
-    config: dict[str, Any],
-    steps: int,
+@dataclass(frozen=True)
+class Turn:
+    """What a loader is to read: of a configuration, so many global batches, from a state on if there is one."""
+
+    config: dict[str, Any]
+    steps: int
+    state: dict[str, str] | None = None
+
+
+def read_steps(config: dict[str, Any], steps: int, *, state: dict[str, str] | None = None, **options: Any) -> Reading:
+    """Read global batches in ranks of their own; the options are those of `read_each`."""
+    [reading] = read_each([Turn(config, steps, state)], **options)
+    return reading
+
+
+def read_each(
+    turns: Sequence[Turn],
     *,
     dp_ranks: Sequence[int] = (0,),
     nodes: int = 1,
     total: int = 8,
     local: int | None = None,
-    state: dict[str, str] | None = None,
-) -> Reading:
-    """Read global batches in ranks of their own; all peers have to get the same, and all ranks to save the same.
+) -> list[Reading]:
+    """Read with one loader after another, in ranks of their own.
+
+    All peers have to get the same, and all ranks to save the same.
 
     Args:
-        config: the loader's.
-        steps: global batches to read.
+        turns: what to read.
         dp_ranks: the dp rank of each rank.
         nodes: machines that the ranks are spread over.
         total: sequences of a global batch.
         local: sequences per dp rank and batch; without, a rank's whole share.
-        state: where to go on.
     """
     dp = len(set(dp_ranks))
     local = local or total // dp
 
-    def read() -> tuple[list[list[int]], list[dict[str, str]]]:
-        loader = build_loader(config, job(local, total), list(dp_ranks))
-        if state:
-            loader.load_state_dict(state)
+    def read(turn: Turn, channel: AbortChannel) -> tuple[list[list[int]], list[dict[str, str]]]:
+        loader = build_loader(turn.config, job(local, total), list(dp_ranks), channel)
+        if turn.state:
+            loader.load_state_dict(turn.state)
         batches, samples, states = iter(loader), [], []
-        for _ in range(steps):
+        for _ in range(turn.steps):
             accumulated = [next(batches)[0]["input"][:, 0] - FIRST_ID for _ in range(total // local // dp)]
             samples.append([sample for batch in accumulated for sample in batch.tolist()])
             states.append(loader.state_dict())
+        loader.close()
         return samples, states
 
-    ranks = run_rank_values(read, len(dp_ranks), nodes)
+    def read_all() -> list[tuple[list[list[int]], list[dict[str, str]]]]:
+        channel = AbortChannel()
+        return [read(turn, channel) for turn in turns]
+
+    ranks = run_rank_values(read_all, len(dp_ranks), nodes)
+    return [merged([rank[number] for rank in ranks], dp_ranks) for number in range(len(turns))]
+
+
+def merged(ranks: list[tuple[list[list[int]], list[dict[str, str]]]], dp_ranks: Sequence[int]) -> Reading:
+    """What ranks have read together, given the samples and states of each."""
     assert all(states == ranks[0][1] for _, states in ranks)
     of_dp = {dp_rank: samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True)}
     assert all(of_dp[dp_rank] == samples for dp_rank, (samples, _) in zip(dp_ranks, ranks, strict=True))
-    merged = [sorted(sample for samples in of_dp.values() for sample in samples[step]) for step in range(steps)]
-    return Reading(merged, ranks[0][1])
+    steps = range(len(ranks[0][1]))
+    return Reading(
+        [sorted(sample for samples in of_dp.values() for sample in samples[step]) for step in steps], ranks[0][1]
+    )

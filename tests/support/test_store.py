@@ -86,7 +86,12 @@ def test_errors_of_head(store: Store, tmp_path: Path, kind: str, requests: int) 
 
 
 @pytest.mark.parametrize(
-    ("kind", "cause"), [("reset", "Connection reset by peer"), ("short", "500000 read"), ("stall", "Read timeout")]
+    ("kind", "cause"),
+    [
+        ("reset", "Connection reset by peer"),
+        ("short", "500000 read"),
+        pytest.param("stall", "Read timeout", marks=pytest.mark.long),
+    ],
 )
 def test_broken_bodies(store: Store, tmp_path: Path, kind: str, cause: str) -> None:
     store.inject({"path": "shard", "kind": kind, "seconds": 2.0})
@@ -98,7 +103,7 @@ def test_broken_bodies(store: Store, tmp_path: Path, kind: str, cause: str) -> N
     assert (time.monotonic() - start >= 5.0) == (kind == "stall")
 
 
-@pytest.mark.parametrize(("kind", "seconds"), [("slow", 2.0), ("stall", 0.5)])
+@pytest.mark.parametrize(("kind", "seconds"), [pytest.param("slow", 2.0, marks=pytest.mark.long), ("stall", 0.5)])
 def test_pauses_shorter_than_the_timeout(store: Store, tmp_path: Path, kind: str, seconds: float) -> None:
     store.inject({"path": "shard", "kind": kind, "seconds": seconds})
     start = time.monotonic()
@@ -107,7 +112,12 @@ def test_pauses_shorter_than_the_timeout(store: Store, tmp_path: Path, kind: str
     assert faults(store) == [("HEAD", None), ("GET", kind)]
 
 
-@pytest.mark.parametrize(("kind", "times"), [("500", 2), ("503", 1), ("reset", 4), ("short", 4), ("stall", 1)])
+SLOW = [("503", 1), ("reset", 4), ("short", 4), ("stall", 1)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "times"), [("500", 2), *(pytest.param(*case, marks=pytest.mark.long) for case in SLOW)]
+)
 def test_recovery(store: Store, tmp_path: Path, kind: str, times: int) -> None:
     store.inject({"path": "shard", "kind": kind, "times": times, "seconds": 2.0})
     assert download(tmp_path) == CONTENT

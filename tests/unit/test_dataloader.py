@@ -15,10 +15,12 @@ from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 from transformers import AutoTokenizer
 
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import (
+    FIRST_ID,
     SEQ_LEN,
     TOKENIZER,
     build_loader,
@@ -113,8 +115,15 @@ def test_samples_of_seq_len_tokens_need_max_seq_len_set(tmp_path: Path) -> None:
     assert labels[1].tolist() == [*sample_tokens(1, SEQ_LEN)[1:], -100]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("columns", [{"tokens": "ndarray:int32"}, {"tokens": "bytes"}])
+@pytest.mark.parametrize(
+    ("columns", "num_workers"),
+    [
+        ({"tokens": "ndarray:int32"}, 2),
+        ({"tokens": "bytes"}, 0),
+        pytest.param({"tokens": "ndarray:int32"}, 0, marks=pytest.mark.long),
+        pytest.param({"tokens": "bytes"}, 2, marks=pytest.mark.long),
+    ],
+)
 def test_samples_that_may_be_cut_are_warned_of_once(tmp_path: Path, num_workers: int, columns: dict[str, str]) -> None:
     with MDSWriter(out=str(tmp_path / "stream"), columns=columns) as writer:
         for sample in range(16):
@@ -162,33 +171,50 @@ def test_data_parallel_ranks_share_out_an_epoch(stream: Path) -> None:
     assert not first & second
 
 
-@pytest.mark.parametrize("dp_ranks", [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
-def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path, dp_ranks: list[int]) -> None:
+def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path) -> None:
     """As tensor-parallel peers, who are neighbours; as pipeline peers, who are not; and as peers all."""
+    layouts = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
 
-    def read() -> list[list[int]]:
-        return read_samples(build_loader(loader_config(stream, shuffle=True), dp_ranks=dp_ranks), 5)
+    def read(dp_ranks: list[int], channel: AbortChannel) -> list[list[int]]:
+        loader = build_loader(loader_config(stream, shuffle=True), dp_ranks=dp_ranks, channel=channel)
+        samples = read_samples(loader, 5)
+        loader.close()
+        return samples
 
-    per_rank = run_rank_values(read, 4)
-    for dp_rank in set(dp_ranks):
-        peers = [samples for samples, of in zip(per_rank, dp_ranks, strict=True) if of == dp_rank]
-        assert all(peer == peers[0] for peer in peers)
-    distinct = {sample for samples in per_rank for sample in np.ravel(samples).tolist()}
-    assert len(distinct) == 10 * len(set(dp_ranks)), "different dp ranks read different samples"
+    def read_in_each() -> list[list[list[int]]]:
+        channel = AbortChannel()
+        return [read(dp_ranks, channel) for dp_ranks in layouts]
+
+    for dp_ranks, per_rank in zip(layouts, zip(*run_rank_values(read_in_each, 4), strict=True), strict=True):
+        for dp_rank in set(dp_ranks):
+            peers = [samples for samples, of in zip(per_rank, dp_ranks, strict=True) if of == dp_rank]
+            assert all(peer == peers[0] for peer in peers), dp_ranks
+        distinct = {sample for samples in per_rank for sample in np.ravel(samples).tolist()}
+        assert len(distinct) == 10 * len(set(dp_ranks)), f"{dp_ranks}: different dp ranks read different samples"
 
 
-@pytest.mark.parametrize(("num_workers", "persistent_workers"), [(0, False), (2, True), (2, False)])
-def test_epochs_roll_over_for_ever_in_whole_global_batches(
-    stream: Path, num_workers: int, persistent_workers: bool
-) -> None:
-    def read() -> list[list[int]]:
-        config = loader_config(stream, num_workers, shuffle=True) | {"persistent_workers": persistent_workers}
-        return read_samples(build_loader(config, job(2, global_batch_size=4)), 30)
+def test_epochs_roll_over_for_ever_in_whole_global_batches(stream: Path) -> None:
+    """Without workers, with two that live on, and with two that are started anew."""
+    configs = [
+        loader_config(stream, num_workers, shuffle=True) | {"persistent_workers": persistent_workers}
+        for num_workers, persistent_workers in ((0, False), (2, True), (2, False))
+    ]
 
-    [samples] = run_rank_values(read)
-    epochs = [np.ravel(samples[start : start + 10]).tolist() for start in (0, 10, 20)]  # 21 samples: 5 x 4, one is left
-    assert all(len(set(epoch)) == 20 for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3, "each epoch has its own order"
+    def read(config: dict[str, Any], channel: AbortChannel) -> list[list[int]]:
+        loader = build_loader(config, job(2, global_batch_size=4), channel=channel)
+        samples = read_samples(loader, 30)
+        loader.close()
+        return samples
+
+    def read_each() -> list[list[list[int]]]:
+        channel = AbortChannel()
+        return [read(config, channel) for config in configs]
+
+    [found] = run_rank_values(read_each)
+    for samples in found:
+        epochs = [np.ravel(samples[begin : begin + 10]).tolist() for begin in (0, 10, 20)]  # 21 samples: 5 x 4, and one
+        assert all(len(set(epoch)) == 20 for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) == 3, "each epoch has its own order"
 
 
 def test_start_and_end_of_an_epoch_are_logged_on_rank_0_alone(stream: Path) -> None:
@@ -233,28 +259,32 @@ def test_log_of_a_start_in_the_middle_of_an_epoch_says_what_is_its_own(stream: P
     assert "Epoch 1 of the streams ends: 20 samples read, in 10 steps, 320 tokens.\n" in rank.output
 
 
-@pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
-def test_no_step_mixes_epochs_where_streams_end_before_a_whole_one(tmp_path: Path, batching_method: str) -> None:
+def test_no_step_mixes_epochs_where_streams_end_before_a_whole_one(tmp_path: Path) -> None:
     """7 and 13 samples in global batches of 4, which leave out a part of each stream."""
     for name, samples in (("a", 7), ("b", 13)):
         write_stream(tmp_path / name, samples)
+    streams = {name: {"local": str(tmp_path / name)} for name in ("a", "b")}
 
-    def read() -> list[tuple[int, int]]:
-        streams = {name: {"local": str(tmp_path / name)} for name in ("a", "b")}
-        loader = build_loader(
-            mixture(streams, num_canonical_nodes=1, batching_method=batching_method), job(2, global_batch_size=4)
-        )
+    def read(batching_method: str, channel: AbortChannel) -> list[tuple[int, int]]:
+        config = mixture(streams, num_canonical_nodes=1, batching_method=batching_method)
+        loader = build_loader(config, job(2, global_batch_size=4), channel=channel)
         positions = []
         for _, _ in zip(loader, range(24), strict=False):
             position = json.loads(loader.state_dict()["mosaic"])
             positions.append((position["epoch"], position["sample_in_epoch"]))
+        loader.close()
         return positions
 
-    [positions] = run_rank_values(read)
-    for first, second in zip(positions[::2], positions[1::2], strict=True):
-        assert second in {(first[0], first[1] + 4), (first[0] + 1, 0)}
-        assert first[1] % 4 == 0, "in the middle of a step, the position is its beginning"
-    assert positions[-1][0] >= 2
+    def read_each() -> list[list[tuple[int, int]]]:
+        channel = AbortChannel()
+        return [read(batching_method, channel) for batching_method in ("per_stream", "stratified")]
+
+    [found] = run_rank_values(read_each)
+    for positions in found:
+        for first, second in zip(positions[::2], positions[1::2], strict=True):
+            assert second in {(first[0], first[1] + 4), (first[0] + 1, 0)}
+            assert first[1] % 4 == 0, "in the middle of a step, the position is its beginning"
+        assert positions[-1][0] >= 2
 
 
 def test_second_iteration_is_refused(stream: Path) -> None:
@@ -342,14 +372,35 @@ def saved_after(config: dict[str, Any], batches: int, state: dict[str, str] | No
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("batches", [0, 1, 9, 10, 11, 20])
-def test_position_survives_a_restart(stream: Path, num_workers: int, batches: int) -> None:
+def test_position_survives_a_restart(stream: Path, num_workers: int) -> None:
     """10 batches are an epoch; a restored loader reads what one that never stopped reads."""
     config = loader_config(stream, num_workers, shuffle=True)
-    whole, _ = saved_after(config, batches + 15, None)
-    before, state = saved_after(config, batches, None)
-    after, _ = saved_after(config, 15, state)
-    assert before + after == whole
+    saved_after = [0, 1, 9, 10, 11, 20]
+
+    def read_whole() -> tuple[list[list[int]], list[dict[str, str]]]:
+        loader = build_loader(config)
+        samples, states = [], [loader.state_dict()]
+        for (inputs, _), _ in zip(loader, range(35), strict=False):
+            samples.append((inputs["input"][:, 0] - FIRST_ID).tolist())
+            states.append(loader.state_dict())
+        return samples, states
+
+    [(whole, states)] = run_rank_values(read_whole)
+
+    def read_rest(state: dict[str, str], channel: AbortChannel) -> list[list[int]]:
+        loader = build_loader(config, channel=channel)
+        loader.load_state_dict(state)
+        samples = read_samples(loader, 15)
+        loader.close()
+        return samples
+
+    def read_rests() -> list[list[list[int]]]:
+        channel = AbortChannel()
+        return [read_rest(states[batches], channel) for batches in saved_after]
+
+    [rests] = run_rank_values(read_rests)
+    for batches, rest in zip(saved_after, rests, strict=True):
+        assert rest == whole[batches : batches + 15], f"saved after {batches} batches"
 
 
 def test_state_is_one_readable_string_and_the_same_from_each_rank(stream: Path) -> None:

@@ -33,6 +33,7 @@ def tokens(stream: Path) -> NDArray[np.int32]:
     return np.stack([reader[i]["tokens"] for reader in readers for i in range(len(reader))])
 
 
+@pytest.mark.long
 def test_streams_are_the_sources_tokenized_with_eos_behind_each(demo: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     for split in ("train", "val"):
@@ -64,11 +65,12 @@ def test_second_run_does_nothing_and_a_cut_one_starts_again(demo: Path, capsys: 
 def test_folder_of_other_data_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train/index.json").write_text("somebody's")
-    with pytest.raises(SystemExit, match=f"{tmp_path} is no folder of demo data"):
+    with pytest.raises(SystemExit, match=f"{tmp_path} holds no demo data"):
         make_demo_data(tmp_path)
     assert (tmp_path / "train/index.json").read_text() == "somebody's"
 
 
+@pytest.mark.long
 def test_same_streams_every_time(demo: Path, tmp_path: Path) -> None:
     run_rank_values(lambda: make_demo_data(tmp_path / "again"))
     for split in ("train", "val"):
@@ -77,6 +79,7 @@ def test_same_streams_every_time(demo: Path, tmp_path: Path) -> None:
         assert not different + unreadable
 
 
+@pytest.mark.long
 def test_tokenizer_script_makes_the_same_tokenizer_every_time(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run_rank_values(lambda name=name: train_tokenizer(tmp_path / name))  # type: ignore[misc]

@@ -95,8 +95,11 @@ def read_by(notes: Path, rank: int, step: int) -> list[int]:
     ("flags", "world_size", "metrics_rank"),
     [
         (["--training.local_batch_size=1"], 1, 0),
-        (["--training.local_batch_size=2"], 2, 0),
-        (["--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=2"], 2, 1),
+        pytest.param(["--training.local_batch_size=2"], 2, 0, marks=pytest.mark.long),
+        pytest.param(
+            *(["--training.local_batch_size=4", "--parallelism.pipeline_parallel_degree=2"], 2, 1),
+            marks=pytest.mark.long,
+        ),
     ],
     ids=["one rank, accumulation", "FSDP 2", "PP 2"],
 )

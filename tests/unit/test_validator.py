@@ -35,7 +35,6 @@ LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     "PP 2 x FSDP 2": (4, 2, ["--training.local_batch_size=2", "--parallelism.pipeline_parallel_degree=2"]),
 }
 """Ranks, sequences of a validation batch per dp rank, and flags."""
-QUICK = {"one rank", "FSDP 2, small batches", "PP 2 x FSDP 2"}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def whole(seeded: Path) -> float:
 
 @pytest.mark.parametrize(
     "layout",
-    [layout if layout in QUICK else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS],
+    ["one rank", *(pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS if layout != "one rank")],
 )
 def test_a_whole_pass_has_the_mean_loss_of_all_samples(seeded: Path, whole: float, layout: str) -> None:
     world_size, local, flags = LAYOUTS[layout]
@@ -159,15 +158,16 @@ def test_each_round_reads_the_first_samples_and_training_goes_on_as_without(seed
     assert abs(first - reference(seeded, range(FIRST, FIRST + 24))) < 1e-5
 
 
-def test_ranks_without_a_sample_take_part(seeded: Path) -> None:
-    """3 samples for 4 ranks with batches of 2."""
-    write_stream(seeded / "three", 3, first=FIRST)
-    write_validation(seeded, "text", seeded / "three", num_workers=2)
+@pytest.mark.parametrize(("samples", "world_size"), [(1, 2), pytest.param(3, 4, marks=pytest.mark.long)])
+def test_ranks_without_a_sample_take_part(seeded: Path, samples: int, world_size: int) -> None:
+    """In batches of 2."""
+    write_stream(seeded / f"few_{samples}", samples, first=FIRST)
+    write_validation(seeded, "text", seeded / f"few_{samples}", num_workers=2)
     ranks = validate(
-        seeded, "uneven", *FROZEN, "--training.local_batch_size=1", "--validation.local_batch_size=2",
-        world_size=4,
+        seeded, f"uneven_{world_size}", *FROZEN, "--training.local_batch_size=1", "--validation.local_batch_size=2",
+        world_size=world_size,
     )  # fmt: skip
-    few = reference(seeded, range(FIRST, FIRST + 3))
+    few = reference(seeded, range(FIRST, FIRST + samples))
     assert all(abs(loss - few) < 1e-5 for rank in ranks for loss in validated(rank))
     write_validation(seeded, "text", seeded / "held_out")
 

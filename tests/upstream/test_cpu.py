@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 WITH_ACCELERATOR = """
 import sys, torch, torch._utils
 torch._utils._get_available_device_type = find = lambda: "cuda"
@@ -17,6 +19,7 @@ assert cpu.sum_gradients_with_gloo(print) is print
 """
 
 
+@pytest.mark.long
 def test_nothing_is_changed_where_there_is_an_accelerator() -> None:
     ended = subprocess.run([sys.executable, "-c", WITH_ACCELERATOR], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr

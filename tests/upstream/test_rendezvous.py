@@ -1,38 +1,46 @@
-"""torchrun's ranks meet in a store that outlives restarts, and NCCL leaves a key at its root."""
+"""torch's rendezvous reads one store over all restarts, through a function that can be replaced."""
 
 import importlib
-import inspect
 import mmap
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from examples.mosaic_streaming.upstream.patch import parameters
 from examples.mosaic_streaming.upstream.rendezvous import NCCL_FAULT, fresh_rendezvous
 
-RENDEZVOUS = importlib.import_module("torch.distributed.rendezvous")
+CUDA = Path(torch.__file__).parent / "lib/libtorch_cuda.so"
 
 
-def test_torch_makes_its_store_in_the_function_that_is_replaced() -> None:
-    create = RENDEZVOUS._create_c10d_store
+def rendezvous() -> dist.Store:
+    """The store of one start of a rank."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=20)))
+    assert isinstance(store, dist.Store)
+    return store
+
+
+def test_function_that_is_replaced_has_the_known_parameters() -> None:
+    create = importlib.import_module("torch.distributed.rendezvous")._create_c10d_store
+    expected = ["hostname", "port", "rank", "world_size", "timeout", "use_libuv"]
+    assert parameters(create) == expected, "adapt fresh_rendezvous in upstream/rendezvous.py"
+
+
+def test_restarts_share_a_store_of_torchrun_unless_they_meet_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.port}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    rendezvous().set("address", "of a dead rank")
+    assert rendezvous().check(["address"]), "torch keeps restarts apart: upstream/rendezvous.py can go"
     with fresh_rendezvous():
-        assert RENDEZVOUS._create_c10d_store is not create
-    assert RENDEZVOUS._create_c10d_store is create
-    for handler in (RENDEZVOUS._env_rendezvous_handler, RENDEZVOUS._tcp_rendezvous_handler):
-        assert "_create_c10d_store(" in inspect.getsource(handler), "see upstream/rendezvous.py"
+        assert not rendezvous().check(["address"]), "torch makes its store elsewhere: see upstream/rendezvous.py"
 
 
-def test_torch_still_puts_no_prefix_before_the_keys_of_a_restart() -> None:
-    """tests/unit/distributed/test_store.py and tests/e2e/test_torchrun.py have what comes of it."""
-    source = inspect.getsource(RENDEZVOUS._create_c10d_store)
-    assert "TCPStore(" in source and "PrefixStore" not in source, (
-        "torch keeps restarts apart: see upstream/rendezvous.py"
-    )
-
-
-def test_nccl_still_has_the_key() -> None:
-    library = Path(torch.__file__).parent / "lib/libtorch_cuda.so"
-    if not library.exists():
-        pytest.skip("this torch has no CUDA")
-    with open(library, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        assert content.find(NCCL_FAULT.encode()) > 0, "NCCL's watchdogs use another key: see upstream/rendezvous.py"
+@pytest.mark.skipif(not CUDA.exists(), reason="this torch has no NCCL")
+def test_nccls_watchdogs_abort_by_the_known_key() -> None:
+    with CUDA.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as library:
+        found = library.find(NCCL_FAULT.encode() + b"\0")
+    assert found >= 0, "NCCL's abort key has another name: set NCCL_FAULT in upstream/rendezvous.py"

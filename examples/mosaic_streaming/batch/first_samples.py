@@ -1,7 +1,7 @@
-"""Checks the first samples of each stream against the loader, the tokenizer and the model."""
+"""Checks the first samples of each stream: whether they are made for this loader and this model."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,20 +11,19 @@ from streaming.base.format import Reader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.collate import Collator
-from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
+from examples.mosaic_streaming.batch.iterator import read_in_workers
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
 from examples.mosaic_streaming.batch.titan_batch import BatchSpec
 from examples.mosaic_streaming.config import BatchShape, ResolvedLoader
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import FORMS, CheckedDataset, columns_of, form_of
 
-SAMPLES, BYTES = 32, 1 << 20
-"""At most so many samples and bytes of a stream are read, but at least one sample."""
+MAX_SAMPLES, MAX_BYTES = 32, 1 << 20
+"""Limits to what is read of a stream; one sample is read in any case."""
 MAX_SHARDS = 1_000
-"""So many shards of a stream are looked for on this machine."""
-WORKERS = 4
-"""Processes that read, if there are several streams."""
+"""How many shards of a stream are tried, in the search for one that is on this machine."""
+MAX_WORKERS = 4
+"""Processes that read several streams."""
 
 
 def check_first_samples(
@@ -34,30 +33,30 @@ def check_first_samples(
     tokenizer: PreTrainedTokenizerBase,
     shape: BatchShape,
 ) -> list[str]:
-    """Refuse streams whose first samples have ids of another type, length or tokenizer. One rank calls it.
+    """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
 
-    Streams that are tokenized as they are read are not checked.
-
-    Args:
-        loader: llm-foundry's loader over the streams.
-        spec: what the batches have to look like.
-        config: the configuration of the loader.
-        tokenizer: the model's tokenizer, as transformers has it.
-        shape: the size of the model's batches.
+    Streams that are tokenized as they are read aren't checked.
 
     Returns:
-        warnings of what can't be decided.
+        warnings about streams whose tokenizer can't be told.
 
     Raises:
-        ConfigError: the samples need another setting, or have to be written anew.
-        DataError: a sample can't be read.
+        ConfigError: Samples need another setting, or have to be written anew.
+        DataError: A sample can't be read.
     """
     dataset, warnings = loader.dataset, []
     assert isinstance(dataset, CheckedDataset)
-    firsts = first_samples(dataset, config.name) if config.name in FORMS else {}
-    dtype = config.dataset.get("token_encoding_type", "int64")  # as llm-foundry has it
-    for number, samples in read(dataset, firsts, spec.source, config.source):
-        label = config.labels[number]
+    if config.name not in FORMS or not (firsts := first_samples(dataset, config.name)):
+        return []
+
+    def read(streams: list[list[int]]) -> dict[str, Any]:
+        return {"samples": [dataset.stored(sample) for sample in streams[0]]}
+
+    workers = min(MAX_WORKERS, len(firsts))
+    batches = read_in_workers(read, list(firsts.values()), 1, workers, spec.source, config.source)
+    dtype = config.dataset.get("token_encoding_type", "int64")  # llm-foundry's default
+    for stream, batch in zip(firsts, batches, strict=True):
+        samples, label = batch["samples"], config.labels[stream]
         check_types(samples, dtype, spec.vocab_size, label, config.source)
         texts = [ids for sample in samples for ids in ids_of(sample, dtype)]
         if config.name == "text":
@@ -66,48 +65,36 @@ def check_first_samples(
     return warnings
 
 
-def first_samples(dataset: CheckedDataset, loader: str) -> dict[int, list[int]]:
-    """Choose the samples to check, by the number of their stream; from a shard on this machine, if there is one."""
+def first_samples(dataset: CheckedDataset, loader_name: str) -> dict[int, list[int]]:
+    """The sample ids to check, by stream index; of a shard that is on this machine, if there is one."""
     found = {}
-    for number in range(dataset.num_streams):
-        begin = int(dataset.shard_offset_per_stream[number])
-        shards = dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]
-        chosen = next((at for at, shard in enumerate(shards[:MAX_SHARDS]) if is_here(shard)), 0)
+    for stream in range(dataset.num_streams):
+        begin = int(dataset.shard_offset_per_stream[stream])
+        shards = dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
+        chosen = next((index for index, shard in enumerate(shards[:MAX_SHARDS]) if is_here(shard)), 0)
         shard, first = shards[chosen], int(dataset.spanner.shard_bounds[begin + chosen])
-        if {"tokens", "input_ids", "turns"} & set(form_of(columns_of(shard), loader)):
-            size = max(1, shard.file_pairs[0][0].bytes // shard.samples)
-            count = min(shard.samples, max(1, min(SAMPLES, BYTES // size)))
-            found[number] = list(range(first, first + count))
+        if {"tokens", "input_ids", "turns"} & set(form_of(columns_of(shard), loader_name)):
+            sample_bytes = max(1, shard.file_pairs[0][0].bytes // shard.samples)
+            count = min(shard.samples, max(1, min(MAX_SAMPLES, MAX_BYTES // sample_bytes)))
+            found[stream] = list(range(first, first + count))
     return found
 
 
 def is_here(shard: Reader) -> bool:
-    """Whether a shard can be read without fetching or unpacking it."""
+    """Whether a shard can be read without fetching or decompressing it."""
     return all(os.path.isfile(os.path.join(shard.dirname, shard.split, raw.basename)) for raw, _ in shard.file_pairs)
 
 
-def read(
-    dataset: CheckedDataset, samples: dict[int, list[int]], source: str, path: str
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Read samples, as they are stored, by the number of their stream."""
-    if not samples:
-        return
-    stored = Items(lambda ids: {"samples": [dataset.stored(sample) for sample in ids]}, list(samples.values()))
-    batches = read_in_workers(stored, None, Collator(lambda stream: stream), min(WORKERS, len(samples)), source, path)
-    for number, batch in zip(samples, batches, strict=True):
-        yield number, batch["samples"]
-
-
 def ids_of(sample: dict[str, Any], dtype: str) -> list[NDArray[Any]]:
-    """The ids of a sample, in parts that were tokenized apart: an example's prompts and responses."""
+    """The ids of a sample, in parts that were tokenized separately: prompts and responses."""
     turns = sample.get("turns", [sample])
     parts = [turn[key] for turn in turns for key in ("tokens", "input_ids", "labels") if key in turn]
     arrays = [np.frombuffer(part, dtype) if isinstance(part, bytes) else np.asarray(part) for part in parts]
-    return [array[array >= 0] for array in arrays]  # negative labels aren't learned
+    return [array[array >= 0] for array in arrays]  # labels that aren't learned are negative
 
 
-def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, label: str, path: str) -> None:
-    """Raise ConfigError unless ids are rows of whole numbers, and bytes have the type of `token_encoding_type`."""
+def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, label: str, config_file: str) -> None:
+    """Raise ConfigError unless ids are one-dimensional integers, and bytes are ids of the configured type."""
     column = "tokens" if "tokens" in samples[0] else "input_ids"
     stored = [sample[column] for sample in samples if column in sample]
     for array in stored:
@@ -116,50 +103,48 @@ def check_types(samples: Sequence[dict[str, Any]], dtype: str, vocab_size: int, 
                 f"`{column}` of {label} are arrays of {array.dtype} and shape {list(array.shape)}, expected whole "
                 "numbers in one dimension. Write the stream anew."
             )
-    content = [one for one in stored if isinstance(one, bytes)]
-    if not any(map(any, content)) or dtype in (fits := fitting(content, vocab_size, dtype)):
+    encoded = [content for content in stored if isinstance(content, bytes)]
+    if not any(map(any, encoded)) or dtype in (fits := fitting_types(encoded, vocab_size, dtype)):
         return
-    way = (
-        f'With {" or ".join(fits)} they are: set dataset.token_encoding_type = "{fits[-1]}" in {path}.'
-        if fits
-        else "Nor are they with any other: they were made with another tokenizer, or model.flavor is wrong."
-    )
+    if fits:
+        advice = f'With {" or ".join(fits)} they are: set dataset.token_encoding_type = "{fits[-1]}" in {config_file}.'
+    else:
+        advice = "Nor are they with any other: they were made with another tokenizer, or model.flavor is wrong."
     raise ConfigError(
         f"`{column}` of {label} are bytes, which are no ids of the model (0 to {vocab_size - 1:,}) with "
-        f"dataset.token_encoding_type = {dtype!r} (by default int64). {way}"
+        f"dataset.token_encoding_type = {dtype!r} (by default int64). {advice}"
     )
 
 
-def fitting(content: Sequence[bytes], vocab_size: int, told: str) -> list[str]:
-    """The types with which bytes are ids of a model: the widest, as narrower ones would put zeros between the ids.
+def fitting_types(encoded: Sequence[bytes], vocab_size: int, configured: str) -> list[str]:
+    """The widest types with which bytes are ids of a model; read as narrower ones, they have zeros between ids.
 
-    Any bytes are ids of one byte, so such a type fits only if it was set.
+    Any bytes are ids of one byte, so of these types only the configured one counts.
     """
     fits = {}
     for name in SUPPORTED_MDS_ENCODING_TYPES:
-        dtype = np.dtype(name)
-        if (name == told or dtype.itemsize > 1) and not any(len(one) % dtype.itemsize for one in content):
-            ids = np.frombuffer(b"".join(content), dtype)
+        width = np.dtype(name).itemsize
+        if (name == configured or width > 1) and not any(len(content) % width for content in encoded):
+            ids = np.frombuffer(b"".join(encoded), name)
             if ids.min() >= 0 and ids.max() < vocab_size:
-                fits[name] = dtype.itemsize
+                fits[name] = width
     return [name for name, width in fits.items() if width == max(fits.values())]
 
 
 def check_lengths(lengths: Sequence[int], row: int, shape: BatchShape, label: str, config: ResolvedLoader) -> None:
-    """Raise ConfigError for samples of text, of these lengths in tokens, that fill no row or would be cut."""
+    """Raise ConfigError if samples of text don't fill a row of `row` tokens, or rows would cut off their ends."""
     low, high, section, source = min(lengths), max(lengths), shape.section, config.source
     if high == row or (high > row and config.may_cut):
         return
-    # TorchTitan takes even lengths: an odd one is a sample's whose labels are all real.
+    # TorchTitan takes even lengths. A sample of odd length has one token more, so that all its labels are real.
     seq_len, ways = high - high % 2, []
     if seq_len != shape.seq_len:
         ways.append(f"{section}.seq_len = {seq_len}")
     if seq_len == high:
         ways.append(f"dataset.max_seq_len = {seq_len} in {source} (the last label of each is then -100)")
-    cut = ", and would leave out the rest" if high > row else ""
-    keep = f", or set dataset.max_seq_len = {row} in {source} to leave it out" if high > row else ""
+    cut = f", or set dataset.max_seq_len = {row} in {source} to leave out the rest" if high > row else ""
     raise ConfigError(
         f"Samples of {label} have {low if low == high else f'{low} to {high}'} tokens, but rows of {section}.seq_len = "
-        f"{shape.seq_len} take {row} (dataset.max_seq_len){cut}. Set {' and '.join(ways)}, or write samples of {row} "
-        f"tokens{keep}."
+        f"{shape.seq_len} take {row} (dataset.max_seq_len). Set {' and '.join(ways)}, or write samples of {row} "
+        f"tokens{cut}."
     )

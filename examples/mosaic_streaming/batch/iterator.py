@@ -1,10 +1,10 @@
-"""Iterates loaders: errors become DataErrors, and workers are ended."""
+"""Reading batches: whatever goes wrong is a DataError, and the workers are shut down."""
 
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -18,31 +18,27 @@ from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down
 WORKER_EXIT_SECONDS = 1.0
 """How long to wait for the exit code of a dying worker."""
 
+EXIT_CODES_OF_SIGNALS = {code for signum in SIGNALS for code in (-signum, 128 + signum)}
+
 
 class Batches:
-    """Yields the batches of a loader, epoch by epoch.
+    """The batches of a loader, epoch by epoch. Messages name `source`, the streams and the rank, and `config_file`."""
 
-    Args:
-        loader: llm-foundry's loader, with a `Collator`.
-        source: the streams and the rank, for messages.
-        path: the file that configures the loader, for messages.
-    """
-
-    def __init__(self, loader: DataLoader[Any], source: str, path: str) -> None:
+    def __init__(self, loader: DataLoader[Any], source: str, config_file: str) -> None:
         self._loader = loader
         self._source = source
-        self._path = path
+        self._config_file = config_file
         self._batches: Iterator[Any] | None = None
 
     def begin(self) -> None:
-        """Start an epoch at the dataset's position. Persistent workers live on."""
+        """Begin an epoch at the dataset's position. Persistent workers live on."""
         self._batches = iter(self._loader)
 
     def take(self, count: int) -> list[Mapping[str, Any]]:
-        """Return the next batches; fewer at the end of the epoch.
+        """Return the next `count` batches, or fewer at the end of the epoch.
 
         Raises:
-            DataError: a sample can't be read, a batch can't be made, or a worker has ended.
+            DataError: A sample can't be read, a batch can't be made, or a worker has died.
         """
         assert self._batches is not None
         try:
@@ -51,7 +47,7 @@ class Batches:
             raise DataError(self.lost_workers() or f"{Failure.of(error).reason} {self._source}") from error
 
     def lost_workers(self) -> str:
-        """Say which dataloader workers have ended with an error. Signals that end the whole job don't count."""
+        """Say which dataloader workers have died, and how; signals that end the whole job don't count."""
         workers = getattr(self._batches, "_workers", [])
         with contextlib.suppress(RuntimeError):  # torch's handler of SIGCHLD says less
             ended = connection.wait([worker.sentinel for worker in workers], WORKER_EXIT_SECONDS)
@@ -59,66 +55,36 @@ class Batches:
                 if worker.sentinel in ended:
                     worker.join()  # its connections close before it has an exit code
         lost = [
-            f"Dataloader worker {number} (pid {worker.pid}) ended with exit code {worker.exitcode}."
-            for number, worker in enumerate(workers)
-            if worker.exitcode not in (None, 0, *(sign for number in SIGNALS for sign in (-number, 128 + number)))
+            f"Dataloader worker {index} (pid {worker.pid}) ended with exit code {worker.exitcode}."
+            for index, worker in enumerate(workers)
+            if worker.exitcode not in {None, 0} | EXIT_CODES_OF_SIGNALS
         ]
-        if lost:
-            lost.append("-9 is mostly for want of memory: lower num_workers, prefetch_factor or dataset.predownload in")
-            lost.append(f"{self._path}.")
-        return " ".join(lost)
+        hint = "-9 mostly means out of memory: lower num_workers, prefetch_factor or dataset.predownload in"
+        return " ".join([*lost, hint, f"{self._config_file}."]) if lost else ""
 
     def close(self) -> None:
-        """End the dataloader workers."""
+        """Shut down the dataloader workers."""
         batches, self._batches = self._batches, None
         shut_down_workers(batches)
 
 
-class Items(Dataset[Any]):
-    """A dataset of what a function returns for each of some items. The function is called in a worker."""
-
-    def __init__(self, read: Callable[[Any], Any], items: Sequence[Any]) -> None:
-        self._read, self._items = read, items
-
-    def __len__(self) -> int:
-        return len(self._items)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self._read(self._items[number])
-        except Exception as error:
-            return Failure.of(error)
-
-
 def read_in_workers(
-    items: Items, batch_size: int | None, collate: Collator, workers: int, source: str, path: str
+    make_batch: Callable[[Any], Any], ids: Sequence[Any], size: int, workers: int, source: str, config_file: str
 ) -> Iterator[Mapping[str, Any]]:
-    """Read items once, in other processes: a process that has fetched shards must not be forked later.
+    """Yield what workers make of `size` ids at a time; a process that has fetched shards must not be forked later.
 
-    Args:
-        items: the items.
-        batch_size: items of a batch; with None, each item is a batch.
-        collate: makes a batch of items.
-        workers: processes, at least 1.
-        source: the streams, for messages.
-        path: the file that configures the loader, for messages.
-
-    Raises:
-        DataError: an item can't be read.
+    The loader has a generator of its own: from torch's default one, which also draws the model's weights, rank 0 alone
+    would draw a number.
     """
-    # A generator of its own: torch's default one, which rank 0 alone would draw from, also makes the model's weights.
     loader: DataLoader[Any] = DataLoader(
-        items,
-        batch_size,
+        cast(Dataset[Any], ids),
+        size,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=Collator(make_batch),
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )
-    batches = Batches(loader, source, path)
-    batches.begin()
-    try:
+    with contextlib.closing(Batches(loader, source, config_file)) as batches:
+        batches.begin()
         while batch := batches.take(1):
             yield batch[0]
-    finally:
-        batches.close()

@@ -1,4 +1,4 @@
-"""What to say where a global batch has nothing to learn."""
+"""The error for a global batch that has nothing to learn."""
 
 from typing import cast
 
@@ -12,14 +12,11 @@ SHOWN_SAMPLES = 8
 """Samples of a global batch that a message names."""
 
 
-def no_loss_token(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
+def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
     """Make the error for a global batch whose labels are all -100. It names samples and streams.
 
     Args:
-        dataset: the streams.
-        order: the order of their samples.
-        epoch: the epoch of the global batch.
-        sample_in_epoch: samples of the epoch before it.
+        sample_in_epoch: where the global batch begins in its epoch, in samples.
     """
     samples = global_batch(dataset, order, epoch, sample_in_epoch)
     told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))

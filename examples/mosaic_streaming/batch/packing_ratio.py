@@ -1,7 +1,7 @@
-"""Chooses a number for `packing_ratio = "auto"`: the largest with which no token is dropped."""
+"""Chooses the ratio for `packing_ratio = "auto"`: as many samples in a row as drop no token."""
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
@@ -9,70 +9,67 @@ from streaming.base.world import World
 from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.collate import Collator
-from examples.mosaic_streaming.batch.iterator import Items, read_in_workers
+from examples.mosaic_streaming.batch.iterator import read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.sampling import set_order
 
 SAMPLES = 2_000
-"""So many samples are packed on trial, at most."""
-TENTHS = 10
-"""A ratio has one decimal, as llm-foundry's."""
-SAMPLES_PER_READ = 16
+"""The most samples that are read."""
+WORKER_BATCH_SIZE = 16
+"""Samples in a worker's batch."""
 
 
 def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> float:
-    """Find the largest packing ratio, in tenths, with which batches of the first samples drop no token.
+    """Find the largest packing ratio, in tenths, with which batches of an epoch's first samples drop no token.
 
-    It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search
-    (`auto_packing_ratio`, 0.22.0) reads other samples on each rank, and carries what doesn't fit to the next batch.
+    It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search (`auto_packing_ratio`,
+    0.22.0) reads other samples on each rank, and carries what doesn't fit over to the next batch.
 
     Args:
-        loader: a loader of single examples.
-        rows: rows of a batch, per dp rank.
-        config: the configuration of the loader.
+        rows: in a batch, per dp rank.
 
     Raises:
-        DataError: a sample can't be read, or makes no example.
+        DataError: A sample can't be read, or makes no example.
     """
-    examples = list(read_first(loader, rows, config))
-    good, bad = TENTHS, TENTHS * min(MAX_RATIO, 1 + len(examples) // rows)
-    while bad - good > 1:  # a larger batch might fit where a smaller one doesn't: not looked for
+    lengths, max_seq_len = list(read_lengths(loader, rows, config)), config.dataset["max_seq_len"]
+    good, bad = 10, 10 * min(MAX_RATIO, 1 + len(lengths) // rows)  # in tenths: llm-foundry's ratios have one decimal
+    while bad - good > 1:  # bisection: a batch that fits where a smaller one doesn't may be missed
         ratio = (good + bad) // 2
-        samples = int(rows * (ratio / TENTHS))  # as llm-foundry computes it
-        fits = samples <= len(examples) and not dropped_tokens(examples, rows, samples, config.dataset["max_seq_len"])
+        samples = int(rows * (ratio / 10))  # as llm-foundry calculates it
+        fits = samples <= len(lengths) and not dropped_tokens(lengths, rows, samples, max_seq_len)
         good, bad = (ratio, bad) if fits else (good, ratio)
-    found = good / TENTHS
+    found = good / 10
     logger.info(
-        f'packing_ratio = "auto" is {found}: batches of {int(rows * found)} samples in {rows} rows leave nothing out '
-        f"of the first {len(examples):,} samples."
+        f'packing_ratio = "auto" is {found}: batches of {int(rows * found)} samples in {rows} rows drop none of the '
+        f"first {len(lengths):,} samples' tokens."
     )
     return found
 
 
-def read_first(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> Iterator[Any]:
-    """Read the first samples of the first epoch, as single examples without padding."""
+def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> Iterator[int]:
+    """Tokens in each of the first epoch's first samples, without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
+    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
     in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
-    items, collate = Items(dataset.__getitem__, in_order[:SAMPLES].tolist()), cast(Collator, loader.collate_fn)
-    for batch in read_in_workers(items, SAMPLES_PER_READ, collate, max(1, loader.num_workers), source, config.source):
-        padded = {key: batch[key] for key in ("input_ids", "labels", "attention_mask")}
-        yield from BinPackCollator._trim_batch(padded)[1]
+
+    def make_batch(ids: list[int]) -> Any:
+        return loader.collate_fn([dataset[sample] for sample in ids])
+
+    ids, workers = in_order[:SAMPLES].tolist(), max(1, loader.num_workers)
+    for batch in read_in_workers(make_batch, ids, WORKER_BATCH_SIZE, workers, source, config.source):
+        yield from batch["attention_mask"].sum(1).tolist()
 
 
-def dropped_tokens(examples: list[Any], rows: int, samples: int, max_seq_len: int) -> int:
-    """Count the tokens that batches of so many samples drop."""
+def dropped_tokens(lengths: list[int], rows: int, samples: int, max_seq_len: int) -> int:
+    """Tokens that batches of so many samples drop.
+
+    Source: while it profiles, llm-foundry's packer looks at lengths alone, but its method that takes them is private
+    (llm-foundry 0.22.0, data/packing.py).
+    """
     packer = BinPackCollator(
-        collator=lambda batch: batch,
-        target_batch_size=rows,
-        max_seq_len=max_seq_len,
-        pad_token_id=0,
-        padding_side="right",
-        max_leftover_bins_to_keep=0,
-        is_profiling=True,
+        lambda batch: batch, rows, max_seq_len, 0, "right", max_leftover_bins_to_keep=0, is_profiling=True
     )
-    for begin in range(0, len(examples) - samples + 1, samples):
-        batch = [dict(example) for example in examples[begin : begin + samples]]
-        packer._pack_trimmed_examples(batch, [len(example["input_ids"]) for example in batch])
+    for begin in range(0, len(lengths) - samples + 1, samples):
+        packer._pack_trimmed_examples([{}] * samples, lengths[begin : begin + samples])
     return int(packer.n_total_tokens - packer.n_packed_tokens)

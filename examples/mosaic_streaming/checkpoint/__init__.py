@@ -15,4 +15,11 @@ from examples.mosaic_streaming.checkpoint.fingerprint import (
 )
 from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, append_segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
-from examples.mosaic_streaming.checkpoint.state import STATE_KEY, State, check_position, damaged, pack, unpack
+from examples.mosaic_streaming.checkpoint.state import (
+    STATE_KEY,
+    State,
+    check_position,
+    damaged_state_error,
+    pack,
+    unpack,
+)

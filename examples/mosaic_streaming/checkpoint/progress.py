@@ -25,7 +25,7 @@ class Progress(NamedTuple):
     """Where a run is."""
 
     epoch: int  # of the streams
-    share: float  # of the epoch that has been read
+    epoch_share: float  # of the epoch that has been read
     seen: ConsumedCounts  # since the run's first step, or since its streams began anew
     padding: float  # share of this rank's inputs since the last call of `take_padding`
     fetched: FetchCounts  # by this rank's machine since this start

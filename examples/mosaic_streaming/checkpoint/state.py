@@ -29,6 +29,11 @@ class State(NamedTuple):
     steps: int  # optimizer steps since then; in a run that went on from an older state, since that one
     segments: tuple[Segment, ...]  # of these steps; each start that changes the global batch begins a new one
 
+    @classmethod
+    def at_beginning(cls, data: Fingerprint, global_batch_size: int) -> "State":
+        """Return the state of a run that has read nothing."""
+        return cls(0, 0, global_batch_size, data, None, 0, (Segment(0, 0, 0, global_batch_size),))
+
 
 def pack(state: State) -> dict[str, str]:
     """Return the state under one key: DCP asks only for the keys of the fresh state, so it finds any version."""
@@ -57,7 +62,7 @@ def unpack(saved_state: Mapping[str, object]) -> State:
         steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size))
         return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")), steps, segments)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise damaged(text) from error
+        raise damaged_state_error(text) from error
 
 
 def read_seen(saved: Any) -> ConsumedCounts | None:
@@ -88,7 +93,7 @@ def checked(value: Any, limit: int = MAX_POSITION, least: int = 0) -> int:
     return value
 
 
-def damaged(state: str) -> DataError:
+def damaged_state_error(state: str) -> DataError:
     """Return the error for a state that can't be right."""
     return DataError(
         f"The checkpoint's dataloader state is damaged: {state[:200]!r}. Load an earlier checkpoint with "
@@ -99,4 +104,4 @@ def damaged(state: str) -> DataError:
 def check_position(state: State, epoch_size: int) -> None:
     """Raise DataError if a position is beyond the end of an epoch of so many samples."""
     if state.sample_in_epoch > epoch_size:
-        raise damaged(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")
+        raise damaged_state_error(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")

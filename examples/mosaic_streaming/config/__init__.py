@@ -1,8 +1,8 @@
-"""Reads the command line and the configuration files, and turns them into values that don't change any more.
+"""Reads the command line and the configuration files, and turns them into immutable values.
 
 `parse_flags` reads the command line, `read_loaders` the loaders' files (`LoaderFile`), and `resolve` completes such a
-file to a `ResolvedLoader`. What is wrong raises ConfigError; what is doubtful is in `warnings_of`. `Job` is what this
-project knows of TorchTitan's job config.
+file to a `ResolvedLoader`. What is wrong raises ConfigError (the checks are in `keys.py`, `values.py`, `streams.py` and
+`folders.py`), and what is doubtful is in `warnings_of`. `Job` is what this project knows of TorchTitan's job config.
 """
 
 from examples.mosaic_streaming.config.assets import explain_asset_errors

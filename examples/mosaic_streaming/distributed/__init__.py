@@ -1,6 +1,9 @@
-"""What ranks tell each other: that a node is ready, that they read the same, why one of them stops.
+"""What ranks tell each other.
 
-`AbortChannel` is there before torch is imported. What needs torch is imported when it is first asked for.
+`AbortChannel` tells all ranks why one of them stops. Through the job's store, `on_each_node` waits until every node is
+ready, and `on_rank_0` shares what rank 0 has computed. `check_ranks_per_node` and `check_peers` compare the ranks.
+
+All but `AbortChannel` needs torch, and is imported when it is first asked for (PEP 562), so that `--help` is quick.
 """
 
 import importlib
@@ -9,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 from examples.mosaic_streaming.distributed.abort import AbortChannel, handle_signals
 
 if TYPE_CHECKING:
-    from examples.mosaic_streaming.distributed.agreement import check_peers
-    from examples.mosaic_streaming.distributed.store import (
-        check_machines,
-        new_job_id,
-        on_each_node,
-        on_rank_0,
-        open_store,
-    )
+    from examples.mosaic_streaming.distributed.agreement import check_peers, check_ranks_per_node
+    from examples.mosaic_streaming.distributed.store import draw_number, on_each_node, on_rank_0
+
+
+FILES = {"check_ranks_per_node": "agreement", "check_peers": "agreement"} | dict.fromkeys(
+    ("draw_number", "on_each_node", "on_rank_0"), "store"
+)
 
 
 def __getattr__(name: str) -> Any:
-    module = importlib.import_module(f"{__name__}.{'agreement' if name == 'check_peers' else 'store'}")
-    return getattr(module, name)
+    if name not in FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{FILES[name]}"), name)

@@ -1,7 +1,8 @@
-"""Compares what ranks read, once after each start: wrong data doesn't fail, it only trains badly."""
+"""What ranks compare after each start: wrong data doesn't fail, it only trains badly."""
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,35 +12,62 @@ from torchtitan.tools.utils import device_type
 
 from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.checkpoint import Fingerprint, differences, without_name
-from examples.mosaic_streaming.errors import DataError, text_table
+from examples.mosaic_streaming.errors import ConfigError, DataError, text_table
+
+MAX_SHOWN = 8
+"""Machines of a kind that a message names."""
+
+
+def gather(*values: int) -> list[list[int]]:
+    """The values of each rank, by rank; one small collective."""
+    mine = torch.tensor(values, device=device_type)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [one.tolist() for one in everyone]
+
+
+def check_ranks_per_node() -> None:
+    """Raise ConfigError, on all ranks, unless all machines have the same number of ranks."""
+    machines: dict[int, list[str]] = {}  # the first rank of each, by their number of ranks
+    sizes = gather(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
+    for rank, (local_rank, size) in enumerate(sizes):
+        if local_rank == 0:
+            machines.setdefault(size, []).append(str(rank))
+    if len(machines) > 1:
+        found = [
+            f"{size} (first rank: {', '.join(firsts[:MAX_SHOWN])}{', …' if len(firsts) > MAX_SHOWN else ''})"
+            for size, firsts in sorted(machines.items())
+        ]
+        raise ConfigError(
+            f"Machines have unequal numbers of ranks: {'; '.join(found)}. Start each torchrun with the same "
+            "--nproc_per_node."
+        )
 
 
 def check_peers(batch: TitanBatch, dp_rank: int, settings: Fingerprint, source: str) -> None:
-    """Compare this rank's first batch with those of its peers, and its settings with those of all ranks.
+    """Compare this rank's first batch with those of its peers, and its settings with everyone's.
 
     It takes one small collective, and a second one if ranks differ.
 
     Args:
-        batch: the first batch after the start.
-        dp_rank: this rank's coordinate on TorchTitan's batch mesh. Ranks that share it have to read the same.
+        dp_rank: ranks that share it have to read the same.
         settings: what all ranks have to agree on.
         source: the file that configures the loader.
 
     Raises:
-        DataError: on all ranks, if ranks differ that must not.
+        DataError: On all ranks, if ranks differ that must not.
     """
     agreed = json.dumps({key: without_name(value) for key, value in settings.items()})
-    mine = torch.tensor([dp_rank, hash_of(agreed.encode()), hash_of(bytes_of(batch))], device=device_type)
-    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(everyone, mine)
-    dp_ranks, agreements, batches = zip(*(one.tolist() for one in everyone), strict=True)
+    tensors = [tensor for _, tensor in sorted(batch[0].items())] + [batch[1]]  # all that the model gets
+    content = b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
+    dp_ranks, agreements, batches = zip(*gather(dp_rank, hash_of(agreed.encode()), hash_of(content)), strict=True)
     if ranks := unlike_first(agreements, [0] * len(agreements)):
-        told: list[Fingerprint] = [{}] * len(agreements)
-        dist.all_gather_object(told, settings)
-        rows = [[str(rank), *row] for rank in ranks for row in differences(told[0], told[rank])]
-        told_table = text_table(["rank", "setting", "rank 0", "this rank"], rows)
+        by_rank: list[Fingerprint] = [{}] * len(agreements)
+        dist.all_gather_object(by_rank, settings)
+        rows = [[str(rank), *row] for rank in ranks for row in differences(by_rank[0], by_rank[rank])]
         raise DataError(
-            f"Ranks {ranks} don't read what rank 0 reads.\n{told_table}\n"
+            f"Ranks {ranks} don't read what rank 0 reads.\n"
+            f"{text_table(['rank', 'setting', 'rank 0', 'this rank'], rows)}\n"
             f"Each node needs the same {source}, job config, checkpoint, number of ranks, and index.json of each "
             "stream, also in `local`."
         )
@@ -55,15 +83,8 @@ def check_peers(batch: TitanBatch, dp_rank: int, settings: Fingerprint, source: 
 
 
 def unlike_first(values: Sequence[int], groups: Sequence[int]) -> list[int]:
-    """The ranks whose value differs from that of the first rank of their group."""
+    """The ranks whose value is not that of the first rank of their group."""
     return [rank for rank, group in enumerate(groups) if values[rank] != values[groups.index(group)]]
-
-
-def bytes_of(batch: TitanBatch) -> bytes:
-    """The content of all tensors that the model gets."""
-    inputs, labels = batch
-    tensors = [inputs[key] for key in sorted(inputs)] + [labels]
-    return b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
 
 
 def hash_of(content: bytes) -> int:

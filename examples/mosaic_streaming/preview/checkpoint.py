@@ -1,4 +1,4 @@
-"""Reads checkpoints without a job: what one says of the data, and how a start would go on from it."""
+"""What a checkpoint says about the data, and how a start goes on from it, read without a job."""
 
 import dataclasses
 import logging
@@ -16,33 +16,33 @@ from examples.mosaic_streaming.checkpoint import (
     State,
     append_segment,
     check_position,
-    damaged,
+    check_same_data,
+    damaged_state_error,
     differences,
     unpack,
 )
-from examples.mosaic_streaming.config import Checkpoints, Job
+from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import steps_with
 from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
 
-def root_cause(error: CheckpointException) -> str:
-    """The root cause of a failure to read a checkpoint, in a sentence."""
-    [failure, *_] = [cause for cause, _ in error.failures.values()]
-    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]}."
-
-
-class Saved(NamedTuple):
-    """A checkpoint: its folder, step and dataloader state. The state may be None if a start leaves it out."""
+class Checkpoint(NamedTuple):
+    """A checkpoint of TorchTitan's; its `state` is None if it can't be read and a start leaves it out anyway."""
 
     folder: str
     step: int
     state: State | None
 
     def differences(self, data: JobData) -> list[list[str]]:
-        """What has changed since the checkpoint was written: setting, value then, value now."""
+        """The settings that have changed since it was written: name, value then, value now."""
         return differences(self.state.data, data.opened.fingerprint) if self.state else []
+
+    def check_same_data(self, data: JobData) -> None:
+        """Raise ConfigError, as a start does, if it was written on other data."""
+        if self.state:
+            check_same_data(self.state.data, data.opened.fingerprint, data.opened.config.source)
 
     def history(self, data: JobData) -> History | None:
         """What its run has read up to its step; None if that was other data, or isn't known.
@@ -52,50 +52,67 @@ class Saved(NamedTuple):
         """
         if not self.state or self.differences(data):
             return None
-        state, order = self.state, data.opened.order
+        state = self.state
         check_position(state, data.opened.dataset.epoch_size)
-        shift = self.step - state.steps
-        segments = tuple(segment._replace(step=segment.step + shift) for segment in state.segments)
-        history = History(order, segments)
+        segments = moved(state.segments, self.step - state.steps)
+        history = History(data.opened.order, segments)
         fits = all(history.remaining(0, segment.global_batch_size) for segment in segments)
         if not fits or history.position(self.step) != (self.step, state.epoch, state.sample_in_epoch):
-            raise damaged(f"after {state.steps:,} steps, its position is not that of {list(state.segments)}")
+            raise damaged_state_error(f"its position after {state.steps:,} steps is not that of {list(state.segments)}")
         read = history.samples(self.step)
         before = state.seen.samples - read if state.seen and read is not None else None
         if before and history.begins_anew:
-            raise damaged(f"{before:,} samples more read than {state.steps:,} steps have")
+            raise damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
         return dataclasses.replace(history, samples_before=before)
 
 
-def history_of_start(data: JobData, saved: Saved | None) -> History | None:
-    """What a run has read and will read if it is started now, with the job's settings.
+def moved(segments: tuple[Segment, ...], steps: int) -> tuple[Segment, ...]:
+    """Segments that begin a number of steps later."""
+    return tuple(segment._replace(step=segment.step + steps) for segment in segments)
+
+
+def history_of_start(data: JobData, checkpoint: Checkpoint | None) -> History | None:
+    """What a run has read and will read that a start with the job's settings begins or goes on with.
 
     Args:
-        data: the streams.
-        saved: the checkpoint to load, also if `checkpoint.enable` is false; None for a run that begins.
+        checkpoint: what the start loads, even if `checkpoint.enable` is false; None for a new run.
 
     Returns:
         None if the start would be refused, because the checkpoint was written on other data.
     """
-    if saved is None:
-        return data.from_beginning()
+    if checkpoint is None:
+        return data.new_run()
     order, excluded = data.opened.order, data.job.checkpoints.exclude_from_loading
-    known = saved.history(data)
-    step = 0 if "train_state" in excluded else saved.step
+    known = checkpoint.history(data)
+    step = 0 if "train_state" in excluded else checkpoint.step
     if "dataloader" in excluded:
         here, known = Segment(step, 0, 0, order.global_batch_size), known if known and known.begins_anew else None
     elif known:
-        _, epoch, sample = known.position(saved.step)
-        place = (epoch, sample) if order.remaining(sample) else (epoch + 1, 0)
-        here = Segment(step, *place, order.global_batch_size)
+        _, epoch, sample = known.position(checkpoint.step)
+        position = (epoch, sample) if order.remaining(sample) else (epoch + 1, 0)
+        here = Segment(step, *position, order.global_batch_size)
     else:
         return None
     if not known:
         return History(order, (here,))
-    segments = tuple(segment._replace(step=segment.step + step - saved.step) for segment in known.segments)
+    segments = moved(known.segments, step - checkpoint.step)
     if "dataloader" in excluded or segments[-1].global_batch_size != order.global_batch_size:
         segments = append_segment(segments, here)
     return dataclasses.replace(known, segments=segments)
+
+
+def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = True) -> History:
+    """What a run has read and, if it goes on with the job's settings, will read.
+
+    Raises:
+        ConfigError: that is not known, or the checkpoint was written on other data.
+    """
+    history = history_of_start(data, checkpoint) if goes_on or not checkpoint else checkpoint.history(data)
+    if history:
+        return history
+    assert checkpoint
+    checkpoint.check_same_data(data)
+    raise ConfigError(f"--checkpoint {checkpoint.folder} has no dataloader state that can be read.")
 
 
 def own_checkpoints(job: Job) -> str | None:
@@ -104,30 +121,18 @@ def own_checkpoints(job: Job) -> str | None:
     return folder if job.checkpoints.enable and steps_with(folder, ".metadata") else None
 
 
-def checkpoint_of_start(job: Job, path: str | None) -> Saved | None:
-    """Read the checkpoint that a start loads; errors are those of `read_checkpoint`.
-
-    Args:
-        job: the job that starts.
-        path: the path that the user has named; None for the job's own, if its settings say how to load one.
-    """
-    settings = job.checkpoints
-    if not path and (settings.load_step != -1 or {"dataloader", "train_state"} & {*settings.exclude_from_loading}):
-        path = own_checkpoints(job)
-    return read_checkpoint(path, settings) if path else None
-
-
-def read_checkpoint(path: str, settings: Checkpoints) -> Saved:
-    """Read one of TorchTitan's checkpoints, or the one of several that a start loads.
-
-    Args:
-        path: the folder of the checkpoint, or of all steps.
-        settings: the job's settings: `load_step` chooses one, and what `exclude_from_loading` names may be missing.
+def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
+    """The checkpoint that a start loads: the one at `path` or, if the job's settings say how to load one, its own.
 
     Raises:
-        ConfigError: there is no checkpoint, or it has no dataloader state.
+        ConfigError: there is none, or none with what a start loads.
         DataError: the state is damaged.
     """
+    settings, excluded = job.checkpoints, set(job.checkpoints.exclude_from_loading)
+    if not path and (settings.load_step != -1 or excluded & {"dataloader", "train_state"}):
+        path = own_checkpoints(job)
+    if not path:
+        return None
     folder = step_folder(path, settings.load_step)
     content: dict[str, Any] = {"dataloader": {STATE_KEY: ""}, "train_state": {"step": 0}}
     state = None
@@ -135,20 +140,20 @@ def read_checkpoint(path: str, settings: Checkpoints) -> Saved:
         load(folder, content)
         state = unpack(content["dataloader"])
     except (ConfigError, DataError):
-        if "dataloader" not in settings.exclude_from_loading:
+        if "dataloader" not in excluded:
             raise
         load(folder, {"train_state": content["train_state"]})
     step = int(content["train_state"]["step"])
     if settings.load_step not in (-1, step):
         raise ConfigError(
             f"--checkpoint {folder} is of step {step}, but a start loads checkpoint.load_step = {settings.load_step}. "
-            "Name one step in both, or give the folder of all steps."
+            "Name the same step in both, or give the folder of all steps."
         )
-    return Saved(folder, step, state)
+    return Checkpoint(folder, step, state)
 
 
 def step_folder(path: str, load_step: int) -> str:
-    """The folder of a checkpoint, given that or the folder of all steps; raise ConfigError if there is none."""
+    """The folder of the checkpoint that `load_step` chooses, unless `path` is one; ConfigError if there is none."""
     if os.path.isfile(os.path.join(path, ".metadata")):
         return path
     if not (steps := steps_with(path, ".metadata")):
@@ -161,13 +166,15 @@ def step_folder(path: str, load_step: int) -> str:
 
 
 def load(folder: str, content: dict[str, Any]) -> None:
-    """Fill in the values that a checkpoint has for these keys; raise ConfigError if that fails."""
-    logging.disable(logging.WARNING)  # which would print tracebacks
+    """Fill in the keys of `content` from a checkpoint; ConfigError if one is missing or can't be read."""
+    logging.disable(logging.WARNING)  # torch logs the traceback of what is one line here
     try:
-        with warnings.catch_warnings(action="ignore"):  # of a missing process group
+        with warnings.catch_warnings(action="ignore"):  # that there is no process group
             dcp.load(content, checkpoint_id=folder, no_dist=True)
     except CheckpointException as error:
-        reason = explain_missing(str(error)) or f"it can't be read: {root_cause(error)} Name an earlier one."
-        raise ConfigError(f"--checkpoint {folder}: {reason}") from error
+        [root_cause, *_] = [cause for cause, _ in error.failures.values()]
+        words = [type(root_cause).__name__, *str(root_cause).strip().splitlines()[:1]]
+        reason = f"it can't be read: {': '.join(words)}. Name an earlier one."
+        raise ConfigError(f"--checkpoint {folder}: {explain_missing(str(error)) or reason}") from error
     finally:
         logging.disable(logging.NOTSET)

@@ -1,213 +1,149 @@
-"""The commands of `preview`. Each makes a report, which is printed as tables or as JSON."""
+"""The commands of `preview`: each makes a report, which is printed as tables or as JSON."""
 
-import contextlib
-import dataclasses
 import json
+import os
+import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import rich.progress
+import numpy as np
 from rich.console import Console
 
-from examples.mosaic_streaming.checkpoint import History, check_same_data
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview import plots, tables
-from examples.mosaic_streaming.preview.checkpoint import Saved, checkpoint_of_start, history_of_start
-from examples.mosaic_streaming.preview.job_data import JobData, NoRowError, open_validation
-from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
-from examples.mosaic_streaming.preview.plan import plan, resume_section
+from examples.mosaic_streaming.preview.checkpoint import (
+    Checkpoint,
+    checkpoint_of_start,
+    history_of_start,
+    known_history,
+)
+from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
+from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
+from examples.mosaic_streaming.preview.open_data import open_validation
+from examples.mosaic_streaming.preview.plan import plan_report
 from examples.mosaic_streaming.preview.plan_tables import print_plan
-from examples.mosaic_streaming.preview.rows import KINDS, Row, rows_of
-from examples.mosaic_streaming.preview.warnings import job_warnings, of_own_checkpoints
+from examples.mosaic_streaming.preview.progress import progress_bar
+from examples.mosaic_streaming.preview.rows import rows_of
+from examples.mosaic_streaming.preview.warnings import checkpoint_warnings, plan_warnings
 
-ASIDE = Console(stderr=True)
-"""Where progress is shown, if it is a terminal."""
-
-
-@contextlib.contextmanager
-def waiting(text: str) -> Iterator[None]:
-    """A context in which a terminal shows that something goes on."""
-    with ASIDE.status(text) if ASIDE.is_terminal else contextlib.nullcontext():
-        yield
-
-
-def progress_bar(numbers: Iterable[int], text: str) -> Iterable[int]:
-    """Iterate numbers while a terminal shows a progress bar."""
-    return rich.progress.track(numbers, text, console=ASIDE, transient=True, disable=not ASIDE.is_terminal)
+WIDTH = 140
+"""Columns where the output is no terminal."""
 
 
 def emit(report: Any, flags: Namespace, print_tables: Callable[[Console], None]) -> None:
-    """Print a report, as tables or as JSON."""
+    """Print a report as JSON or as tables."""
     if flags.json:
         print(json.dumps(report))
     else:
-        print_tables(tables.console())
+        has_width = sys.stdout.isatty() or "COLUMNS" in os.environ
+        print_tables(Console(width=None if has_width else WIDTH, highlight=False, markup=False, emoji=False))
 
 
 def show(data: JobData, flags: Namespace) -> None:
-    """Show rows as the model sees them; raise ConfigError if those of validation are wanted and there are none."""
+    """Rows as the model gets them."""
     if flags.validation:
-        if not (of_validation := open_validation(data)):
+        if not (validation := open_validation(data)):
             raise ConfigError(
                 "--validation, but the job reads no validation streams: name their file with "
                 "--mosaic-validation-config, and set validation.enable to true."
             )
-        data = of_validation
+        data = validation
     data.check_first_samples()
-    report = []
-    for samples, count in groups(data, flags):
+    rows = []
+    for samples, count in samples_to_show(data, flags):
         try:
-            report += [describe_row(data, row) for row in rows_of(data, samples)[:count]]
+            rows += rows_of(data, samples)[:count]
         except NoRowError as error:
-            report.append({"samples": [describe_sample(data, sample) for sample in samples], "error": str(error)})
-    emit(report, flags, lambda console: tables.print_rows(console, report, data.opened.spec, flags.full))
+            rows.append({"samples": [data.locate(sample) for sample in samples], "error": str(error)})
+    emit(rows, flags, lambda console: tables.print_rows(console, rows, data.opened.spec, flags.full))
     if flags.plot:
-        plots.plot_lengths(flags.plot, report)
+        plots.plot_lengths(flags.plot, rows)
 
 
-def groups(data: JobData, flags: Namespace) -> Iterator[tuple[list[int], int]]:
-    """Yield samples to make rows of, and how many rows to show. Packed rows are those of the run's first batches."""
-    order, names = data.opened.order, data.opened.names
+def samples_to_show(data: JobData, flags: Namespace) -> Iterator[tuple[list[int], int]]:
+    """Samples to make rows of, and how many of these rows to show. Packed rows are those of the run's first batches."""
+    names = data.opened.names
     if flags.sample:
         yield from (([sample], 1) for sample in flags.sample if data.locate(sample))
-    elif order.packed:
+    elif data.opened.order.packed:
         if flags.stream:
             raise ConfigError("--stream: packed rows are made of a batch, which has samples of all streams.")
-        for row in range(0, flags.rows, made := data.opened.spec.rows):
-            yield data.global_batch(1 + row // made)[0, 0].tolist(), flags.rows - row
+        for row in range(0, flags.rows, rows_of_batch := data.opened.spec.rows):
+            yield data.global_batch(1 + row // rows_of_batch)[0, 0].tolist(), flags.rows - row
     else:
         if flags.stream not in [None, *names]:
             raise ConfigError(f"--stream {flags.stream}, but {data.opened.config.source} has: {', '.join(names)}.")
-        for number in progress_bar(
-            [names.index(flags.stream)] if flags.stream else range(len(names)), "Reading streams"
-        ):
-            begin, size = int(data.offsets[number]), int(data.opened.dataset.samples_per_stream[number])
+        numbers = [names.index(flags.stream)] if flags.stream else range(len(names))
+        for number in progress_bar(numbers, "Reading streams"):
+            begin, size = int(data.first_samples[number]), int(data.opened.dataset.samples_per_stream[number])
             yield from (([sample], 1) for sample in range(begin, begin + min(size, flags.rows)))
 
 
-def describe_row(data: JobData, row: Row) -> dict[str, Any]:
-    """Describe a row for a report."""
-    return {
-        "samples": [describe_sample(data, sample) for sample in row.samples],
-        "tokens": sum(row.lengths) + row.padding,
-        **{kind: row.count(kind) for kind in KINDS},
-        "documents": [
-            {"tokens": length, "spans": [dataclasses.asdict(span) for span in spans]}
-            for length, spans in zip(row.lengths, row.documents, strict=True)
-        ],
-    }
-
-
-def describe_sample(data: JobData, sample: int) -> dict[str, Any]:
-    """Describe a sample for a report."""
-    return {"sample": sample, **data.locate(sample)._asdict()}
-
-
-def show_plan(data: JobData, flags: Namespace) -> None:
-    """Show what a job will read and need, and what a resume would do.
-
-    Raises:
-        ConfigError: a start would load the checkpoint, but it was written on other data.
-    """
-    saved = checkpoint_of_start(data.job, flags.checkpoint)
-    history = history_of_start(data, saved)
+def plan(data: JobData, flags: Namespace) -> None:
+    """What a job will read and need, and what a resume would do; raises what a start would refuse it with."""
+    checkpoint = checkpoint_of_start(data.job, flags.checkpoint)
+    history = history_of_start(data, checkpoint)
     warnings = data.check_first_samples()
-    report = plan(data, history, progress_bar)
-    report["resume"] = resume_section(data, saved, history) if saved else None
-    report["warnings"] = warnings + job_warnings(data, report)
+    report = plan_report(data, checkpoint, history)
+    report["warnings"] = warnings + plan_warnings(data, report)
     emit(report, flags, lambda console: print_plan(console, report))
-    if saved and saved.state and report["resume"]["streams_are_loaded"]:
-        check_same_data(saved.state.data, data.opened.fingerprint, data.opened.config.source)
+    if checkpoint and report["resume"]["streams_are_loaded"]:
+        checkpoint.check_same_data(data)
 
 
-def layout_of_report(data: JobData) -> dict[str, int]:
-    """The layout for which a report is true."""
-    layout = data.job.layout
+def scope(data: JobData, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What a report is true for."""
     return {
-        "world_size": layout.world_size,
-        "dp_world_size": layout.dp_world_size,
+        "world_size": data.job.layout.world_size,
+        "dp_world_size": data.job.layout.dp_world_size,
         "global_batch_size": data.opened.order.global_batch_size,
+        "warnings": list(checkpoint_warnings(data.job, checkpoint is not None)),
     }
-
-
-def known_history(data: JobData, saved: Saved | None, of_start: bool = True) -> History:
-    """What a run has read and, if it goes on with the job's settings (`of_start`), will read.
-
-    Raises:
-        ConfigError: the checkpoint was written on other data.
-    """
-    history = history_of_start(data, saved) if of_start or not saved else saved.history(data)
-    if history is None:
-        assert saved
-        if not saved.state:
-            raise ConfigError(f"--checkpoint {saved.folder} has no dataloader state that can be read.")
-        check_same_data(saved.state.data, data.opened.fingerprint, data.opened.config.source)
-    assert history
-    return history
 
 
 def step(data: JobData, flags: Namespace) -> None:
-    """Show the samples of global batches; with a checkpoint, those of the run that wrote it and goes on from it."""
-    saved, dp_ranks = checkpoint_of_start(data.job, flags.checkpoint), range(data.job.layout.dp_world_size)
-    history = known_history(data, saved)
+    """The samples of global batches, by dp rank; with a checkpoint, those of the run that goes on from it."""
+    checkpoint, dp_ranks = checkpoint_of_start(data.job, flags.checkpoint), range(data.job.layout.dp_world_size)
+    history = known_history(data, checkpoint)
     if flags.dp_rank not in [None, *dp_ranks]:
         raise ConfigError(f"--dp-rank {flags.dp_rank}, but on these ranks there are 0 to {dp_ranks[-1]}.")
     samples: list[dict[str, Any]] = []
     for number in progress_bar(flags.steps, "Reading steps"):
-        for dp_rank, batches in enumerate(data.global_batch(number, history).tolist()):
+        for (dp_rank, batch, _), sample in np.ndenumerate(data.global_batch(number, history)):
             if flags.dp_rank in (None, dp_rank):
-                samples += samples_of(data, flags, number, dp_rank, batches)
-    report = layout_of_report(data) | {
-        "global_batch_size_before": saved.state.global_batch_size if saved and saved.state else None,
+                content = {} if flags.no_text and not flags.find else content_of(data, int(sample))
+                if not flags.find or flags.find in content.get("text", ""):
+                    place = {"step": number, "dp_rank": dp_rank, "batch": batch}
+                    samples.append(place | data.locate(int(sample)) | content)
+    report = scope(data, checkpoint) | {
+        "global_batch_size_before": checkpoint.state.global_batch_size if checkpoint and checkpoint.state else None,
         "segments": [segment._asdict() for segment in history.segments],
         "packed": data.opened.order.packed,
         "samples": samples,
-        "warnings": list(of_own_checkpoints(data.job, saved is not None)),
     }
     emit(report, flags, lambda console: tables.print_steps(console, report, flags.full, bool(flags.find)))
 
 
-def samples_of(
-    data: JobData, flags: Namespace, number: int, dp_rank: int, batches: list[list[int]]
-) -> Iterator[dict[str, Any]]:
-    """Describe the samples that a dp rank reads in a step; with `--find`, only those that have the text."""
-    for batch, samples in enumerate(batches):
-        for sample in samples:
-            content = {} if flags.no_text and not flags.find else content_of(data, sample)
-            if not flags.find or flags.find in content.get("text", ""):
-                place = describe_sample(data, sample)
-                yield {"step": number, "dp_rank": dp_rank, "batch": batch, **place, **content}
-
-
 def content_of(data: JobData, sample: int) -> dict[str, str]:
-    """The text of a sample, or the reason why it makes no row."""
+    """The text of a sample, or why it makes no row."""
     try:
-        return {"text": data.text(sample)}
+        return {"text": data.decode(data.tokens(sample))}
     except NoRowError as error:
         return {"error": str(error)}
 
 
-def show_ledger(data: JobData, flags: Namespace) -> None:
-    """Show what each stream was asked for and has given, up to a step or a checkpoint."""
-    saved = checkpoint_of_start(data.job, flags.checkpoint)
-    is_past = bool(saved and flags.checkpoint and not flags.step)
-    history = known_history(data, saved, of_start=not is_past)
-    until = saved.step if saved and is_past else flags.step or data.job.steps
-    report = layout_of_report(data) | ledger(data, history, until, progress_bar)
+def ledger(data: JobData, flags: Namespace) -> None:
+    """What each stream was asked for and has given, up to a step or a checkpoint."""
+    checkpoint = checkpoint_of_start(data.job, flags.checkpoint)
+    ended = checkpoint if flags.checkpoint and not flags.step else None
+    history = known_history(data, checkpoint, goes_on=not ended)
+    until = ended.step if ended else flags.step or data.job.steps
+    steps, counts = count_samples(data, history, until)
+    report = scope(data, checkpoint) | ledger_report(data, history, until, counts[-1])
     report["global_batch_size"] = history.segment(max(until, history.segments[0].step + 1)).global_batch_size
-    report["samples_by_checkpoint"] = saved.state.seen.samples if saved and saved.state and saved.state.seen else None
-    report["warnings"] = list(of_own_checkpoints(data.job, saved is not None))
+    seen = checkpoint.state.seen if checkpoint and checkpoint.state else None
+    report["samples_by_checkpoint"] = seen.samples if seen else None
     emit(report, flags, lambda console: tables.print_ledger(console, report))
     if flags.plot:
-        steps, shares = shares_over_steps(data, history, until, progress_bar)
-        asked = [stream["share_asked"] for stream in report["streams"]]
-        plots.plot_shares(flags.plot, data.opened.names, steps, shares, asked)
-
-
-COMMANDS: dict[str, Callable[[JobData, Namespace], None]] = {
-    "show": show,
-    "plan": show_plan,
-    "step": step,
-    "ledger": show_ledger,
-}
+        plots.plot_shares(flags.plot, steps, counts, report["streams"])

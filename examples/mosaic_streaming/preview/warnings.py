@@ -1,4 +1,4 @@
-"""Warns of settings that are allowed but known to hurt, and says why."""
+"""Settings that are allowed, but known to hurt, and why."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,39 +13,40 @@ from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.shards import ADD_HASHES
 
 MANY_PASSES = 4
-"""After so many passes over the same text, one more teaches next to nothing.
+"""Over the same text; one more teaches next to nothing.
 
 Source: Muennighoff et al., Scaling Data-Constrained Language Models, arXiv 2305.16264.
 """
 
 
-def job_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
+def plan_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
     """What a job would warn of, and what would hurt it later, given the other sections of its plan."""
     return [
         *warnings_of(data.config, data.job, data.tokenizer, data.opened.columns),
-        *of_order(data, plan),
-        *of_streams(data, plan),
-        *of_caches(data, plan),
-        *of_job(data),
-        *of_validation(data, plan),
-        *of_own_checkpoints(data.job, plan["resume"] is not None),
+        *order_warnings(data, plan),
+        *stream_warnings(data, plan),
+        *cache_warnings(data, plan),
+        *job_warnings(data),
+        *(plan["validation"] or {"warnings": []})["warnings"],
+        *(warnings_of_validation(data.validation[1], data.config) if data.validation else []),
+        *checkpoint_warnings(data.job, plan["resume"] is not None),
     ]
 
 
-def of_order(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """Warn of what an epoch leaves out, and of the order of the rest."""
+def order_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What an epoch leaves out, and in which order the rest comes."""
     left_out, samples = plan["epoch"]["left_out"], data.opened.dataset.epoch_size
+    batch, ranges = data.opened.order.global_batch_size, int(data.opened.dataset.num_canonical_nodes or 1)
     if left_out > DROP_WARN_FRACTION * samples:
         yield (
             f"An epoch leaves out {left_out:,} of {samples:,} samples: they fill no global batch, or no turn of "
-            f"dataset.num_canonical_nodes = {data.opened.dataset.num_canonical_nodes}. Lower one of them."
+            f"dataset.num_canonical_nodes = {ranges}. Lower one of them."
         )
-    batch, ranges = data.opened.order.global_batch_size, int(data.opened.dataset.num_canonical_nodes or 1)
     if len(plan["streams"]) > 1 and data.opened.order.batching_method == "random" and batch < ranges:
         yield (
             f"A global batch has {batch} samples, and dataset.num_canonical_nodes = {ranges} ranges take turns, each "
-            "of which lies in a stream or two: single batches are not mixed as the whole is. Lower "
-            "num_canonical_nodes to the batch or less, or raise training.global_batch_size."
+            "within a stream or two: single batches are not mixed as the whole is. Lower num_canonical_nodes to the "
+            "batch or less, or raise training.global_batch_size."
         )
     if not data.opened.dataset.shuffle:
         yield (
@@ -54,9 +55,8 @@ def of_order(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def of_streams(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """Warn of streams that are read too often, or unchecked."""
-    hashes = data.config.hashes
+def stream_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What is read too often, or unchecked."""
     for number, stream in enumerate(plan["streams"]):
         passes = stream["passes"] * (plan["run"]["epochs"] or 0)
         if passes > MANY_PASSES:
@@ -64,15 +64,15 @@ def of_streams(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
                 f"{stream['name']} is read {passes:.1f} times: beyond about {MANY_PASSES} passes, the same text "
                 "teaches next to nothing. Lower its weight or training.steps, or add data."
             )
-        raw = shards_of(data.opened.dataset, number)[0].file_pairs[0][0]
-        if not hashes[number]:
+        if not data.config.hashes[number]:
+            raw = shards_of(data.opened.dataset, number)[0].file_pairs[0][0]
             has = f"The stream has {', '.join(raw.hashes)}" if raw.hashes else f"Add hashes: {ADD_HASHES}"
             yield f"{stream['name']} is read without validate_hash: only sizes are compared, not contents. {has}."
 
 
-def of_caches(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """Warn of machines that fetch more than their share, or the same again."""
-    dataset, cache = data.opened.dataset, plan["needs"]["cache"]
+def cache_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What makes nodes fetch more than their share, or the same again."""
+    dataset, cache, method = data.opened.dataset, plan["needs"]["cache"], data.opened.order.batching_method
     nodes, ranges = data.job.layout.world().num_nodes, int(dataset.num_canonical_nodes or 1)
     if not cache:
         return
@@ -81,49 +81,40 @@ def of_caches(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
             f"dataset.num_canonical_nodes = {ranges} is no multiple of {nodes}, the machines that share out the "
             "samples: several of them fetch the same shards. A multiple would keep each to its own."
         )
-    if nodes > 1 and data.opened.order.batching_method in ("stratified", "device_per_stream"):
-        method = data.opened.order.batching_method
+    if nodes > 1 and method in ("stratified", "device_per_stream"):
         yield f"dataset.batching_method = {method!r}: each of {nodes} machines fetches shards of all ranges."
-    limit = data.config.dataset.get("cache_limit")
-    limit = bytes_to_int(limit) if isinstance(limit, str) else limit
+    limit = bytes_to_int(data.config.dataset.get("cache_limit") or 0)
     block = min(int(dataset.shuffle_block_size or 1), -(-dataset.epoch_size // ranges))
     total = sum(stream["bytes"] for stream in plan["streams"])
-    at_once = max(1, ranges // nodes) * block * total // dataset.num_samples if dataset.shuffle else 0
-    if limit and limit < min(at_once, cache):
+    in_use = max(1, ranges // nodes) * block * total // dataset.num_samples if dataset.shuffle else 0
+    if limit and limit < min(in_use, cache):
         yield (
             f"dataset.cache_limit = {limit:,} bytes, but a shuffle over blocks of {block:,} samples in {ranges} ranges "
-            f"keeps about {at_once:,} bytes in use on each machine: shards are evicted and fetched again within an "
+            f"keeps about {in_use:,} bytes in use on each machine: shards are evicted and fetched again within an "
             "epoch. Raise it, or lower dataset.shuffle_block_size."
         )
 
 
-def of_job(data: JobData) -> Iterator[str]:
-    """Warn of what makes the training process wait, or a run end for good."""
-    checkpoint = data.job.checkpoints
+def job_warnings(data: JobData) -> Iterator[str]:
+    """What makes the training process wait, or keeps a run from going on."""
+    checkpoints = data.job.checkpoints
     if data.config.config["num_workers"] == 0:
         yield "num_workers = 0: the training process reads by itself, and the model waits for it. Set 1 or more."
-    if not checkpoint.enable:
+    if not checkpoints.enable:
         yield "checkpoint.enable = false: a run that stops begins anew."
-    elif checkpoint.last_save_model_only:
+    elif checkpoints.last_save_model_only:
         yield (
             "checkpoint.last_save_model_only = true, TorchTitan's default: no run can go on from this one's last "
             "checkpoint. Set it to false."
         )
-    if "dataloader" in checkpoint.exclude_from_loading:
+    if "dataloader" in checkpoints.exclude_from_loading:
         yield "checkpoint.exclude_from_loading has dataloader: each start reads the streams from their beginning."
 
 
-def of_validation(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """Warn of what a job would warn of in its validation streams."""
-    yield from (plan["validation"] or {"warnings": []})["warnings"]
-    if data.validation:
-        yield from warnings_of_validation(data.validation[1], data.config)
-
-
-def of_own_checkpoints(job: Job, reads_one: bool) -> Iterator[str]:
-    """Warn if a job has checkpoints, but the report is of a run that begins."""
+def checkpoint_warnings(job: Job, reads_one: bool) -> Iterator[str]:
+    """That a job has checkpoints, where a report is about a new run."""
     if not reads_one and (folder := own_checkpoints(job)):
         yield (
-            f"This is a run that begins, and has had these settings in each step. {folder} has checkpoints: with "
-            f"--checkpoint {folder} it is the run that goes on from them."
+            f"This report is for a new run whose settings never change. {folder} has checkpoints: for the run that "
+            f"goes on from them, add --checkpoint {folder}."
         )

@@ -1,8 +1,9 @@
 """Decides which samples are read, in which order, and by which rank.
 
-`Order` puts an epoch in an order that depends on the streams and their settings alone; `ValidationOrder` does it for
-validation. `Layout` says which ranks read the same, and `assign_to_ranks` shares an order out to them. A start checks
-the order (`check_order`), the memory that it takes (`check_memory`), and logs the streams' shares (`log_mixture`).
+`Order` puts an epoch in an order that depends on the streams and their settings alone. `set_order` gives it to a
+dataset, and `set_validation_order` does the same for validation. `Layout` says which ranks read the same, and
+`assign_to_ranks` shares an order out to them. A start checks the order (`check_order`), the memory that it takes
+(`check_memory`), and logs the streams' shares (`log_mixture`).
 """
 
 from examples.mosaic_streaming.sampling.memory import ORDER_BYTES, check_memory

@@ -2,8 +2,8 @@
 
     python -m examples.mosaic_streaming.shards.add_hashes data/from_text
 
-reads each file of a stream in a folder of this machine, and writes its `index.json` anew; nothing else is touched. Of a
-stream that goes into a store, add them before it is uploaded.
+reads every file of a stream in a local folder and rewrites its `index.json`; nothing else is touched. Add hashes to a
+stream before you upload it to a store.
 """
 
 import argparse
@@ -26,15 +26,9 @@ INDEX = "index.json"
 
 
 def add_hashes(folder: Path, algorithm: str) -> int:
-    """Write the hashes of all files of a stream into its index; return the bytes that they have.
+    """Write the hashes of a stream's files into its index; return the bytes read.
 
-    Args:
-        folder: with the index.
-        algorithm: one of streaming's.
-
-    Raises:
-        ConfigError: the folder has no index.
-        DataError: the index can't be believed, or a file is not what it says.
+    ConfigError if the folder has no index, DataError if the index is invalid or a file doesn't match it.
     """
     path = folder / INDEX
     if not path.is_file():
@@ -51,40 +45,35 @@ def add_hashes(folder: Path, algorithm: str) -> int:
 
 
 def hash_shard(folder: Path, shard: dict[str, Any], algorithm: str) -> int:
-    """Put the hashes of a shard's files into its entry of the index; return the bytes read."""
+    """Add the hashes of a shard's files to its entry in the index; return the bytes read."""
     size = 0
     for kind in FILES[shard["format"]]:
         raw, packed = shard[f"raw_{kind}"], shard.get(f"zip_{kind}")
-        content = read_file(folder, packed or raw)
+        stored = packed or raw
+        if not (file := folder / stored["basename"]).is_file():
+            raise FileError(f"{stored['basename']} is missing")
+        check_size(stored, file.stat().st_size)  # before reading: a wrong file may be huge
+        content = file.read_bytes()
         size += len(content)
         if packed:
             add_hash(packed, content, algorithm)
             try:
                 content = decompress(shard["compression"], content)
-            except Exception as error:  # each library has its own
+            except Exception as error:  # each library raises its own
                 raise FileError(f"{packed['basename']} doesn't decompress: {error}") from error
             check_size(raw, len(content))
         add_hash(raw, content, algorithm)
     return size
 
 
-def read_file(folder: Path, entry: dict[str, Any]) -> bytes:
-    """A file's content, if it has the size that the index says."""
-    file = folder / entry["basename"]
-    if not file.is_file():
-        raise FileError(f"{entry['basename']} is missing")
-    check_size(entry, file.stat().st_size)
-    return file.read_bytes()
-
-
 def check_size(entry: dict[str, Any], size: int) -> None:
-    """Raise FileError unless a file has as many bytes as the index says."""
+    """Raise FileError unless a file has the size that the index gives."""
     if size != entry["bytes"]:
         raise FileError(f"{entry['basename']} has {size:,} bytes, expected {entry['bytes']:,}")
 
 
 def add_hash(entry: dict[str, Any], content: bytes, algorithm: str) -> None:
-    """Put a file's hash into its entry; raise FileError where another one stands there."""
+    """Add a file's hash to its entry, or raise FileError if the entry has a different one."""
     hashes = entry.get("hashes") or {}
     found = get_hash(algorithm, content)
     if (known := hashes.get(algorithm, found)) != found:
@@ -93,8 +82,8 @@ def add_hash(entry: dict[str, Any], content: bytes, algorithm: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file in place of another: whole, with that one's permissions, or not at all."""
-    path = path.resolve()  # of a link, what it leads to
+    """Replace a file atomically, keeping its permissions."""
+    path = path.resolve()  # keep a link: replace its target
     file, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
         with open(file, "w", encoding="utf-8") as stream:
@@ -110,7 +99,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags and run."""
+    """Run the command line."""
     parser = Parser(
         prog="python -m examples.mosaic_streaming.shards.add_hashes",
         description=__doc__,

@@ -1,4 +1,4 @@
-"""Checks, by the indexes, whether a loader reads the columns of its streams, and reads them together."""
+"""Checks from the indexes that a loader can read the columns of its streams, and read them together."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from streaming.base.format import Reader
 from examples.mosaic_streaming.errors import ConfigError
 
 TEXT, IDS, LISTS = ("str", "json", "pkl"), ("ndarray", "bytes", "pkl"), ("json", "pkl")
-"""Encodings that columns can have."""
+"""The encodings that a loader accepts for a kind of column."""
 
 FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
     "text": [{"text": TEXT}, {"tokens": IDS}],
@@ -20,48 +20,39 @@ FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
         {"prompt": TEXT, "completion": TEXT},
     ],
 }
-"""The columns that a loader reads, with their encodings. If a sample has several of these forms, the first counts.
+"""The columns that each loader reads, with their encodings; of several that fit a sample, it reads the first form.
 
 Source: llm-foundry 0.22.0, data/text_data.py and data/finetuning/tasks.py.
 """
 
 ALONE = {"messages", "prompt"}
-"""Columns beside which llm-foundry takes only those of the same form."""
+"""Columns of forms beside which llm-foundry accepts no other columns."""
 
 
 def columns_of(shard: Reader) -> dict[str, str]:
-    """The encodings of a shard's columns, by their names. JSON and CSV have text."""
+    """Map the names of a shard's columns to their encodings; JSON and CSV columns are text."""
     if isinstance(columns := getattr(shard, "columns", None), dict):
         return columns
     return dict(zip(shard.column_names, shard.column_encodings, strict=True))  # type: ignore[attr-defined]
 
 
 def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
-    """The columns, of those given with their encodings, that a loader of this name reads; empty if it reads none."""
+    """The columns that a loader reads, out of a sample's columns and encodings; empty if none fit."""
     for form in FORMS[loader]:
         if set(form) <= set(columns) and not (set(form) & ALONE and len(columns) > len(form)):
             return tuple(form)
     return ()
 
 
-def wrong_encoding(columns: Mapping[str, str], form: Sequence[str]) -> str | None:
-    """The first column of a form whose encoding its loader can't read."""
-    known = {name: kinds for forms in FORMS.values() for one in forms for name, kinds in one.items()}
-    for name in form:
-        kind, _, dtype = columns[name].partition(":")
-        if kind not in known[name] or dtype.startswith("float"):
-            return name
-    return None
-
-
 def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
-    """Raise ConfigError unless llm-foundry's loader reads all shards of all streams, and reads them together.
+    """Check that a loader can read all shards of all streams, and mix them in a batch.
 
     Args:
-        dataset: the streams.
-        loader: the loader's name.
-        labels: what the streams are called in messages.
-        path: the file that configures the loader, for messages.
+        labels: the streams' names in messages.
+        path: the loader's config file, for messages.
+
+    Raises:
+        ConfigError: it can't.
     """
     if loader not in FORMS:
         return
@@ -74,7 +65,7 @@ def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str],
             where = f"{label}, {shard.file_pairs[0][0].basename}," if len(kinds) > 1 else label
             form = check_form(dict(columns), loader, where, path)
             found.setdefault(form, []).append(f"{where} has {listed(dict(columns), form)}")
-    if loader == "text" and len(found) > 1:  # the finetuning loader makes turns of each form
+    if loader == "text" and len(found) > 1:  # the finetuning loader converts each form to turns
         raise ConfigError(
             f"{'; '.join(one for some in found.values() for one in some)}: a batch of the text loader has samples of "
             f"one form. Write all with the same column, or leave some out in {path}."
@@ -82,7 +73,7 @@ def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str],
 
 
 def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -> tuple[str, ...]:
-    """The columns that a loader reads of a shard; raise ConfigError, which says where, if it can't read it."""
+    """The columns that a loader reads of a shard or stream (`where`); ConfigError if it can't read any."""
     form = form_of(columns, loader)
     if not form:
         others = [name for name in FORMS if form_of(columns, name)]
@@ -90,22 +81,25 @@ def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -
         raise ConfigError(
             f"{where} has {listed(columns, list(columns))}, but the {loader} loader reads {readable(loader)}: {hint}."
         )
-    if wrong := wrong_encoding(columns, form):
-        expected = next(forms[wrong] for forms in FORMS[loader] if wrong in forms)
-        raise ConfigError(
-            f"{where} has {listed(columns, [wrong])}, but the {loader} loader reads that column as "
-            f"{' or '.join(expected[:2])}{' of whole numbers' if expected == IDS else ''}. Write it so."
-        )
+    encodings = {name: kinds for columns_read in FORMS[loader] for name, kinds in columns_read.items()}
+    for name in form:
+        kind, _, dtype = columns[name].partition(":")
+        if kind not in encodings[name] or dtype.startswith("float"):
+            expected = f"{' or '.join(encodings[name][:2])}{' of whole numbers' * (encodings[name] == IDS)}"
+            raise ConfigError(
+                f"{where} has {listed(columns, [name])}, but the {loader} loader reads that column as {expected}. "
+                "Write it so."
+            )
     return form
 
 
 def listed(columns: Mapping[str, str], names: Sequence[str]) -> str:
-    """Name columns with their encodings, for a message."""
+    """List columns with their encodings, for a message."""
     return ", ".join(f"`{name}` ({columns[name]})" for name in names)
 
 
 def readable(loader: str) -> str:
-    """Name the columns that a loader reads, for a message."""
+    """List the forms that a loader reads, for a message."""
     return " or ".join(
         " and ".join(f"`{name}`" for name in form) + (" alone" if set(form) & ALONE else "") for form in FORMS[loader]
     )

@@ -1,7 +1,6 @@
-"""Datasets whose faults reach their readers.
+"""Datasets whose errors reach the reader.
 
-A fault in one of streaming 0.13.0's threads ends the epoch early, as if it were over, or leaves other workers waiting
-for ever.
+In streaming 0.13.0 an error in a background thread ends the epoch early, or leaves other workers waiting forever.
 """
 
 import bisect
@@ -36,30 +35,30 @@ from examples.mosaic_streaming.shards.turns import check_turns, join_parts, take
 from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 LOOKUP_SAMPLES = 1024
-"""The shards of so many samples are looked up together."""
+"""Samples whose shards `_prepare_thread` looks up in one go."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """An error in a dataloader worker, handed to the training process in place of a sample or a batch.
+    """An error in a dataloader worker, sent to the training process in place of a sample or a batch.
 
-    torch would hand over the error itself, with the worker's traceback in its message.
+    torch would raise the error itself there, with the worker's traceback in its message.
     """
 
     reason: str
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """Make a failure of an exception."""
+        """Make the failure for an exception."""
         return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
 
 class CheckedDataset(StreamingDataset):
-    """A dataset whose faults reach its readers in all processes of a node.
+    """A dataset whose errors reach its reader, in all processes of a node.
 
     Attributes:
-        keep_dtype: whether stored tokens are read as arrays of the type in which they are stored, not as int64 tensors.
-        may_cut: whether samples of text that are longer than a row may lose their end.
+        keep_dtype: whether token samples stay arrays of their stored dtype, rather than become int64 tensors.
+        may_cut: whether text samples longer than `max_seq_len` may be truncated.
     """
 
     keep_dtype = False
@@ -67,7 +66,7 @@ class CheckedDataset(StreamingDataset):
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """Make a shard ready, as streaming does. If that fails, it fails for all processes of this node."""
+        """Prepare a shard as streaming does, and mark it as failed for the whole node on an error."""
         if fault := self.failure_reason():
             raise DataError(fault)
         try:
@@ -77,12 +76,13 @@ class CheckedDataset(StreamingDataset):
             raise
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """Read a sample by its number, and fetch its shard if that isn't there.
+        """Read a sample, and fetch its shard first if it is missing.
 
-        Where nothing is evicted, nobody has to know which shards are in use, so streaming's own way is longer.
+        Without a cache limit nothing is evicted, so streaming need not record which shards are in use.
         """
         sample_id, ends = int(sample_id), self._ends
-        if not self.cache_limit and 0 <= sample_id < ends[-1] and not self._has_failed():
+        has_failed = "_event" in self.__dict__ and self._event.is_set()
+        if not self.cache_limit and 0 <= sample_id < ends[-1] and not has_failed:
             shard = bisect.bisect_right(ends, sample_id)
             try:
                 return self.shards[shard].get_item(sample_id - (ends[shard - 1] if shard else 0))
@@ -92,14 +92,11 @@ class CheckedDataset(StreamingDataset):
 
     @functools.cached_property
     def _ends(self) -> list[int]:
-        """The number after the last sample of each shard."""
+        """The id after the last sample of each shard."""
         return cast(list[int], self.spanner.shard_bounds[1:].tolist())
 
-    def _has_failed(self) -> bool:
-        return "_event" in self.__dict__ and self._event.is_set()
-
     def failure_reason(self) -> str | None:
-        """Why a shard failed on this node; None if none did."""
+        """Why a shard failed on this node, if one did."""
         path = self._failure_file()
         return Path(path).read_text() if os.path.exists(path) else None
 
@@ -107,10 +104,11 @@ class CheckedDataset(StreamingDataset):
         return f"/dev/shm/{self._shm_prefix_int:06}_fault"
 
     def mark_failed(self, shard_id: int, error: Exception) -> None:
-        """Tell all processes of this node that a shard failed, and let none wait for it.
+        """Record why a shard failed for all processes of this node, so that none of them waits for it.
 
-        streaming leaves the shard in the state PREPARING, for which others wait. In the state LOCAL they miss its file,
-        ask for it, and are told. streaming also keeps its lock if making room failed (base/dataset.py).
+        streaming 0.13.0 leaves the shard in the state PREPARING, which other processes wait for. In the state LOCAL
+        they find no file, ask for the shard, and get the reason. streaming also keeps its lock if evicting shards
+        failed (base/dataset.py).
         """
         if self._cache_filelock.is_locked:
             self._cache_filelock.release(force=True)
@@ -122,14 +120,14 @@ class CheckedDataset(StreamingDataset):
     def bytes_in_cache(self) -> int:
         """Bytes of the shards in this node's caches.
 
-        streaming's own `cache_usage` also counts streams without a cache, and counts a lost file that is fetched again
-        twice (streaming 0.13.0, base/dataset.py).
+        streaming's `cache_usage` also counts streams without a cache, and counts a shard twice when it is fetched
+        again because its file was lost (streaming 0.13.0, base/dataset.py).
         """
         return int(self._sizes_in_cache[self._shard_states.numpy() == _ShardState.LOCAL].sum())
 
     @functools.cached_property
     def _sizes_in_cache(self) -> NDArray[np.int64]:
-        """Bytes that each shard takes in a cache; 0 if its stream has none."""
+        """Bytes of each shard in a cache; 0 where its stream has none."""
         streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
         sizes = [
             shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
@@ -145,7 +143,7 @@ class CheckedDataset(StreamingDataset):
         try:
             yield from super().__iter__()
         except Exception as error:
-            yield from itertools.repeat(Failure.of(error))  # a single one would be dropped with a last, partial batch
+            yield from itertools.repeat(Failure.of(error))  # a single one could be dropped with the last, partial batch
 
     def __getitem__(self, at: Any) -> Any:
         try:
@@ -159,7 +157,7 @@ class CheckedDataset(StreamingDataset):
             raise DataError(self.failure_reason() or self._describe(at, error)) from error
 
     def tokenize_example(self, example: Any) -> Any:
-        """Tokenize an example. A list of parts is joined if the chat template would print the list."""
+        """Tokenize an example, joining message parts where the chat template would print them as a list."""
         if isinstance(example, Mapping) and not self._takes_parts:
             example = join_parts(example)
         return super().tokenize_example(example)  # type: ignore[misc]
@@ -169,7 +167,7 @@ class CheckedDataset(StreamingDataset):
         return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
 
     def stored(self, sample_id: int) -> dict[str, Any]:
-        """Read the columns of a sample as its shard has them; raise DataError if that fails."""
+        """The columns of a sample as its shard stores them; DataError if it can't be read."""
         try:
             return dict(self.get_item(sample_id))
         except DataError:
@@ -178,28 +176,24 @@ class CheckedDataset(StreamingDataset):
             raise DataError(self.failure_reason() or self._describe(sample_id, error)) from error
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
-        """Read stored tokens. llm-foundry drops what is longer than a row, without a word."""
+        """Tokens of a text sample; llm-foundry would truncate a longer one silently."""
         dataset = cast(StreamingTextDataset, self)
-        tokens = sample["tokens"]
+        tokens, row = sample["tokens"], dataset.max_seq_len
         if not isinstance(tokens, np.ndarray):
             tokens = np.frombuffer(tokens, dataset.token_encoding_type)
-        if len(tokens) > dataset.max_seq_len:
-            self._cut(len(tokens), dataset.max_seq_len)
+        if len(tokens) > row:
+            if not self.may_cut:
+                raise FileError(
+                    f"it has {len(tokens):,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} "
+                    f"tokens, or set dataset.max_seq_len = {row} to leave out the rest"
+                )
+            self._warn_of_cut(len(tokens), row)
         if self.keep_dtype:
-            return tokens[: dataset.max_seq_len]
+            return tokens[:row]
         return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
 
-    def _cut(self, found: int, row: int) -> None:
-        """Refuse a sample that is longer than a row, or warn once if its end may be dropped."""
-        if not self.may_cut:
-            raise FileError(
-                f"it has {found:,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} tokens, or "
-                f"set dataset.max_seq_len = {row} to leave out the rest"
-            )
-        self._warn_of_cut(found, row)
-
     def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
-        """Tokenize a text. llm-foundry drops what is longer than a row, without a word."""
+        """Tokens of a text; llm-foundry would truncate a longer one silently."""
         tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
         if not self._has_warned:
             left_out = [part for one in getattr(tokens, "encodings", None) or () for part in one.overflowing]
@@ -208,7 +202,7 @@ class CheckedDataset(StreamingDataset):
         return tokens
 
     def _warn_of_cut(self, found: int, row: int) -> None:
-        """Log once that samples are longer than rows."""
+        """Warn once that samples are truncated."""
         worker = get_worker_info()
         if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
             logger.warning(
@@ -218,7 +212,7 @@ class CheckedDataset(StreamingDataset):
         self._has_warned = True
 
     def _describe(self, sample_id: int, error: Exception) -> str:
-        """Say which sample can't be read, and why."""
+        """Name the sample that can't be read, its shard and the error."""
         shard_id, index = self.spanner[sample_id]
         stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
         file = self.shards[shard_id].file_pairs[0][0].basename
@@ -226,15 +220,15 @@ class CheckedDataset(StreamingDataset):
         return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
 
     def on_exception(self, future: "Future[None]") -> None:
-        """Let reading end with a thread's error. streaming raises it where nobody sees it."""
+        """Stop reading when a thread fails; streaming raises the error where nothing catches it."""
         if future.exception():
             self._event.set()
 
     def _prepare_thread(self, it: _Iterator) -> None:
-        """Ask once for each shard of the next samples. Reading a sample whose shard isn't there asks again.
+        """Request the shards of the next samples, each once; the reader requests a missing shard again.
 
-        streaming's own thread takes the cache's lock for each sample, and all the while the interpreter from reading.
-        If shards are evicted it has to: it marks those that are needed.
+        streaming's thread takes the cache lock for every sample, and so slows down reading. With a cache limit that is
+        needed: it records which shards must not be evicted.
         """
         if self.cache_limit:
             return super()._prepare_thread(it)
@@ -258,15 +252,15 @@ class CheckedDataset(StreamingDataset):
         return it.on_exit()
 
     def _is_over(self, it: _Iterator) -> bool:
-        """Whether nobody reads any more."""
+        """Whether reading has ended."""
         return it.should_exit() or self._event.is_set()
 
     def _ready_thread(self, it: _Iterator) -> None:
-        """Only reading waits for shards. streaming's thread would wait for ever for one that failed elsewhere."""
+        """Do nothing: only reading waits for shards. streaming's thread waits forever for one that failed elsewhere."""
         it.on_exit()
 
     def _each_sample_id(self, it: _Iterator) -> Iterator[int]:
-        """Yield each sample in turn. Reading a sample whose shard isn't there fetches it, or fails."""
+        """Yield sample ids without waiting for their shards: reading a sample fetches its shard, or fails."""
         for number, sample_id in enumerate(it.sample_ids):
             it.yield_index = number
             if it.should_exit():
@@ -276,10 +270,10 @@ class CheckedDataset(StreamingDataset):
         it.on_exit()
 
 
-def check_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
-    """Turn llm-foundry's dataset into a checked one, with its streams and readers.
+def make_checked_dataset(dataset: StreamingDataset, labels: list[str], may_cut: bool) -> None:
+    """Turn a dataset made by llm-foundry into a checked one, with its streams and readers.
 
-    llm-foundry 0.22.0 can't be given another class: its text loader names the one that it makes.
+    Source: llm-foundry 0.22.0's text loader names the class that it makes, so it can't be given one of ours.
     """
     kind = type(dataset)
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})

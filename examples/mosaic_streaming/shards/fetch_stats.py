@@ -1,4 +1,4 @@
-"""Counts what the processes of a node fetch, in a file in shared memory to which all of them append."""
+"""Counts what the processes of a node have fetched, in a shared-memory file that they all append to."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 RECORD = struct.Struct("<q")
-"""An entry of the file: the bytes of a fetched shard, or RETRY."""
+"""One record of the file: the bytes of a fetched shard file, or RETRY."""
 
 RETRY = -1
 
 
 class FetchCounts(NamedTuple):
-    """What has been fetched: files of shards, their bytes as the remote has them, and further attempts."""
+    """Shard files fetched, their bytes as the remote stores them, and retries."""
 
     shards: int = 0
     bytes: int = 0
@@ -26,7 +26,7 @@ class FetchCounts(NamedTuple):
 
 
 class FetchStats:
-    """Reads what a node has fetched, each time from where it stopped before. The file may not exist."""
+    """Reads a node's fetch counts incrementally; the file is missing until something is fetched."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -34,7 +34,7 @@ class FetchStats:
         self._fetched = FetchCounts()
 
     def read(self) -> FetchCounts:
-        """Count what all processes have fetched since the start."""
+        """What all processes of the node have fetched since the start."""
         with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
             file.seek(self._end)
             records = np.frombuffer(file.read(), np.int64)
@@ -46,12 +46,12 @@ class FetchStats:
 
 
 def fetch_stats_file(number: int) -> str:
-    """The file of a node, by the number of a dataset's shared memory. It is removed with that memory."""
+    """Path of a dataset's file on this node, which is removed with the dataset's other shared memory."""
     return f"/dev/shm/{number:06}_fetched"
 
 
 def count_fetched(path: str, record: int) -> None:
-    """Append a record. Small appends of several processes don't mix. If memory is full, nothing is counted."""
+    """Append a record; small appends are atomic. If shared memory is full, it isn't counted."""
     with contextlib.suppress(OSError):
         file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:

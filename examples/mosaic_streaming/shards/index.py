@@ -1,8 +1,8 @@
-"""Reads and checks a stream's index.json, which is untrusted input."""
+"""Reads and validates a stream's index.json, which is untrusted input."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from streaming.base.compression import get_compressions
@@ -10,7 +10,7 @@ from streaming.base.format import FileInfo, get_index_basename
 from streaming.base.format.mds.encodings import is_mds_encoding, is_mds_encoding_safe
 
 FILES = {"mds": ("data",), "json": ("data", "meta"), "csv": ("data", "meta"), "tsv": ("data", "meta")}
-"""The files of a shard, by its format. Their keys begin with `raw_` and `zip_` (streaming 0.13.0, base/format)."""
+"""The files of a shard by its format; the index adds `raw_` and `zip_` in front (streaming 0.13.0, base/format)."""
 
 MAX_BYTES = 1 << 62
 
@@ -18,18 +18,12 @@ ADD_HASHES = "python -m examples.mosaic_streaming.shards.add_hashes FOLDER"
 
 
 class FileError(ValueError):
-    """A file is not what it has to be. The message says what it has, and what was expected."""
+    """A file is wrong: the message says what it has and what was expected."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """One file of a shard.
-
-    Attributes:
-        raw: the file that is read.
-        packed: the compressed file that is stored, if it is compressed.
-        samples: the number of samples that an MDS file names; None for other formats, which name none.
-    """
+    """One file of a shard: raw, as it is read, and packed, if it is compressed; `samples` only for MDS."""
 
     raw: FileInfo
     packed: FileInfo | None
@@ -37,24 +31,18 @@ class ShardFile:
 
     @property
     def stored(self) -> FileInfo:
-        """The file that the remote has."""
+        """The file as the remote stores it."""
         return self.packed or self.raw
 
 
 def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -> list[ShardFile]:
-    """Read the files of a stream from its index.
+    """The files that a stream's index lists, or FileError if it is no valid index.
 
-    Args:
-        path: the index.
-        allow_unsafe_types: whether pickled columns, which run code when they are read, are accepted.
-        validate_hash: the algorithm of which every file needs a hash; None needs none.
-
-    Raises:
-        FileError: the file is no index, or contradicts itself.
+    Pickled columns run code when they are read, so `allow_unsafe_types` has to permit them. With `validate_hash`, each
+    file needs a hash of that algorithm.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            index = json.load(file)
+        index = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise FileError(f"it is not JSON: {error}") from error
     shards = index.get("shards") if isinstance(index, dict) else None
@@ -62,24 +50,24 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
         raise FileError("it is not a streaming index of version 2 with a list of shards")
     if not shards:
         raise FileError("it has no samples: write some, or leave the stream out")
-    parts = [part for number, shard in enumerate(shards) for part in read_shard(f"shards[{number}]", shard)]
+    files = [file for number, shard in enumerate(shards) for file in read_shard(f"shards[{number}]", shard)]
     names: set[str] = set()
-    for part in parts:
-        expect(part.raw.basename not in names, "basename", part.raw.basename, "one entry for each file")
-        names.add(part.raw.basename)
-        if validate_hash and not (part.raw.hashes.get(validate_hash) and part.stored.hashes.get(validate_hash)):
-            have = ", ".join(sorted(part.stored.hashes)) or "none"
+    for file in files:
+        expect(file.raw.basename not in names, "basename", file.raw.basename, "one entry for each file")
+        names.add(file.raw.basename)
+        if validate_hash and not (file.raw.hashes.get(validate_hash) and file.stored.hashes.get(validate_hash)):
+            have = ", ".join(sorted(file.stored.hashes)) or "none"
             raise FileError(
-                f"it has no {validate_hash} of {part.stored.basename} (validate_hash); its hashes: {have}. Remove "
+                f"it has no {validate_hash} of {file.stored.basename} (validate_hash); its hashes: {have}. Remove "
                 f"validate_hash, name a hash that it has, or add hashes: {ADD_HASHES}"
             )
     if not allow_unsafe_types:
         refuse_pickles(shards)
-    return parts
+    return files
 
 
 def read_shard(name: str, shard: Any) -> list[ShardFile]:
-    """Read the files of one shard's entry."""
+    """Validate one shard's entry and return its files."""
     expect(isinstance(shard, dict), name, shard, "a section")
     kind, samples = str(shard.get("format")), shard.get("samples")
     expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
@@ -89,39 +77,37 @@ def read_shard(name: str, shard: Any) -> list[ShardFile]:
     expect(known, f"{name}.compression", compression, "none, or one that streaming knows")
     if kind == "mds":
         check_columns(name, shard)
-    parts = []
-    for file in FILES[kind]:
-        raw = read_file(f"{name}.raw_{file}", shard.get(f"raw_{file}"))
-        packed = shard.get(f"zip_{file}")
-        expect(bool(packed) == bool(compression), f"{name}.zip_{file}", packed, "one where compression is set")
-        stored = read_file(f"{name}.zip_{file}", packed) if packed else None
-        parts.append(ShardFile(raw, stored, samples if kind == "mds" else None))
-    raw = parts[0].raw
-    expect(samples * 4 < raw.bytes or kind != "mds", f"{name}.samples", samples, f"fewer in {raw.bytes} bytes")
-    return parts
+    files = []
+    for suffix in FILES[kind]:
+        raw, entry = read_file(f"{name}.raw_{suffix}", shard.get(f"raw_{suffix}")), shard.get(f"zip_{suffix}")
+        expect(bool(entry) == bool(compression), f"{name}.zip_{suffix}", entry, "one where compression is set")
+        packed = read_file(f"{name}.zip_{suffix}", entry) if entry else None
+        files.append(ShardFile(raw, packed, samples if kind == "mds" else None))
+    size = files[0].raw.bytes
+    expect(samples * 4 < size or kind != "mds", f"{name}.samples", samples, f"fewer in {size} bytes")
+    return files
 
 
 def read_file(name: str, entry: Any) -> FileInfo:
-    """Read the entry of a file, which has to lie in the stream's folder."""
+    """Validate one file's entry; the file has to lie in the stream's folder."""
     expect(isinstance(entry, dict), name, entry, "a section")
     basename, size, hashes = entry.get("basename"), entry.get("bytes"), entry.get("hashes") or {}
     expect(is_inside(basename), f"{name}.basename", basename, "a file in the stream's folder")
     expect(type(size) is int and 0 <= size < MAX_BYTES, f"{name}.bytes", size, "a number of bytes")
-    is_text: Callable[[Any], bool] = lambda value: isinstance(value, str)  # noqa: E731
-    right = isinstance(hashes, dict) and all(map(is_text, hashes.values()))
+    right = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
     expect(right, f"{name}.hashes", hashes, "hashes by algorithm")
     return FileInfo(basename, size, hashes)
 
 
 def is_inside(basename: Any) -> bool:
-    """Whether a path stays below its folder, and is neither the index nor a hidden file."""
+    """Whether a path stays in its folder and is neither the index nor a hidden file, which we may write."""
     if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
         return False
     return all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()
 
 
 def check_columns(name: str, shard: dict[str, Any]) -> None:
-    """Raise FileError unless each column has a name, a known encoding and a size or none."""
+    """Raise FileError unless each column has a name, a known encoding, and a valid size or none."""
     columns = [shard.get(f"column_{kind}") for kind in ("names", "encodings", "sizes")]
     right = all(isinstance(column, list) for column in columns) and len({len(column or []) for column in columns}) == 1
     expect(right, f"{name}.column_names, _encodings, _sizes", columns, "three lists of one length")
@@ -134,7 +120,7 @@ def check_columns(name: str, shard: dict[str, Any]) -> None:
 
 
 def refuse_pickles(shards: list[dict[str, Any]]) -> None:
-    """Raise FileError for columns that run code when they are read."""
+    """Raise FileError for pickled columns, which run code when they are read."""
     for number, shard in enumerate(shards):
         for column, encoding in zip(shard.get("column_names", []), shard.get("column_encodings", []), strict=False):
             if shard["format"] == "mds" and not is_mds_encoding_safe(encoding):
@@ -145,6 +131,6 @@ def refuse_pickles(shards: list[dict[str, Any]]) -> None:
 
 
 def expect(right: bool, name: str, value: Any, expected: str) -> None:
-    """Raise FileError unless `right`."""
+    """Raise FileError with the value found unless `right`."""
     if not right:
         raise FileError(f"it has {name} = {str(value)[:200]!r}, expected {expected}")

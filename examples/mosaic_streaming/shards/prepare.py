@@ -1,5 +1,6 @@
-"""Makes a loader's streams ready on a node before streaming opens them: indexes, caches, verified files."""
+"""Prepares a loader's streams on a node before streaming opens them: indexes, caches, and verified files."""
 
+import functools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,42 +18,44 @@ from examples.mosaic_streaming.shards.index import FileError, ShardFile, read_in
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe, make_checked
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
-THREADS = 4
-"""So many threads verify files."""
+VERIFY_THREADS = 4
 
 
 def prepare_streams(loader: ResolvedLoader) -> None:
-    """Make the indexes and caches of all streams ready on this node. Its first rank calls it.
+    """Prepare the indexes and caches of all streams on this node; only its local leader calls this.
 
     Raises:
-        ConfigError: a cache is in use, or can't be used.
-        DataError: an index is missing or wrong, or a file that can't be fetched again is damaged.
+        ConfigError: a cache is in use by another job, or can't be used.
+        DataError: an index is missing or invalid, or a file that can't be fetched again is damaged.
     """
     remove_stale()
     for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
         stream = make_stream(settings, label)
         if stream.is_cache:
             take_cache(stream, loader.source)
-        parts = get_index(stream, bool(loader.dataset.get("allow_unsafe_types")))
-        verify(stream, parts)
+        verify(stream, fetch_index(stream, bool(loader.dataset.get("allow_unsafe_types"))))
 
 
 def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
-    """Make a stream from its complete settings, as streaming will; raise ConfigError if it refuses them."""
+    """Make a stream from its complete settings, as streaming will.
+
+    Raises:
+        ConfigError: streaming refuses the settings.
+    """
     keys = ("remote", "local", *stream_defaults())
     try:
         stream = Stream(**{key: settings[key] for key in keys if key in settings})
         stream.apply_default(stream_defaults())
-    except Exception as error:  # a store's client, too, may refuse
+    except Exception as error:  # a store's client may refuse them, too
         raise ConfigError(f"{label}: {describe(error)}") from error
     return make_checked(stream, label)
 
 
-def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
-    """Read a stream's index. A wrong one in the cache is fetched again.
+def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
+    """Read a stream's index; an invalid one in a cache is fetched again.
 
     Raises:
-        DataError: the index is missing or wrong.
+        DataError: the index is missing or invalid.
     """
     index = stream.path(get_index_basename())
 
@@ -76,14 +79,14 @@ def get_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile
     return read(index)
 
 
-def verify(stream: CheckedStream, parts: list[ShardFile]) -> None:
-    """Compare the files on this machine with the index: sizes, samples, and with `validate_hash` also hashes.
+def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
+    """Compare the existing files with the index: sizes, samples, and hashes if `validate_hash` is set.
 
-    Damaged files in a cache are removed, to be fetched again. Without a cache, they raise DataError.
+    Damaged files in a cache are removed, to be fetched again. DataError for a file that has no remote.
     """
     start = time.monotonic()
-    with ThreadPoolExecutor(THREADS) as pool:
-        checked = list(pool.map(lambda part: verify_part(stream, part), parts))
+    with ThreadPoolExecutor(VERIFY_THREADS) as pool:
+        checked = list(pool.map(functools.partial(verify_file, stream), files))
     size = sum(found for found, _ in checked)
     bad = [fault for _, faults in checked for fault in faults]
     if stream.validate_hash and size:
@@ -99,11 +102,11 @@ def verify(stream: CheckedStream, parts: list[ShardFile]) -> None:
     logger.warning(f"{told} They were removed, and will be fetched again.")
 
 
-def verify_part(stream: CheckedStream, part: ShardFile) -> tuple[int, list[str]]:
-    """Return the bytes of a file that are right, and its faults. A damaged file in a cache is removed."""
+def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]:
+    """Return a file's verified bytes and what is wrong with it; remove it if it is damaged and in a cache."""
     size, faults = 0, []
-    samples = {part.raw.basename: part.samples}
-    for info in filter(None, (part.raw, part.packed)):
+    samples = {file.raw.basename: file.samples}
+    for info in filter(None, (file.raw, file.packed)):
         place, source = stream.path(info.basename), stream.source(info.basename)
         if stream.is_cache and os.path.islink(source) and identity(source) == identity(place):
             raise DataError(f"{source} of {stream.label} is a link to {place} in its cache. Put the file in its place.")
@@ -111,7 +114,7 @@ def verify_part(stream: CheckedStream, part: ShardFile) -> tuple[int, list[str]]
             check_file(place, info, stream.validate_hash, samples.get(info.basename))
             size += info.bytes
         except FileNotFoundError:
-            if not stream.is_cache and info is part.stored:
+            if not stream.is_cache and info is file.stored:
                 faults.append(f"{info.basename} is missing.")
         except (OSError, FileError) as fault:
             faults.append(f"{info.basename}: {describe(fault)}")

@@ -1,4 +1,4 @@
-"""Reads MDS shards: only whole samples, and with little work for each."""
+"""Reads MDS shards: whole samples only, and with less work per sample than streaming's reader."""
 
 import functools
 import os
@@ -14,37 +14,32 @@ from streaming.base.format.mds.encodings import _get_coder, mds_decode
 from examples.mosaic_streaming.errors import DataError
 
 OPEN_FILES = min(512, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
-"""A process keeps at most so many files open. With `py1e` shuffling, a rank reads hundreds of shards in turns."""
+"""Files that a process keeps open, at most: with `py1e` shuffling, a rank reads hundreds of shards in turn."""
 
 
 class OpenFile:
-    """A file that is closed when nobody refers to it any more."""
+    """An open shard, which is closed when it is garbage-collected."""
 
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` is gone when Python ends
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at interpreter exit
         if "_descriptor" in self.__dict__:
             close(self._descriptor)
 
     def sample(self, number: int) -> bytes | None:
-        """The bytes of a sample of an MDS shard; None if they aren't all there."""
+        """The bytes of a sample, or None if the file doesn't have all of them."""
         begin, end = struct.unpack("<2I", os.pread(self._descriptor, 8, (1 + number) * 4).ljust(8, b"\0"))
         data = os.pread(self._descriptor, end - begin, begin) if begin < end else b""
         return data if data and len(data) == end - begin else None
 
 
 kept_open = functools.lru_cache(OPEN_FILES)(OpenFile)
-"""A file by its path. Opening one takes as long as reading a sample, and far longer on a network's file system."""
+"""Files by path: opening one takes as long as reading a sample, and far longer on a network file system."""
 
 
 class CheckedReader(MDSReader):
-    """A reader of an MDS shard that returns only whole samples.
-
-    Attributes:
-        is_cache: whether the file can be fetched again.
-        stays: whether the file is never evicted, and may be kept open.
-    """
+    """Reads only whole samples; `is_cache`: the file can be fetched again; `stays`: it is never evicted."""
 
     is_cache = False
     stays = False
@@ -52,14 +47,12 @@ class CheckedReader(MDSReader):
     def get_sample_data(self, idx: int) -> bytes:
         """Read the bytes of a sample.
 
-        Raises:
-            FileNotFoundError: the file was damaged. It has been removed, so that it is fetched again.
-            DataError: the file is damaged and can't be fetched again.
+        A damaged file in a cache is removed; the FileNotFoundError then makes streaming fetch it again.
         """
         data = kept_open(self._path).sample(idx) if self.stays else OpenFile(self._path).sample(idx)
         if data is None and self.stays:
             kept_open.cache_clear()
-            data = OpenFile(self._path).sample(idx)  # another process may have put it right
+            data = OpenFile(self._path).sample(idx)  # another process may have replaced it
         if data is not None:
             return data
         if not self.is_cache:
@@ -68,7 +61,7 @@ class CheckedReader(MDSReader):
         raise FileNotFoundError(f"{self._path} was damaged while in use")
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
-        """Decode the columns of a sample. streaming would look for each column's decoder each time."""
+        """Decode a sample's columns; streaming looks up each column's decoder for every sample."""
         sizes, begin = [], 0
         for size in self.column_sizes:
             if not size:

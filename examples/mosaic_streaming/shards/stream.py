@@ -1,6 +1,6 @@
-"""Streams whose cache holds only whole files that match the index.
+"""Streams whose caches hold only whole files that match the index.
 
-streaming 0.13.0 compares hashes after it has put a file into its place, never compares sizes, and never looks again.
+streaming 0.13.0 compares hashes only after it has put a file in place, never compares sizes, and never checks again.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import struct
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from streaming import Stream
@@ -30,16 +30,16 @@ from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched
 from examples.mosaic_streaming.shards.index import FileError, ShardFile
 
 MAX_BACKOFF = 60.0
-"""The longest pause between two attempts to fetch a file, in seconds."""
+"""Seconds, at most, between two attempts to fetch a file."""
 
 
 class CheckedStream(Stream):
     """A stream whose cache holds only whole files that match the index.
 
     Attributes:
-        label: what the stream is called in messages.
-        is_cache: whether `local` is a copy of a remote, so that it can be fetched again.
-        fetch_stats: the file that counts what is fetched; None where nothing is counted.
+        label: its name in messages.
+        is_cache: whether `local` is a copy of a remote, so that files can be fetched again.
+        fetch_stats: path of the file that counts fetches; None to count nothing.
     """
 
     label: str
@@ -55,68 +55,48 @@ class CheckedStream(Stream):
         return os.path.join(self.remote or self.local, self.split, basename)
 
     def prepare_shard(self, shard: Reader) -> int:
-        """Make a shard's files ready, and return the bytes by which the cache has grown.
-
-        Raises:
-            DataError: a file is missing, damaged, or can't be stored.
-        """
+        """Prepare a shard's files, or raise DataError; return by how many bytes the cache has grown."""
         samples = shard.samples if isinstance(shard, MDSReader) else None
         return sum(self.prepare(ShardFile(raw, packed, samples), shard.compression) for raw, packed in shard.file_pairs)
 
-    def prepare(self, part: ShardFile, compression: str | None) -> int:
-        """Make one file ready, and return the bytes by which the cache has grown."""
-        if os.path.isfile(self.path(part.raw.basename)):
+    def prepare(self, file: ShardFile, compression: str | None) -> int:
+        """Prepare one file; return by how many bytes the cache has grown."""
+        if os.path.isfile(self.path(file.raw.basename)):
             return 0
-        if part.packed and os.path.isfile(packed := self.path(part.packed.basename)):
+        if file.packed and os.path.isfile(packed := self.path(file.packed.basename)):
             try:
-                with self.storing(part.raw.basename, part.raw.bytes) as folder:
-                    return self.store(packed, folder, part, compression) - part.packed.bytes
+                with self.storing(file.raw.basename, file.raw.bytes) as folder:
+                    return self.store(packed, folder, file, compression) - file.packed.bytes
             except FileError as error:
                 if not self.is_cache:
                     raise DataError(f"{packed} of {self.label} is damaged: {describe(error)}") from error
                 Path(packed).unlink(missing_ok=True)
-        needed = part.stored.bytes + (part.raw.bytes if part.packed else 0)
-        self.fetch(part.stored.basename, needed, lambda path, folder: self.store(path, folder, part, compression))
-        self.count(part.stored.bytes)
-        return part.raw.bytes + (part.packed.bytes if part.packed and self.safe_keep_zip else 0)
+        needed = file.stored.bytes + (file.raw.bytes if file.packed else 0)
+        self.fetch(file.stored.basename, needed, lambda path, folder: self.store(path, folder, file, compression))
+        self.count(file.stored.bytes)
+        return file.raw.bytes + (file.packed.bytes if file.packed and self.safe_keep_zip else 0)
 
-    def store(self, path: str, folder: str, part: ShardFile, compression: str | None) -> int:
-        """Check a file, put it into its place, unpacked, and return the bytes that it takes there.
-
-        Args:
-            path: the file as the remote has it.
-            folder: a folder for files that aren't ready yet.
-            part: what the index says of the file.
-            compression: the shard's compression.
-
-        Raises:
-            FileError: the file doesn't match the index.
-        """
-        if part.packed is None:
-            check_file(path, part.raw, self.validate_hash, part.samples)
-            os.replace(path, self.path(part.raw.basename))
-            return part.raw.bytes
-        check_file(path, part.packed, self.validate_hash, None)
+    def store(self, path: str, folder: str, file: ShardFile, compression: str | None) -> int:
+        """Check a fetched file, unpack it in `folder` and put it in place; return the bytes that it takes there."""
+        if file.packed is None:
+            check_file(path, file.raw, self.validate_hash, file.samples)
+            os.replace(path, self.path(file.raw.basename))
+            return file.raw.bytes
+        check_file(path, file.packed, self.validate_hash, None)
         raw = unpack_into(folder, path, compression)
-        check_file(raw, part.raw, None, part.samples)
-        os.replace(raw, self.path(part.raw.basename))
+        check_file(raw, file.raw, None, file.samples)
+        os.replace(raw, self.path(file.raw.basename))
         if not self.safe_keep_zip:
             os.remove(path)
-            return part.raw.bytes
-        os.replace(path, self.path(part.packed.basename))
-        return part.raw.bytes + part.packed.bytes
+            return file.raw.bytes
+        os.replace(path, self.path(file.packed.basename))
+        return file.raw.bytes + file.packed.bytes
 
     def fetch(self, basename: str, needed: int, store: Callable[[str, str], object]) -> None:
-        """Fetch a file into the cache: whole and right, or not at all.
+        """Fetch a file into the cache, whole and correct, or raise DataError after `download_retry` attempts.
 
-        Args:
-            basename: the file's name in the stream.
-            needed: bytes that it will take.
-            store: called with the file's path and a folder to work in. It puts the file into its place, or raises
-                FileError.
-
-        Raises:
-            DataError: none of `download_retry` attempts got the file.
+        `needed` is the space it takes in bytes. `store` gets the file's path and a folder to work in; it puts the file
+        in place, or raises FileError.
         """
         if not self.is_cache:
             raise DataError(f"{self.path(basename)} is missing, and {self.label} has no remote to fetch it from.")
@@ -130,10 +110,10 @@ class CheckedStream(Stream):
             except DataError:
                 raise
             except Exception as error:
-                self._downloader = CloudDownloader.get(self.remote)  # other threads still use the old one
-                problem = f"{self.source(basename)} of {self.label} can't be had: {describe(error)}"
+                self._downloader = CloudDownloader.get(self.remote)  # other threads keep using the old one
+                problem = f"{self.source(basename)} of {self.label} can't be fetched: {describe(error)}"
                 if attempt == self.download_retry:
-                    if isinstance(error, FileError):  # or the index here is old or damaged
+                    if isinstance(error, FileError):  # perhaps the index in the cache is the wrong one
                         Path(self.path(get_index_basename())).unlink(missing_ok=True)
                     raise DataError(f"{problem} Attempts: {attempt} (dataset.download_retry).") from error
                 pause = min(2.0 ** (attempt - 1), MAX_BACKOFF) + random.random() / 2
@@ -142,14 +122,14 @@ class CheckedStream(Stream):
                 time.sleep(pause)
 
     def count(self, record: int) -> None:
-        """Count a fetched file, or a retry."""
+        """Count a fetched file (its bytes) or a retry (RETRY)."""
         if self.fetch_stats:
             count_fetched(self.fetch_stats, record)
 
     def download(self, remote: str, path: str, folder: str) -> None:
-        """Download a file, and give up if it doesn't grow for `download_timeout` seconds.
+        """Download a file, giving up when its folder doesn't grow for `download_timeout` seconds.
 
-        streaming's downloaders have no such limit, or pass it on to clients that retry within it.
+        streaming's downloaders have no such limit, or pass it to clients that retry internally.
         """
         outcome: list[BaseException | None] = []
         downloader = self._downloader
@@ -161,7 +141,7 @@ class CheckedStream(Stream):
             except BaseException as error:
                 outcome.append(error)
 
-        thread = threading.Thread(target=run, daemon=True)  # an executor's would keep the process from ending
+        thread = threading.Thread(target=run, daemon=True)  # an executor's thread would keep the process alive
         thread.start()
         size, since = -1, time.monotonic()
         while not outcome:
@@ -173,62 +153,48 @@ class CheckedStream(Stream):
         if outcome[0] is not None:
             raise outcome[0]
 
-    def storing(self, basename: str, needed: int) -> "Storing":
-        """Make a folder beside the shards for a file that isn't ready yet and will take so many bytes."""
-        path, folder = self.path(basename), self.path("")
+    @contextlib.contextmanager
+    def storing(self, basename: str, needed: int) -> Iterator[str]:
+        """Make a temporary folder beside the shards for a file of `needed` bytes.
+
+        DataError if the disk here refuses it, with what to do; errors of the remote pass.
+        """
+        path, root = self.path(basename), self.path("")
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            folder = tempfile.mkdtemp(prefix=INCOMING, dir=root)
+        except OSError as error:
+            raise self.not_stored(path, needed, error) from error
+        try:
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+        except OSError as error:
+            is_here = str(error.filename).startswith(root)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or (is_here and error.errno in (errno.EROFS, errno.EACCES)):
+                raise self.not_stored(path, needed, error) from error
+            raise
+
+    def not_stored(self, path: str, needed: int, error: OSError) -> DataError:
+        """The error for a file that the disk refuses, with the free space and what to do."""
         advice = f"Make room, set dataset.cache_limit, or set another `local` for {self.label}."
         if not self.is_cache:
             advice = (
                 f"{self.label} is compressed and has no cache: shards are unpacked beside the packed ones. Or give it "
                 f"`remote` = {self.remote or self.local!r} and another folder as `local`."
             )
-        return Storing(path, folder, needed, advice)
-
-
-class Storing:
-    """A temporary folder for a file to come. If the disk refuses something, it raises DataError.
-
-    Args:
-        path: the place of the file.
-        folder: the folder of all shards, in which the temporary one is made.
-        needed: the file's size in bytes.
-        advice: what to do if the disk refuses.
-    """
-
-    def __init__(self, path: str, folder: str, needed: int, advice: str) -> None:
-        self._path, self._root, self._needed, self._advice = path, folder, needed, advice
-        self._folder = ""
-
-    def __enter__(self) -> str:
-        try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            self._folder = tempfile.mkdtemp(prefix=INCOMING, dir=self._root)
-        except OSError as error:
-            raise self._refused(error) from error
-        return self._folder
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        if isinstance(error, OSError) and self._is_ours(error):
-            raise self._refused(error) from error
-
-    def _is_ours(self, error: OSError) -> bool:
-        """Whether this machine's disk refuses, not the remote."""
-        is_here = str(error.filename).startswith(self._root)
-        return error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno in (errno.EROFS, errno.EACCES) and is_here)
-
-    def _refused(self, error: OSError) -> DataError:
-        folder = os.path.dirname(self._path)
+        folder = os.path.dirname(path)
         while not os.path.isdir(folder):
             folder = os.path.dirname(folder)
         return DataError(
-            f"{self._path} can't be stored: {error.strerror}. It needs {self._needed:,} bytes, "
-            f"{shutil.disk_usage(folder).free:,} are free in {folder}. {self._advice}"
+            f"{path} can't be stored: {error.strerror}. It needs {needed:,} bytes, "
+            f"{shutil.disk_usage(folder).free:,} are free in {folder}. {advice}"
         )
 
 
 def size_of(folder: str) -> int:
-    """Bytes in the files of a folder. A client may rename some meanwhile."""
+    """Bytes in a folder's files; a client may be renaming some of them."""
     size = 0
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -238,14 +204,7 @@ def size_of(folder: str) -> int:
 
 
 def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: int | None) -> None:
-    """Raise FileError unless a file matches the index.
-
-    Args:
-        path: the file.
-        info: what the index says of it.
-        validate_hash: the algorithm of the hashes to compare; None compares none.
-        samples: the number of samples that an MDS file has to have; None for other files.
-    """
+    """Raise FileError unless a file has the size, hash and, for MDS, the samples that the index gives."""
     if (size := os.path.getsize(path)) != info.bytes:
         raise FileError(f"it has {size:,} bytes, expected {info.bytes:,}")
     with open(path, "rb") as file:
@@ -263,11 +222,11 @@ def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: in
 
 
 def unpack_into(folder: str, packed: str, compression: str | None) -> str:
-    """Decompress a file into a folder, and return the path of the result."""
+    """Decompress a file into a folder; return the path of the result."""
     content = Path(packed).read_bytes()
     try:
         content = decompress(compression, content)
-    except Exception as error:  # each library has its own
+    except Exception as error:  # each library raises its own
         raise FileError(f"it doesn't decompress ({compression}): {error}") from error
     raw = os.path.join(folder, "raw")
     Path(raw).write_bytes(content)
@@ -275,8 +234,8 @@ def unpack_into(folder: str, packed: str, compression: str | None) -> str:
 
 
 def describe(error: Exception) -> str:
-    """Put an error into a sentence, with a store's error code."""
-    error = getattr(error, "last_exception", error)  # of boto3's RetriesExceededError
+    """Describe an error in one sentence, with a store's error code."""
+    error = getattr(error, "last_exception", error)  # boto3's RetriesExceededError hides the cause
     if isinstance(error, FileError | TimeoutError):
         return f"{error}".rstrip(".") + "."
     response = getattr(error, "response", None)  # boto3's
@@ -285,7 +244,7 @@ def describe(error: Exception) -> str:
 
 
 def make_checked(stream: Stream, label: str) -> CheckedStream:
-    """Turn a stream of streaming or llm-foundry into a checked one."""
+    """Turn a stream made by streaming or llm-foundry into a checked one."""
     stream.__class__ = CheckedStream
     assert isinstance(stream, CheckedStream)
     stream.label = label

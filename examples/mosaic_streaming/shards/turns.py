@@ -1,4 +1,4 @@
-"""Refuses or mends examples for instruction tuning that llm-foundry 0.22.0 would silently learn wrongly."""
+"""Finds finetuning examples that llm-foundry 0.22.0 would silently train on in an unintended way."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from torchtitan.components.loss import IGNORE_INDEX
 from transformers import PreTrainedTokenizerBase
 
-NO_ECHO = 32
-"""A prompt of so many tokens is never repeated as its response."""
+MIN_REPEAT_TOKENS = 32
+"""Labels equal to a prompt of this many tokens or more are taken for a copy, not for a response."""
 
 PROBE = [{"type": "text", "text": "the text of a part"}]
 
 
 def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ValueError for an example without a response, or whose labels are no response.
+    """Raise ValueError for an example without a response, or with labels as transformers wants them.
 
-    llm-foundry puts `labels` behind `input_ids`. In transformers' form they lie over each other: labels are as long as
-    the ids, and repeat them or have -100 in places.
+    llm-foundry appends `labels` to `input_ids`. transformers' labels align with `input_ids` instead: they have the same
+    length, and repeat them or have -100 in places.
     """
     if turns and not len(turns[-1]["labels"]):
-        raise ValueError("its response is empty")  # llm-foundry would fail later, and not say which
+        raise ValueError("its response is empty")  # llm-foundry would fail later, without naming the sample
     for turn in turns:
         ids, labels = turn["input_ids"], turn["labels"]
-        if not isinstance(turn, dict) or len(ids) != len(labels):  # transformers' tokenizer has just made others
+        if not isinstance(turn, dict) or len(ids) != len(labels):  # a BatchEncoding was just made from text
             continue
-        if IGNORE_INDEX in labels or (len(ids) >= NO_ECHO and list(ids) == list(labels)):
+        if IGNORE_INDEX in labels or (len(ids) >= MIN_REPEAT_TOKENS and list(ids) == list(labels)):
             raise ValueError(
                 f"its labels repeat its input_ids, or have {IGNORE_INDEX} in places, as transformers wants them, but "
                 "the finetuning loader learns labels as the response that follows input_ids: write the prompt as "
@@ -33,17 +33,17 @@ def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
 
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a chat template writes the text of a message that is a list of parts, not the list itself."""
+    """Whether a chat template renders the text of a message given as parts, rather than the list itself."""
     try:
         chat: Any = [{"role": "user", "content": PROBE}]
         written = str(tokenizer.apply_chat_template(chat, tokenize=False))
-    except Exception:  # a template can raise anything, and there may be none
+    except Exception:  # a template can raise anything, or be missing
         return False
     return PROBE[0]["text"] in written and str(PROBE) not in written
 
 
 def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Make strings of a chat's messages that are lists of parts; raise ValueError if a part is no text."""
+    """Turn messages given as lists of parts into strings; other examples stay as they are."""
     messages = example.get("messages")
     if not isinstance(messages, list) or not any(isinstance(message.get("content"), list) for message in messages):
         return dict(example)
@@ -51,7 +51,7 @@ def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def text_of(content: Any) -> Any:
-    """The text of a message; of a list, the text of its parts."""
+    """The text of a message's content, or of its parts; ValueError if one isn't text."""
     if not isinstance(content, list):
         return content
     for part in content:

@@ -1,4 +1,4 @@
-"""The seam to TorchTitan, with a package for each generation of it.
+"""All that depends on TorchTitan's config and spec classes, with a package for each of its generations.
 
 `train.py` calls `load_job_config`, `check_job`, `import_custom`, `register` and `warnings_of_job`; after a failure
 `refusal`, and after a signal `next_start`. Preview also calls `make_job`, `settings_of` and `steps_with`. Beside

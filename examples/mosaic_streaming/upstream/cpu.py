@@ -1,7 +1,7 @@
-"""Lets TorchTitan run without an accelerator. With one, it does nothing.
+"""Lets TorchTitan run without an accelerator; does nothing if there is one.
 
-TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported and takes "cuda" where it finds none. A
-TorchTitan that takes "cpu" makes this module unnecessary.
+TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported, and takes "cuda" if it finds none. A
+TorchTitan that takes "cpu" makes this module needless.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch._utils
-import torch.distributed.checkpoint  # takes the functions patched below by name: it must have the true ones
+import torch.distributed.checkpoint  # binds the functions patched below by name: it must get the originals
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -24,7 +24,7 @@ ACTIVE = torch._utils._get_available_device_type() is None
 
 
 class CpuModule(types.ModuleType):
-    """`torch.cpu`, with what TorchTitan calls on a device module and `torch.cpu` lacks. Memory is the process's."""
+    """`torch.cpu` plus the device functions that TorchTitan calls and it lacks; memory is the process's."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
@@ -51,7 +51,7 @@ class CpuModule(types.ModuleType):
 
 
 def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """A TrainSpec's `parallelize_fn` whose FSDP modules reduce gradients in a way that gloo knows.
+    """Make a TrainSpec's `parallelize_fn` reduce FSDP gradients with an operation that gloo supports.
 
     Source: FSDP2 averages with `ReduceOp.PREMUL_SUM`, which gloo refuses (torch 2.13).
     """
@@ -69,12 +69,12 @@ def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callabl
 
 
 def profile_cpu(*, activities: list[Any], **settings: Any) -> Any:
-    """A profile of the CPU; TorchTitan 0.2.2 asks for one of "None", too (tools/profiling.py)."""
+    """Profile the CPU alone; TorchTitan 0.2.2 also asks for an activity that is None (tools/profiling.py)."""
     return torch.profiler.profile(activities=[activity for activity in activities if activity], **settings)
 
 
 def prepare_torchtitan() -> None:
-    """Import torchtitan so that it finds the CPU if there is nothing else. After its import, it is too late."""
+    """Import torchtitan so that it finds the CPU if there is no accelerator; call this before anything imports it."""
     if not ACTIVE:
         return
     with (

@@ -1,8 +1,8 @@
-"""Validation that leaves the experts' counts of tokens alone.
+"""Keeps validation from changing the experts' token counts.
 
-Experts count their tokens in each forward pass, and the next optimizer step moves their biases by that (torchtitan
-0.2.2, models/moe/moe.py, components/optimizer.py): tokens of validation would change training. Experts that count in
-training mode alone make this module needless.
+Experts count their tokens in every forward pass, and the next optimizer step adjusts their biases by these counts
+(torchtitan 0.2.2, models/moe/moe.py, components/optimizer.py), so validation would change training. Experts that count
+only in training mode make this module needless.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ BUFFER = "tokens_per_expert"
 
 @contextlib.contextmanager
 def kept_expert_counts(model_parts: list[nn.Module]) -> Iterator[None]:
-    """A context at whose end the experts' counts are what they were at its beginning."""
+    """Restore the experts' token counts when the context ends."""
     buffers = [buffer for model in model_parts for name, buffer in model.named_buffers() if name.endswith(BUFFER)]
     counts = [buffer.clone() for buffer in buffers]
     try:

@@ -1,12 +1,13 @@
-"""Imports llm-foundry without what it, composer and transformers import for things that training never does.
+"""Imports llm-foundry without the packages that training never uses.
 
-`import llmfoundry` takes longer than all of TorchTitan: half of it are MLflow, MosaicML's cloud client, scikit-learn,
-matplotlib and others, which upstream imports at module level for use in a few functions (llm-foundry 0.22.0, composer
-0.32.1, transformers 4.51.3, torchmetrics 1.7; modules that import them where they are used make this one unnecessary).
+`import llmfoundry` takes longer than importing all of TorchTitan. Half of that goes to MLflow, MosaicML's cloud client,
+scikit-learn, matplotlib and others, which upstream imports at module level and uses in a few functions (llm-foundry
+0.22.0, composer 0.32.1, transformers 4.51.3, torchmetrics 1.7). Modules that import them where they are used make this
+one needless.
 
-The statements of `LATER`, and no others, bind a stand-in that does the import when it is first used, and only while
-`import_llm_foundry` runs: afterwards Python imports as ever, and `sys.modules` never has anything but true modules. A
-statement that upstream has moved or changed is carried out at once: that costs its seconds and nothing else.
+While `import_llm_foundry` runs, the import statements listed in `LATER` bind a stand-in that imports on first use.
+Afterwards Python imports as usual, and `sys.modules` only ever has real modules. A statement that upstream has moved or
+changed is executed at once, which costs its seconds and nothing else.
 """
 
 import builtins
@@ -51,14 +52,11 @@ LATER: dict[tuple[str, str], set[str]] = {
     ("transformers.generation.candidate_generator", "sklearn.metrics"): {"roc_curve"},
     ("transformers.loss", "scipy.optimize"): {"linear_sum_assignment"},
 }
-"""What is imported when it is used: (who imports, what from), and the names; none where the module itself is bound.
-
-Who imports is a module of that name or, as with torchmetrics, any in a package of that name.
-"""
+"""Statements to defer: (importing module or package, imported module), and the names; none for `import module`."""
 
 
 class Later:
-    """A stand-in for a module, a function or a type that upstream calls, asks for attributes or annotates with."""
+    """A stand-in for a module, function or type that is imported on first use."""
 
     def __init__(self, module: str, name: str | None = None):
         self._statement = module, name
@@ -67,7 +65,7 @@ class Later:
         return f"<{'.'.join(filter(None, self._statement))}, imported when it is used>"
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__typing_") or name == "__parameters__":  # to stand in an annotation is no use
+        if name.startswith("__typing_") or name == "__parameters__":  # an annotation doesn't count as use
             raise AttributeError(name)
         return getattr(fetch(*self._statement), name)
 
@@ -76,7 +74,7 @@ class Later:
 
 
 def fetch(module: str, name: str | None = None) -> Any:
-    """What `import module`, or `from module import name`, binds; with its errors."""
+    """Import what `import module`, or `from module import name`, binds, with the same errors."""
     found = builtins.__import__(module, fromlist=(name,) if name else ())
     if name and not hasattr(found, name):
         raise ImportError(f"cannot import name {name!r} from {module!r} ({found.__file__})", name=module)
@@ -84,7 +82,7 @@ def fetch(module: str, name: str | None = None) -> Any:
 
 
 def can_wait(importer: str, module: str, names: set[str]) -> bool:
-    """Whether a statement is one of `LATER`, for a module that is there and has not been imported yet."""
+    """Whether a statement is in `LATER`, for a module that is installed and not yet imported."""
     listed = [
         known
         for (who, what), known in LATER.items()
@@ -99,10 +97,10 @@ def can_wait(importer: str, module: str, names: set[str]) -> bool:
 
 
 def stand_in(module: str, names: set[str]) -> Any:
-    """What a statement binds for now.
+    """What a deferred statement binds.
 
-    torchmetrics 1.7 imports scipy.signal only to give it back a function that SciPy has removed and SRMRpy, for speech,
-    asks for. It is shown one that has it; where SRMRpy is installed, it gets the true one at once.
+    torchmetrics 1.7 imports scipy.signal only to restore a function that SciPy removed and SRMRpy (for speech) needs.
+    It gets a stand-in that has the function; if SRMRpy is installed, the real module is imported at once.
     """
     if module == "scipy.signal":
         return SimpleNamespace(signal=SimpleNamespace(hamming=Later("scipy.signal.windows", "hamming")))
@@ -110,7 +108,7 @@ def stand_in(module: str, names: set[str]) -> Any:
 
 
 def import_llm_foundry() -> None:
-    """Import llm-foundry, and with it composer, streaming and transformers; to call before any of them is imported."""
+    """Import llm-foundry; call this before it, composer, streaming or transformers is imported."""
     true_import = builtins.__import__
 
     def import_or_wait(

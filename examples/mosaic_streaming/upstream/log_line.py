@@ -1,7 +1,7 @@
-"""More text at the end of the line that TorchTitan logs for a step.
+"""Appends text to the line that TorchTitan logs for a step.
 
-TorchTitan 0.2.2 logs a step in one line that takes nothing else (components/metrics.py). A line made of the metrics
-that are handed to it makes this module needless.
+TorchTitan 0.2.2 logs a fixed set of values (components/metrics.py). A line that includes the metrics passed to it makes
+this module needless.
 """
 
 import contextlib
@@ -14,10 +14,10 @@ from examples.mosaic_streaming.upstream.patch import replaced
 
 @contextlib.contextmanager
 def line_ends_in(processor: MetricsProcessor, text: str) -> Iterator[None]:
-    """A context in which the lines of a metrics processor end in a text.
+    """Append a text to the lines that a metrics processor logs in this context.
 
-    A line ends with `color.reset`. This is no field of the dataclass but an attribute of the class, as it has no
-    annotation, so `dataclasses.replace` doesn't know it (torchtitan 0.2.2, tools/utils.py).
+    A line ends with `color.reset`, which has no annotation. So it is a class attribute, not a dataclass field, and
+    `dataclasses.replace` can't change it (torchtitan 0.2.2, tools/utils.py).
     """
     color = processor.color
     kind = type(color)

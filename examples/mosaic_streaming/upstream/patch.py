@@ -1,4 +1,4 @@
-"""The one way in which this project replaces other projects' code."""
+"""Replaces attributes of other projects' code, and refuses a version that it doesn't fit."""
 
 import contextlib
 import inspect
@@ -7,19 +7,11 @@ from typing import Any
 
 
 def replace(owner: Any, name: str, replacement: Any) -> Callable[[], None]:
-    """Replace an attribute of a module, a class or an object.
-
-    Args:
-        owner: it has the attribute.
-        name: of the attribute.
-        replacement: of a function, one that is called in the same way.
-
-    Returns:
-        a function that puts the original back.
+    """Replace an attribute of a module, class or object; return a function that restores the original.
 
     Raises:
-        RuntimeError: there is no such attribute, or it takes other arguments than the replacement. The upstream version
-            is another one than this code was written for.
+        RuntimeError: the attribute is missing, or is a function with other parameters than the replacement: the
+            package has another version than the patch was written for.
     """
     place = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
     if not hasattr(owner, name):
@@ -37,7 +29,7 @@ def replace(owner: Any, name: str, replacement: Any) -> Callable[[], None]:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
-    """Replace an attribute for as long as the context lasts; arguments and errors are those of `replace`."""
+    """Replace an attribute while the context lasts, as `replace` does."""
     put_back = replace(owner, name, replacement)
     try:
         yield
@@ -46,7 +38,7 @@ def replaced(owner: Any, name: str, replacement: Any) -> Iterator[None]:
 
 
 def parameters(function: Any) -> list[str]:
-    """The names of a function's parameters, "*" for any; empty for what isn't a Python function."""
+    """The names of a function's parameters, "*" for variable ones; empty for anything but a Python function."""
     function = getattr(function, "__func__", function)  # of a staticmethod
     if not inspect.isfunction(function):
         return []

@@ -1,8 +1,8 @@
-"""Lets ranks that torchrun restarts meet under keys that earlier ranks have not used.
+"""Lets restarted ranks rendezvous under a key prefix that no earlier start of theirs has used.
 
-torchrun has one store for all its restarts, in which each rank leaves its address under the same key. A rank that reads
-it too early connects to a dead one until its time is up (torch 2.13, distributed/rendezvous.py). A torchrun with
-another store for each start makes this module needless.
+torchrun keeps one store for all restarts, in which each rank writes its address under the same key. A rank that reads
+it too early tries to connect to a dead one until it times out (torch 2.13, distributed/rendezvous.py). A torchrun with
+a new store for each start makes this module needless.
 """
 
 import contextlib
@@ -18,16 +18,16 @@ import torch.distributed as dist
 from examples.mosaic_streaming.upstream.patch import replaced
 
 NCCL_FAULT = "exception_dump"
-"""The key by which NCCL's watchdogs tell each other to abort. They write it at the root of the store."""
+"""The key with which NCCL's watchdogs tell each other to abort; they write it without a prefix."""
 
 POLL_SECONDS = 0.01
-"""The pause between two polls of rank 0."""
+"""Between rank 0's checks for other ranks."""
 
 
 @contextlib.contextmanager
 def fresh_rendezvous() -> Iterator[None]:
-    """A context in which process groups are initialized under a key prefix that no earlier start has used."""
-    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # `torch.distributed` has a function so named
+    """Initialize process groups in this context under a key prefix that no earlier start has used."""
+    rendezvous = importlib.import_module("torch.distributed.rendezvous")  # the attribute is a function
     create = rendezvous._create_c10d_store
 
     def create_unused(
@@ -41,14 +41,11 @@ def fresh_rendezvous() -> Iterator[None]:
 
 
 def unused_prefix(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Find a part of a store in which no earlier ranks of this job have written. All ranks call it together.
+    """A part of the store that no earlier ranks of this job have used; all ranks call this together.
 
-    Each of the others takes a number that none has had before, and rank 0 answers all numbers with its own new name.
-    Before, it removes what NCCL has left of a fault, which would end the new ranks, too, after some minutes (torch
-    2.13, csrc/distributed/c10d/ProcessGroupNCCL.cpp: its `globalStore_` ignores prefixes).
-
-    Raises:
-        TimeoutError: ranks are missing.
+    Every other rank takes a number that no rank has had before, and rank 0 answers all numbers with a new prefix.
+    First, rank 0 deletes NCCL's abort key, which would end the new ranks after some minutes (torch 2.13,
+    csrc/distributed/c10d/ProcessGroupNCCL.cpp: its `globalStore_` ignores prefixes). TimeoutError if ranks are missing.
     """
     if rank:
         name = store.get(f"to {store.add('arrived', 1)}").decode()  # waits for it

@@ -1,8 +1,9 @@
-"""Gives each job shared memory of its own, of which a killed job leaves nothing that stops the next one.
+"""Gives each job its own shared memory for streaming datasets, and removes what killed jobs have left.
 
-streaming 0.13.0 looks for the first free number for its shared memory, minding what dead jobs have left. Two jobs that
-start at once find the same number, and its clean-up takes a living neighbour's. Here each job has a number of its own,
-and its processes hold a lock for as long as one of them lives. A streaming that does so makes this module needless.
+streaming 0.13.0 takes the first free number for its shared memory. Two jobs that start at once find the same number,
+its clean-up removes a running job's memory, and what killed jobs leave stops later ones (base/shared/prefix.py). Here
+each job has a number of its own, and its processes hold a lock while any of them lives. A streaming that allows jobs to
+start at once, be killed at any time and reuse the same `local` makes this module needless.
 """
 
 import atexit
@@ -28,22 +29,22 @@ from examples.mosaic_streaming.upstream.patch import replaced
 
 SHM = Path("/dev/shm")
 FIRST_NUMBER = 10**12
-"""This project's numbers have 13 digits and begin here. streaming counts up from 0."""
+"""Our numbers start here and have 13 digits; streaming counts up from 0."""
 LOCK = "job"
-"""The name of the file in a job's shared memory that its processes lock."""
+"""The file in a job's shared memory that its processes lock."""
 CREATION_SECONDS, POLL_SECONDS = 60.0, 0.002
-"""How long a process waits for shared memory that another one creates, and the pause between two polls."""
+"""How long to wait for shared memory that another process is creating, and between two checks."""
 
 
 class ReadySharedMemory(BuiltinSharedMemory):
-    """Shared memory that is opened only once it has its size. Its creator sets the size shortly after the name.
+    """Shared memory that is opened only once it has its size, which its creator sets a moment after its name.
 
     Source: streaming 0.13.0 waits 7 ms, and then fails with "cannot mmap an empty file" (base/shared/memory.py).
     """
 
     def __init__(self, name: str | None = None, create: bool = False, size: int = 0) -> None:
         end = time.monotonic() + CREATION_SECONDS
-        with contextlib.suppress(FileNotFoundError):  # the base class says so
+        with contextlib.suppress(FileNotFoundError):  # the base class raises it
             while not create and not (SHM / str(name)).stat().st_size and time.monotonic() < end:
                 time.sleep(POLL_SECONDS)
         super().__init__(name, create, size)
@@ -51,13 +52,9 @@ class ReadySharedMemory(BuiltinSharedMemory):
 
 @contextlib.contextmanager
 def shared_memory(number: int) -> Iterator[None]:
-    """A context in which a new StreamingDataset gets shared memory of a given number, not of the first free one.
+    """Give a StreamingDataset made in this context the shared memory with this number, not the first free one.
 
-    Args:
-        number: the same on all ranks, and used for this dataset alone.
-
-    Source: streaming 0.13.0, base/shared/prefix.py. A version in which jobs may start at once and be killed at any
-    time, and in which the next job may use the same `local`, makes this needless.
+    The number has to be the same on all ranks, and belongs to this dataset alone.
     """
 
     def get_shm_prefix(
@@ -83,14 +80,14 @@ def shared_memory(number: int) -> Iterator[None]:
 
 
 def keep_locks_together(dataset: StreamingDataset) -> None:
-    """Put a dataset's lock files beside its shared memory. In the temporary folder, they would stay for ever."""
+    """Move a dataset's lock files to its shared memory; in the temporary folder they would stay forever."""
     number = dataset._shm_prefix_int
     dataset._cache_filelock_path = str(SHM / _get_path(number, CACHE_FILELOCK))
     dataset._shared_barrier.filelock_path = str(SHM / _get_path(number, BARRIER_FILELOCK))
 
 
 def hold(number: int) -> None:
-    """Hold shared memory of a number until this process and its forks have ended. The last one removes it."""
+    """Hold a number until this process and its forks have ended; the last one removes the shared memory."""
     lock = SHM / _get_path(number, LOCK)
     while True:
         file = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -98,42 +95,42 @@ def hold(number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file), os.stat(lock)):
                 break
-        os.close(file)  # another job has just removed it, as nobody held it yet
+        os.close(file)  # another job removed it before the lock was taken
     atexit.register(let_go, file, number)
 
 
 def let_go(file: int, number: int) -> None:
-    """Stop holding shared memory."""
+    """Release a number, and remove its shared memory if nobody else holds it."""
     os.close(file)
     remove_unused(number)
 
 
 def remove_unused(number: int) -> None:
-    """Remove this user's shared memory of a number, unless a living process holds it."""
+    """Remove this user's shared memory of a number, unless a running process holds it."""
     lock = SHM / _get_path(number, LOCK)
     with contextlib.ExitStack() as stack:
-        try:  # what another user may have put there is neither followed nor waited for
+        try:  # never follow or wait for what another user may have put there
             file = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             stack.callback(os.close, file)
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass
-        except OSError:  # it is held, or not ours
+        except OSError:  # held, or another user's
             return
-        for left in [*SHM.glob(_get_path(number, "*")), lock]:  # the lock again, and last
+        for left in [*SHM.glob(_get_path(number, "*")), lock]:  # the lock last, whether or not it was there before
             if is_own(left):
                 left.unlink(missing_ok=True)
 
 
 def is_own(file: Path) -> bool:
-    """Whether a file is this user's."""
+    """Whether a file belongs to this user."""
     with contextlib.suppress(FileNotFoundError):
         return file.lstat().st_uid == os.getuid()
     return False
 
 
 def remove_stale() -> None:
-    """Remove the shared memory that this project's dead jobs of this user have left."""
+    """Remove shared memory with our numbers that this user's dead jobs have left."""
     numbers = set()
     with os.scandir(SHM) as entries:
         for entry in entries:

@@ -1,4 +1,4 @@
-"""What torchrun does with its ranks: the signals that it passes on, and the report of an error that it prints."""
+"""torchrun's dealings with its ranks: the signals that it forwards, and the error report that it prints."""
 
 import json
 import os
@@ -7,17 +7,17 @@ import time
 from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that torchrun passes on to its ranks' process groups."""
+"""The signals that torchrun forwards to its ranks' process groups."""
 
 
 def write_report(message: str) -> None:
-    """Leave a message for torchrun's closing report, in place of a traceback.
+    """Write a message for torchrun's final report, in place of a traceback.
 
-    `Trainer.train` leaves any exception there that comes out of it. On rank 0 that may be one which only follows from
-    another rank's end. So the reason has to be written last.
+    `Trainer.train` writes any exception that leaves it there, on rank 0 perhaps one that only follows from another
+    rank's end. So the reason has to be written last. The report shows the "py_callstack" of the file that
+    TORCHELASTIC_ERROR_FILE names.
 
-    Source: the report shows the "py_callstack" of the file that TORCHELASTIC_ERROR_FILE names (torch 2.13,
-    distributed/elastic/multiprocessing/errors).
+    Source: torch 2.13, distributed/elastic/multiprocessing/errors. A public way to set the message makes it needless.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

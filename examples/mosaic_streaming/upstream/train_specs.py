@@ -1,4 +1,4 @@
-"""TorchTitan's registry of models: which there are, and registering one again.
+"""Lists the models in TorchTitan's registry, and registers one again.
 
 TorchTitan 0.2.2 has no public list of its models, and refuses to register a name twice (protocols/train_spec.py). A
 registry with both makes this module needless.
@@ -9,7 +9,7 @@ from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
 registered: dict[str, TrainSpec] = {}
-"""Our own specs, by their names."""
+"""The specs registered here, by name."""
 
 
 def model_names() -> list[str]:
@@ -18,11 +18,7 @@ def model_names() -> list[str]:
 
 
 def register_again(name: str, spec: TrainSpec) -> None:
-    """Register a spec, in place of an earlier one that was registered here under this name.
-
-    Raises:
-        ValueError: the name is somebody else's.
-    """
+    """Register a spec, replacing one registered here earlier; ValueError if others registered the name."""
     if name in registered and train_spec._extra_train_specs.get(name) is registered[name]:
         del train_spec._extra_train_specs[name]
     register_train_spec(name, spec)

@@ -1,4 +1,7 @@
-"""Ends dataloader workers for which the reader would wait for ever, and keeps those quiet that are ended."""
+"""Lets dataloader workers end when they can't send a batch, and keeps them quiet when the reader stops.
+
+Python 3.12 and torch 2.13; a queue that reports such an error to its reader makes most of it needless.
+"""
 
 import os
 import sys
@@ -10,19 +13,15 @@ from examples.mosaic_streaming.upstream.patch import replace
 
 
 def prepare_worker(number: int = 0) -> None:
-    """Prepare a dataloader worker, of any number: it ends where its reader would wait, and doesn't print when ended."""
+    """Set up this process as a dataloader worker."""
     replace(queues.Queue, "_on_queue_feeder_error", staticmethod(end_worker))
     sys.excepthook = ignore_lost_reader
 
 
 def end_worker(e: Exception, obj: object) -> NoReturn:
-    """End a worker that can't hand on a batch. Python would drop the batch, and the reader would wait for ever.
+    """End a worker that can't send a batch (`obj`); Python would drop it, and the reader would wait forever.
 
-    It happens where shared memory is full, or where the path of the temporary folder is too long for a socket.
-
-    Args:
-        e: why it can't.
-        obj: the batch.
+    This happens when shared memory is full, or the temporary folder's path is too long for a socket.
 
     Source: Python 3.12, multiprocessing/queues.py.
     """
@@ -31,9 +30,9 @@ def end_worker(e: Exception, obj: object) -> NoReturn:
 
 
 def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print nothing of a batch that nobody takes any more. The reader says why it stops.
+    """Print nothing for a batch that nobody receives: the reader reports why it stops.
 
-    In a worker, only the thread that hands on tensors asks for this (Python 3.12, multiprocessing/resource_sharer.py).
+    In a worker, only the thread that shares tensors raises this (Python 3.12, multiprocessing/resource_sharer.py).
     """
     if not isinstance(error, EOFError | ConnectionError):
         sys.__excepthook__(kind, error, trace)
@@ -42,7 +41,7 @@ def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: T
 def shut_down_workers(batches: Any) -> None:
     """End the workers of a loader's iterator, if it has any.
 
-    Source: torch has no public way to do it (torch 2.13, utils/data/dataloader.py).
+    Source: torch has no public way to do this (torch 2.13, utils/data/dataloader.py).
     """
     if shutdown := getattr(batches, "_shutdown_workers", None):
         shutdown()

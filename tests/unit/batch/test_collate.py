@@ -16,9 +16,17 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
 from examples.mosaic_streaming.batch import collate
-from examples.mosaic_streaming.batch.collate import PIPE_BYTES, Collator, RowCollator, to_arrays, to_tensors
+from examples.mosaic_streaming.batch.collate import (
+    PIPE_BYTES,
+    Collator,
+    collate_rows,
+    to_arrays,
+    to_tensors,
+    use_fast_collator,
+)
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_batch
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.shards import CheckedDataset
 from tests.support.ranks import run_rank_values
 from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, resolved
 
@@ -125,34 +133,33 @@ def test_samples_of_different_lengths_are_left_to_llm_foundry() -> None:
     theirs = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     samples = [np.arange(FIRST_ID, FIRST_ID + length, dtype=np.uint16) for length in (3, 5)]
     expected = theirs([torch.from_numpy(one.astype(np.int64)) for one in samples])
-    found = RowCollator(theirs)(samples)
+    found = collate_rows(theirs, samples)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert found["input_ids"].tolist()[0] == [16, 17, 18, PAD, PAD]
 
 
-class Dataset(collate.CheckedDataset):
-    """Of no streams."""
+class Empty(CheckedDataset):
+    """A dataset without streams."""
 
     def __init__(self) -> None:
         pass
 
 
 def test_a_collator_of_someone_elses_stays() -> None:
-    class Own:
-        def __call__(self, samples: list[Any]) -> dict[str, Any]:
-            return {"input_ids": torch.stack(samples)}
+    def own(samples: list[Any]) -> dict[str, Any]:
+        return {"input_ids": torch.stack(samples)}
 
-    loader: DataLoader[Any] = DataLoader(Dataset(), collate_fn=Own())
-    collate.use_fast_collator(loader, is_text=True)
-    assert isinstance(loader.collate_fn, Collator) and isinstance(loader.collate_fn._make_batch, Own)
+    loader: DataLoader[Any] = DataLoader(Empty(), collate_fn=own)
+    use_fast_collator(loader, is_text=True)
+    assert isinstance(loader.collate_fn, Collator) and loader.collate_fn._collate is own
     assert not loader.dataset.keep_dtype  # type: ignore[attr-defined]
 
 
 def test_packing_that_a_restart_could_not_repeat_is_refused() -> None:
     packer = BinPackCollator(lambda batch: batch, 2, 16, PAD, "right", max_leftover_bins_to_keep=3)
-    with pytest.raises(ConfigError, match="Give it max_leftover_bins_to_keep=0"):
-        collate.use_fast_collator(DataLoader(Dataset(), collate_fn=packer), is_text=False)
+    with pytest.raises(ConfigError, match=r"carries samples .* over .* Give it max_leftover_bins_to_keep=0"):
+        use_fast_collator(DataLoader(Empty(), collate_fn=packer), is_text=False)
 
 
 def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,12 +172,13 @@ def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_widest_type_of_a_mixture_holds_all_ids() -> None:
+    theirs = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(TOKENIZER), mlm=False)
     narrow, wide = np.array([16, 17], np.int32), np.array([2**32 + 5, 18])
     for samples in ([narrow, wide], [wide, narrow]):
-        assert collate.stack(samples).tolist() == [sample.tolist() for sample in samples]
+        assert collate_rows(theirs, samples)["input_ids"].tolist() == [sample.tolist() for sample in samples]
 
 
 def test_samples_of_two_axes_stay_what_they_are() -> None:
     """So that their shape is refused."""
-    collator = RowCollator(DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(TOKENIZER), mlm=False))
-    assert collator([np.ones((2, 3), np.int32)] * 4)["input_ids"].shape == (4, 2, 3)
+    theirs = DataCollatorForLanguageModeling(AutoTokenizer.from_pretrained(TOKENIZER), mlm=False)
+    assert collate_rows(theirs, [np.ones((2, 3), np.int32)] * 4)["input_ids"].shape == (4, 2, 3)

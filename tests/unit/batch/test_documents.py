@@ -24,7 +24,7 @@ from torchtitan.config import JobConfig
 from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.batch.documents import ends, positions
+from examples.mosaic_streaming.batch.titan_batch import ends, positions
 from examples.mosaic_streaming.config.warnings import warnings_of_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.placement import Layout

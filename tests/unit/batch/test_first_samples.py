@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 
+from examples.mosaic_streaming.batch.first_samples import check_lengths, check_types
+from examples.mosaic_streaming.config import BatchShape
 from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import run_ranks
 from tests.support.reading import write_turns
 from tests.support.store import running_store
@@ -23,19 +26,13 @@ from tests.support.streams import (
     loader_config,
     mixture,
     read_samples,
+    resolved,
     sample_tokens,
     write_stream,
 )
 
 SAMPLES = 40
-
-
-def write_bytes(folder: Path, dtype: str, length: int = SEQ_LEN + 1) -> Path:
-    """Write a stream of token samples as bytes of a type."""
-    with MDSWriter(out=str(folder), columns={"tokens": "bytes"}, size_limit=2048) as writer:
-        for sample in range(SAMPLES):
-            writer.write({"tokens": sample_tokens(sample, length).astype(dtype).tobytes()})
-    return folder
+VOCAB_SIZE = 2048
 
 
 def start(config: dict[str, Any], world_size: int = 1, reads: bool = False, seq_len: int = SEQ_LEN) -> str:
@@ -59,41 +56,65 @@ def start(config: dict[str, Any], world_size: int = 1, reads: bool = False, seq_
     return failed[0] if failed else output
 
 
+def as_bytes(dtype: str, length: int = SEQ_LEN + 1) -> list[dict[str, Any]]:
+    """Token samples as bytes of a type."""
+    return [{"tokens": sample_tokens(sample, length).astype(dtype).tobytes()} for sample in range(SAMPLES)]
+
+
+def refusal(samples: list[dict[str, Any]], dtype: str) -> str:
+    """What is said of samples whose bytes are taken for a type, or nothing."""
+    try:
+        check_types(samples, dtype, VOCAB_SIZE, "stream 'a'", "loader.toml")
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize(
-    ("written", "told", "fits"),
+    ("written", "configured", "fits"),
     [
         ("int64", "uint16", "int64 or uint64"),
         ("int64", "int32", "int64 or uint64"),
-        ("uint16", None, "int16 or uint16"),
-        ("uint32", None, "int32 or uint32"),
+        ("uint16", "int64", "int16 or uint16"),
+        ("uint32", "int64", "int32 or uint32"),
         ("uint32", "uint16", "int32 or uint32"),
         ("uint16", "int32", "int16 or uint16"),
-        ("int64", None, ""),
+        ("int64", "int64", ""),
         ("uint16", "int16", ""),
         ("uint32", "uint32", ""),
     ],
 )
 @pytest.mark.parametrize("length", [SEQ_LEN + 1, SEQ_LEN])
 def test_bytes_of_another_type_are_refused_with_those_that_fit(
-    tmp_path: Path, written: str, told: str | None, fits: str, length: int
+    written: str, configured: str, fits: str, length: int
 ) -> None:
     """With 17 tokens, lengths tell it in part of the cases, with 16 only the ids."""
-    settings: dict[str, Any] = {"max_seq_len": length} | ({"token_encoding_type": told} if told else {})
-    said = start(loader_config(write_bytes(tmp_path, written, length), **settings), reads=True)
-    if fits:
-        assert said.startswith("ConfigError: `tokens` of the stream in loader.toml are bytes, which are no ids"), said
-        assert f"dataset.token_encoding_type = {told or 'int64'!r}" in said
-        assert f'With {fits} they are: set dataset.token_encoding_type = "{fits.split()[-1]}" in loader.toml.' in said
-    else:
-        assert "ConfigError" not in said
+    said = refusal(as_bytes(written, length), configured)
+    if not fits:
+        assert said == ""
+        return
+    assert said.startswith("`tokens` of stream 'a' are bytes, which are no ids of the model (0 to 2,047) with "), said
+    assert f"dataset.token_encoding_type = {configured!r} (by default int64)" in said
+    assert f'With {fits} they are: set dataset.token_encoding_type = "{fits.split()[-1]}" in loader.toml.' in said
 
 
-def test_bytes_that_are_ids_of_no_type_are_of_another_tokenizer(tmp_path: Path) -> None:
-    with MDSWriter(out=str(tmp_path), columns={"tokens": "bytes"}) as writer:
-        for _ in range(4):
-            writer.write({"tokens": np.arange(60_000, 60_000 + SEQ_LEN + 1).astype(np.uint16).tobytes()})
-    said = start(loader_config(tmp_path, token_encoding_type="uint16"))
-    assert "Nor are they with any other: they were made with another tokenizer" in said
+def test_bytes_that_are_ids_of_no_type_are_of_another_tokenizer() -> None:
+    samples = [{"tokens": np.arange(60_000, 60_000 + SEQ_LEN + 1).astype(np.uint16).tobytes()}] * 4
+    assert "Nor are they with any other: they were made with another tokenizer" in refusal(samples, "uint16")
+
+
+@pytest.mark.parametrize("array", [np.ones((1, SEQ_LEN + 1), np.int32), np.ones(SEQ_LEN + 1, np.float32)])
+def test_arrays_that_are_no_rows_of_ids_are_refused(array: NDArray[Any]) -> None:
+    assert "expected whole numbers in one dimension" in refusal([{"tokens": array}], "int64")
+
+
+def test_start_takes_the_type_from_the_configuration_and_int64_by_default(tmp_path: Path) -> None:
+    with MDSWriter(out=str(tmp_path), columns={"tokens": "bytes"}, size_limit=2048) as writer:
+        for sample in as_bytes("uint16"):
+            writer.write(sample)
+    said = start(loader_config(tmp_path))
+    assert said.startswith("ConfigError: `tokens` of the stream in loader.toml are bytes, which are no ids"), said
+    assert "ConfigError" not in start(loader_config(tmp_path, token_encoding_type="uint16"), reads=True)
 
 
 def test_type_is_told_of_examples_for_instruction_tuning(tmp_path: Path) -> None:
@@ -108,12 +129,6 @@ def test_type_is_told_of_examples_for_instruction_tuning(tmp_path: Path) -> None
     assert "ConfigError" not in start(config, reads=True)
 
 
-@pytest.mark.parametrize("array", [np.ones((1, SEQ_LEN + 1), np.int32), np.ones(SEQ_LEN + 1, np.float32)])
-def test_arrays_that_are_no_rows_of_ids_are_refused(tmp_path: Path, array: NDArray[Any]) -> None:
-    said = start(loader_config(tmp_path, remote=columns(tmp_path, tokens=("ndarray", array))["remote"]))
-    assert "expected whole numbers in one dimension" in said
-
-
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_stream_of_another_length_is_named_on_all_ranks_before_the_first_batch(tmp_path: Path, world_size: int) -> None:
     streams = {"long": {"local": str(write_stream(tmp_path / "long", 20, length=2 * SEQ_LEN + 1))}}
@@ -122,12 +137,45 @@ def test_stream_of_another_length_is_named_on_all_ranks_before_the_first_batch(t
     assert told in start(mixture(streams), world_size)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "row", "ways"),
+    [
+        (
+            [33],
+            17,
+            "Set training.seq_len = 32, or write samples of 17 tokens, or set dataset.max_seq_len = 17 in loader",
+        ),
+        (
+            [16],
+            17,
+            "Set dataset.max_seq_len = 16 in loader.toml (the last label of each is then -100), or write samples of 17",
+        ),
+        (
+            [9, 12],
+            17,
+            "Set training.seq_len = 12 and dataset.max_seq_len = 12 in loader.toml (the last label of each is then -10",
+        ),
+        ([17, 3], 17, ""),
+    ],
+)
+def test_lengths_that_fill_no_row_are_told_with_each_way_out(lengths: list[int], row: int, ways: str) -> None:
+    config = resolved({"name": "text", "dataset": {"remote": "s3://bucket/a", "local": "/nowhere"}})
+    told = ""
+    try:
+        check_lengths(lengths, row, BatchShape("training", 2, SEQ_LEN), "stream 'a'", config)
+    except ConfigError as error:
+        told = str(error)
+    assert ways in told and bool(told) == bool(ways), told
+    low, high = min(lengths), max(lengths)
+    assert not ways or f"have {low if low == high else f'{low} to {high}'} tokens, but rows of training.seq_len" in told
+
+
 def test_longer_sample_behind_the_first_ones_stops_the_run_with_its_name(tmp_path: Path) -> None:
     with MDSWriter(out=str(tmp_path), columns={"tokens": "ndarray:int32"}) as writer:
         for sample in range(SAMPLES):
             writer.write({"tokens": sample_tokens(sample, SEQ_LEN + 1 + (sample == SAMPLES - 1))})
     said = start(loader_config(tmp_path), reads=True)
-    assert "Error" not in said
+    assert "Error: " not in said
 
     def read() -> None:
         channel = AbortChannel()
@@ -149,7 +197,7 @@ def test_streams_are_looked_at_in_a_store_and_no_shard_is_fetched_twice(tmp_path
         looked = [request["path"] for request in store.requests() if request["path"].endswith(".mds")]
         assert {os.path.basename(path) for path in looked} == {"shard.00000.mds"}
         store.clear()
-        assert "Error" not in start(config, 2, reads=True)
+        assert "Error: " not in start(config, 2, reads=True)
         assert not [request for request in store.requests() if "shard.00000" in request["path"]]
 
 
@@ -176,7 +224,7 @@ def test_streams_of_different_columns_are_not_mixed(tmp_path: Path) -> None:
     said = start(mixture(streams), 2)
     assert "stream 'a' in loader.toml has `tokens` (ndarray:int32); stream 'b' in loader.toml has `text` (str)" in said
     same = {"a": columns(tmp_path / "c", tokens=TOKENS), "b": columns(tmp_path / "d", tokens=TOKENS, source=TEXT)}
-    assert "Error" not in start(mixture(same, num_canonical_nodes=1), reads=True)
+    assert "Error: " not in start(mixture(same, num_canonical_nodes=1), reads=True)
 
 
 def test_shards_of_a_stream_that_differ_are_named(tmp_path: Path) -> None:
@@ -232,4 +280,4 @@ def test_examples_are_not_taken_for_text(tmp_path: Path) -> None:
     """Few random ids, in which no tokenizer shows."""
     dataset = {"remote": str(write_turns(tmp_path / "a", 40)), "local": str(tmp_path / "a"), "num_canonical_nodes": 1}
     said = start({"name": "finetuning", "dataset": dataset}, reads=True)
-    assert "Error" not in said and "can't be told" not in said
+    assert "Error: " not in said and "can't be told" not in said

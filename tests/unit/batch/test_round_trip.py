@@ -82,6 +82,9 @@ def transformers_of(tokenizer: Tokenizer) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, name_or_path="assets")
 
 
+TRAINED = [byte_level, sentence_piece, unigram]
+
+
 def cut(tokenizer: Tokenizer, text: str, length: int = LENGTH) -> list[NDArray[np.int64]]:
     """Samples cut out of a text's ids, wherever that may be."""
     ids = tokenizer.encode(text, add_special_tokens=False).ids
@@ -90,7 +93,7 @@ def cut(tokenizer: Tokenizer, text: str, length: int = LENGTH) -> list[NDArray[n
 
 
 @pytest.mark.parametrize("text", [CODE, PROSE, CHARACTERS], ids=["code", "prose", "characters"])
-@pytest.mark.parametrize("make", [byte_level, sentence_piece, unigram, of_the_tests])
+@pytest.mark.parametrize("make", [*(pytest.param(make, marks=pytest.mark.long) for make in TRAINED), of_the_tests])
 def test_own_ids_come_back_wherever_samples_are_cut(make: Callable[[], Tokenizer], text: str) -> None:
     tokenizer = make()
     for length in (17, LENGTH, 2048):
@@ -104,7 +107,7 @@ def test_special_tokens_between_documents_are_left_aside() -> None:
     assert check_round_trip(texts, transformers_of(of_the_tests()), "stream") == []
 
 
-@pytest.mark.parametrize("make", [byte_level, sentence_piece])
+@pytest.mark.parametrize("make", [byte_level, pytest.param(sentence_piece, marks=pytest.mark.long)])
 def test_ids_of_another_tokenizer_are_refused_with_the_share_that_comes_back(make: Callable[[], Tokenizer]) -> None:
     for text in (CODE, PROSE):
         for own, other in ((of_the_tests(), make()), (make(), of_the_tests())):

@@ -40,11 +40,11 @@ def test_last_label_of_a_sample_of_seq_len_tokens_is_ignored() -> None:
 def test_only_input_reaches_the_model() -> None:
     ids = torch.tensor([[10, 11, 12, 13, 14]])
     batch = {"input_ids": ids, "labels": ids, "sequence_id": ids, "attention_mask": ids, "total_tokens": [5]}
-    inputs, targets = to_titan_batch(batch, SPEC)
+    inputs, labels = to_titan_batch(batch, SPEC)
     assert list(inputs) == ["input"]
     assert inputs["input"].tolist() == [[10, 11, 12, 13]]
-    assert inputs["input"].dtype == targets.dtype == torch.int64
-    assert inputs["input"].is_contiguous() and targets.is_contiguous()
+    assert inputs["input"].dtype == labels.dtype == torch.int64
+    assert inputs["input"].is_contiguous() and labels.is_contiguous()
 
 
 def test_padding_by_attention_mask_is_no_target() -> None:
@@ -101,7 +101,7 @@ def test_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> None
 
 
 def test_empty_batch_is_refused() -> None:
-    with pytest.raises(DataError, match=r"Empty batch of shape \[0, 5\].*Rank 3"):
+    with pytest.raises(DataError, match=r"Batch of shape \[0, 5\], expected \[1, 5\].*Rank 3"):
         to_titan_batch({"input_ids": torch.ones((0, 5), dtype=torch.int64)}, SPEC)
 
 

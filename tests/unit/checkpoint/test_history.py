@@ -1,8 +1,11 @@
 """A run's history: which samples it has read and will read in which step, against real runs that change on the way."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +18,11 @@ from examples.mosaic_streaming import checkpoint
 from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, append_segment
 from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.sampling.order import Order
-from tests.support.jobs import train, write_files, write_loader
-from tests.support.looking import looked_up, preview, printed, recorded_by_dp_rank
+from tests.support.jobs import command, train, write_files, write_loader
+from tests.support.looking import by_dp_rank, recorded_by_dp_rank
+from tests.support.ranks import run_rank_values
 from tests.support.recording import recording
 from tests.support.streams import write_stream
 
@@ -42,6 +47,53 @@ def saved(files: Path, step: int) -> str:
     return f"--checkpoint={files}/outputs/checkpoint/step-{step}"
 
 
+@dataclass(frozen=True)
+class Look:
+    """A command of the preview, flags of TorchTitan's, and the exit code."""
+
+    flags: tuple[str, ...]
+    titan: tuple[str, ...] = ()
+    code: int = 0
+
+    def run(self, files: Path) -> Any:
+        """What it says in the present process: with `--json`, its report."""
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.redirect_stderr(io.StringIO()) as errors:
+            code: Any = 0
+            try:
+                main([*self.flags, *command(files, *self.titan)])
+            except SystemExit as exit:
+                code = exit.code
+        said = output.getvalue() + errors.getvalue()
+        assert code == self.code and "Traceback" not in said, f"{self}: {code}\n{said}"
+        return json.loads(output.getvalue()) if "--json" in self.flags else said
+
+
+def look(files: Path, *looks: Look) -> list[Any]:
+    """What commands say, one after another, in one process."""
+    [found] = run_rank_values(lambda: [one.run(files) for one in looks])
+    return list(found)
+
+
+def says(*flags: str, titan: tuple[str, ...] = (), code: int = 0) -> Look:
+    """A look at what a command prints."""
+    return Look(flags, titan, code)
+
+
+def report(*flags: str, titan: tuple[str, ...] = ()) -> Look:
+    """A look at the report of a command."""
+    return Look((*flags, "--json"), titan)
+
+
+def samples_of(steps: str, *flags: str, titan: tuple[str, ...] = ()) -> Look:
+    """A look at the samples of steps, for `found_in`."""
+    return report("step", steps, "--no-text", *flags, titan=titan)
+
+
+def found_in(report: Any) -> Samples:
+    """The samples in the report of a `step`."""
+    return by_dp_rank(report["samples"])
+
+
 def first_repeat(read: Samples) -> int:
     """The first step that has read a sample again."""
     seen: set[int] = set()
@@ -59,25 +111,34 @@ def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
     return files, go(files, 1, 6) | go(files, 7, 12, *WIDER)
 
 
+@pytest.mark.long
 def test_run_that_goes_on_with_twice_the_global_batch_is_known_before_it_does_and_afterwards(
     wider: tuple[Path, Samples],
 ) -> None:
     files, read = wider
     assert [len(read[step, 0]) for step in (6, 7)] == [4, 8]
     for step in (6, 12):
-        assert looked_up(files, "1:12", saved(files, step), titan=WIDER) == read
-        assert preview(files, "ledger", "--step=9", saved(files, step), titan=WIDER)["streams"][0]["samples"] == 48
-        for steps in (11, 12):
-            run = preview(files, "plan", saved(files, step), titan=(*WIDER, f"--training.steps={steps}"))["run"]
+        found, ledger, *plans = look(
+            files,
+            samples_of("1:12", saved(files, step), titan=WIDER),
+            report("ledger", "--step=9", saved(files, step), titan=WIDER),
+            *(report("plan", saved(files, step), titan=(*WIDER, f"--training.steps={last}")) for last in (11, 12)),
+        )
+        assert found_in(found) == read
+        assert ledger["streams"][0]["samples"] == 48
+        for steps, run in zip((11, 12), (plan["run"] for plan in plans), strict=True):
             assert run["samples"] == sum(len(samples) for (at, _), samples in read.items() if at <= steps)
             assert (run["first_repeat_step"], run["fits"]) == (first_repeat(read), steps == 11)
             assert (run["first_repeat_samples"], run["epochs"]) == (64, run["samples"] / 64)
-    ledger = preview(files, "ledger", saved(files, 12))
+    ledger, refused, said = look(
+        files,
+        report("ledger", saved(files, 12)),
+        says("step", "6", saved(files, 6), "--world-size=4", titan=WIDER, code=1),
+        says("step", "6:7", saved(files, 12)),
+    )
     assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 72
     assert (ledger["epoch"], ledger["sample_in_epoch"], ledger["global_batch_size"]) == (1, 8, 8)
-    said = printed(files, "step", "6", saved(files, 6), "--world-size=4", titan=WIDER, code=1)
-    assert "Step 6 has a global batch of 4 samples, which 4 dp ranks with batches of 2 can't share." in said
-    said = printed(files, "step", "6:7", saved(files, 12))
+    assert "Step 6 has a global batch of 4 samples, which 4 dp ranks with batches of 2 can't share." in refused
     assert "From step 1 on, global batches of 4 samples, from sample 0 of epoch 0." in said
     assert "From step 7 on, global batches of 8 samples, from sample 24 of epoch 0." in said
 
@@ -85,21 +146,28 @@ def test_run_that_goes_on_with_twice_the_global_batch_is_known_before_it_does_an
 def test_checkpoint_is_the_one_that_a_start_loads(wider: tuple[Path, Samples]) -> None:
     files, read = wider
     folder, loads = f"--checkpoint={files}/outputs/checkpoint", (*SAVE, "--checkpoint.load_step=6", *WIDER)
-    for flags in ([folder], [], [saved(files, 6)]):
-        assert looked_up(files, "7:12", *flags, titan=loads) == {key: read[key] for key in read if key[0] > 6}
-        resume = preview(files, "plan", *flags, titan=(*loads, "--training.steps=12"))["resume"]
+    ways: list[list[str]] = [[folder], [], [saved(files, 6)]]
+    *found, other, none = look(
+        files,
+        *(samples_of("7:12", *flags, titan=loads) for flags in ways),
+        *(report("plan", *flags, titan=(*loads, "--training.steps=12")) for flags in ways),
+        says("step", "7", saved(files, 12), titan=loads, code=1),
+        says("step", "7", folder, titan=("--checkpoint.load_step=5",), code=1),
+    )
+    for samples, plan in zip(found[:3], found[3:], strict=True):
+        assert found_in(samples) == {key: read[key] for key in read if key[0] > 6}
+        resume = plan["resume"]
         assert (resume["step"], resume["steps_left"], resume["sample_in_epoch"]) == (6, 6, 24)
-    said = printed(files, "step", "7", saved(files, 12), titan=loads, code=1)
-    assert "step-12 is of step 12, but a start loads checkpoint.load_step = 6." in said
-    said = printed(files, "step", "7", folder, titan=("--checkpoint.load_step=5",), code=1)
-    assert "checkpoint.load_step = 5, but " in said and "has finished steps: 6, 12." in said
+    assert "step-12 is of step 12, but a start loads checkpoint.load_step = 6." in other
+    assert "checkpoint.load_step = 5, but " in none and "has finished steps: 6, 12." in none
 
 
 def test_report_of_a_run_that_begins_says_so_where_the_job_has_checkpoints(wider: tuple[Path, Samples]) -> None:
     files, _ = wider
-    for command in (["step", "1", "--no-text"], ["ledger"], ["plan"]):
-        for flags, told in (((), False), (SAVE, True)):
-            assert any("has checkpoints" in text for text in preview(files, *command, titan=flags)["warnings"]) == told
+    commands = (["step", "1", "--no-text"], ["ledger"], ["plan"])
+    for flags, told in (((), False), (SAVE, True)):
+        for found in look(files, *(report(*words, titan=flags) for words in commands)):
+            assert any("has checkpoints" in text for text in found["warnings"]) == told
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +179,7 @@ def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
     return files, read
 
 
+@pytest.mark.long
 def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) -> None:
     files, read = anew
     cases: list[tuple[int, int, int, tuple[str, ...]]] = [
@@ -120,38 +189,52 @@ def test_steps_go_on_where_the_streams_begin_anew(anew: tuple[Path, Samples]) ->
         (8, 11, 9, WIDER),
         (8, 11, 11, WIDER),
     ]
-    for first, last, step, flags in cases:
-        found = looked_up(files, f"{first}:{last}", saved(files, step), titan=flags)
-        assert found == {key: read[key] for key in read if first <= key[0] <= last}
-    assert looked_up(files, "12", titan=(*SAVE, *ANEW)) == {(12, 0): read[1, 0]}, "the job's own last checkpoint"
-    for step, at in ((4, 7), (7, 9), (7, 11)):
-        said = printed(files, "step", str(step), saved(files, at), code=1)
+    looks = [samples_of(f"{first}:{last}", saved(files, step), titan=flags) for first, last, step, flags in cases]
+    *found, own = look(files, *looks, samples_of("12", titan=(*SAVE, *ANEW)))
+    for (first, last, *_), samples in zip(cases, found, strict=True):
+        assert found_in(samples) == {key: read[key] for key in read if first <= key[0] <= last}
+    assert found_in(own) == {(12, 0): read[1, 0]}, "the job's own last checkpoint"
+    before = ((4, 7), (7, 9), (7, 11))
+    refused = look(files, *(says("step", str(step), saved(files, at), code=1) for step, at in before))
+    for (step, _), said in zip(before, refused, strict=True):
         assert f"ConfigError: Step {step} was read before step {step + 1}, and the streams began anew there" in said
 
 
+@pytest.mark.long
 def test_ledger_and_plan_count_since_the_streams_began_anew(anew: tuple[Path, Samples]) -> None:
     files, read = anew
-    ledger = preview(files, "ledger", saved(files, 7))
+    steps = "--training.steps=7"
+    ledger, printed, whole, plan_of_all, plan, printed_plan = look(
+        files,
+        report("ledger", saved(files, 7)),
+        says("ledger", saved(files, 7)),
+        report("ledger", saved(files, 4), "--step=7", titan=ANEW),
+        report("plan", saved(files, 4), titan=(*ANEW, steps)),
+        report("plan", saved(files, 7), titan=(steps,)),
+        says("plan", saved(files, 7), titan=(steps,)),
+    )
     assert (ledger["step"], ledger["since_step"], ledger["sample_in_epoch"]) == (7, 4, 12)
     assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 12
-    assert "All is counted since the streams began anew after step 4." in printed(files, "ledger", saved(files, 7))
-    ledger = preview(files, "ledger", saved(files, 4), "--step=7", titan=ANEW)
-    assert (ledger["since_step"], ledger["streams"][0]["samples"]) == (0, 28), "where all is known"
-    steps = "--training.steps=7"
-    run = preview(files, "plan", saved(files, 4), titan=(*ANEW, steps))["run"]
+    assert "All is counted since the streams began anew after step 4." in printed
+    assert (whole["since_step"], whole["streams"][0]["samples"]) == (0, 28), "where all is known"
+    run = plan_of_all["run"]
     assert (run["samples"], run["first_repeat_step"], run["fits"]) == (28, first_repeat(read), False)
-    run = preview(files, "plan", saved(files, 7), titan=(steps,))["run"]
+    run = plan["run"]
     assert (run["since_step"], run["samples"], run["fits"]) == (4, 12, True)
-    said = printed(files, "plan", saved(files, 7), titan=(steps,))
-    assert "Samples, tokens and repeats since the streams began anew after step 4." in said
+    assert "Samples, tokens and repeats since the streams began anew after step 4." in printed_plan
 
 
 def test_steps_that_are_counted_from_1_again_read_on(wider: tuple[Path, Samples]) -> None:
     files, read = wider
     flags = ("--checkpoint.exclude_from_loading=train_state", "--training.steps=3")
     later = {(step - 6, dp_rank): samples for (step, dp_rank), samples in read.items() if 6 < step < 10}
-    assert looked_up(files, "1:3", saved(files, 6), titan=(*flags, *WIDER)) == later
-    resume = preview(files, "plan", saved(files, 6), titan=flags)["resume"]
+    found, plan = look(
+        files,
+        samples_of("1:3", saved(files, 6), titan=(*flags, *WIDER)),
+        report("plan", saved(files, 6), titan=flags),
+    )
+    assert found_in(found) == later
+    resume = plan["resume"]
     assert (resume["step"], resume["steps_left"], resume["sample_in_epoch"]) == (6, 3, 24)
 
 
@@ -168,22 +251,32 @@ def test_run_from_before_its_history_was_saved_is_known_from_there_on(files: Pat
         go(files, 1, 6)
     read = go(files, 7, 12, *WIDER)
     for step in (6, 12):
-        assert looked_up(files, "7:12", saved(files, step), titan=WIDER) == read
-        said = printed(files, "step", "6", saved(files, step), code=1)
+        found, said, plan = look(
+            files,
+            samples_of("7:12", saved(files, step), titan=WIDER),
+            says("step", "6", saved(files, step), code=1),
+            report("plan", saved(files, step), titan=("--training.steps=12", *WIDER)),
+        )
+        assert found_in(found) == read
         assert "Step 6 was read before step 7, and the checkpoint, of an earlier version of this code, doesn't" in said
-        run = preview(files, "plan", saved(files, step), titan=("--training.steps=12", *WIDER))["run"]
+        run = plan["run"]
         assert (run["samples"], run["first_repeat_step"], run["fits"]) == (72, None, None)
-    assert "doesn't say what was read in which step" in printed(files, "plan", saved(files, 12))
-    ledger = preview(files, "ledger", saved(files, 12))
+    said, ledger = look(files, says("plan", saved(files, 12)), report("ledger", saved(files, 12)))
+    assert "doesn't say what was read in which step" in said
     assert ledger["streams"][0]["samples"] == ledger["samples_by_checkpoint"] == 72, "it was still in epoch 0"
 
 
+@pytest.mark.long
 def test_earlier_epochs_of_a_run_from_before_its_history_was_saved_are_not_counted(files: Path) -> None:
     with mock.patch.object(checkpoint, "pack", pack_without_segments):
         go(files, 1, 17)
-    said = printed(files, "ledger", saved(files, 17), code=1)
+    said, plan = look(
+        files,
+        says("ledger", saved(files, 17), code=1),
+        report("plan", saved(files, 17), titan=("--training.steps=20",)),
+    )
     assert "ConfigError: What was read before epoch 1 is not known" in said
-    assert preview(files, "plan", saved(files, 17), titan=("--training.steps=20",))["run"]["samples"] == 80
+    assert plan["run"]["samples"] == 80
 
 
 def test_start_that_would_be_refused_has_no_run(wider: tuple[Path, Samples], tmp_path: Path) -> None:
@@ -193,12 +286,16 @@ def test_start_that_would_be_refused_has_no_run(wider: tuple[Path, Samples], tmp
     write_loader(tmp_path, write_stream(tmp_path / "stream", 20))
     with open(tmp_path / "loader.toml", "a") as loader:
         loader.write("num_canonical_nodes = 1\n")
-    said = printed(tmp_path, "plan", saved(files, 6), titan=SAVE, code=1)
+    said, new, first = look(
+        tmp_path,
+        says("plan", saved(files, 6), titan=SAVE, code=1),
+        samples_of("7", saved(files, 6), titan=ANEW),
+        samples_of("1"),
+    )
     assert "Not known, as a start would be refused." in said
     assert "A start would be refused, with the reason at the end." in said
     assert "ConfigError: The checkpoint was written on other data." in said
-    new = looked_up(tmp_path, "7", saved(files, 6), titan=ANEW)
-    assert new[7, 0] == looked_up(tmp_path, "1")[1, 0], "the first batch of the new data"
+    assert found_in(new)[7, 0] == found_in(first)[1, 0], "the first batch of the new data"
 
 
 @st.composite

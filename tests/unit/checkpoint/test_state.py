@@ -1,6 +1,6 @@
-"""Resume equals never having stopped: by the samples of each global batch, restored in fresh processes.
+"""Resume equals never having stopped: by the samples of each global batch, restored in other processes.
 
-The sweep over all ways to weigh, batch and shuffle is marked `long`: `make test-all` runs it.
+The sweeps over all ways to weigh, batch and shuffle, and over all steps, are marked `long`: `make test-all` runs them.
 """
 
 import itertools
@@ -8,16 +8,19 @@ import json
 import re
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchtitan.config import JobConfig
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming.checkpoint.fingerprint import differences
 from examples.mosaic_streaming.checkpoint.state import STATE_VERSION, unpack
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.reading import write_turns
@@ -27,12 +30,15 @@ from tests.support.streams import (
     SHUFFLE,
     TOKENIZER,
     WEIGHTS,
+    Turn,
     build_loader,
     job,
     loader_config,
     mixture,
+    read_each,
     read_samples,
     read_steps,
+    weigh,
     write_stream,
 )
 
@@ -40,66 +46,95 @@ RANKS = {1: [0], 2: [0, 1], 4: [0, 1, 0, 1]}
 """Dp ranks by number of ranks: one; two dp ranks; two with pipeline peers."""
 
 
-def resume_at_every_step(config: dict[str, Any], steps: int, **options: Any) -> int:
-    """Save at each step, go on from each in fresh processes, on one, two and four ranks and other workers in turn.
+LAYOUTS = [*itertools.product(RANKS.values(), (0, 2))]
+"""Dp ranks, and dataloader workers."""
+
+STEPS = 15
+"""An epoch and a half: one has 9 or 10 steps. On one rank, four batches are a step; on two dp ranks, two."""
+
+
+def resume_after(config: dict[str, Any], steps: int, saved_steps: Iterable[int], first: int = 0) -> int:
+    """Save at steps, go on from each in fresh processes, on one, two and four ranks and other workers in turn.
+
+    Args:
+        config: the loader's.
+        steps: to read in all.
+        saved_steps: those to go on from.
+        first: the number of the first layout.
 
     Returns:
         how many positions have been restored.
     """
-    one = read_steps(config, steps, **options)
-    layouts = itertools.cycle(itertools.product(RANKS.values(), (0, 2)))
-    for saved, (dp_ranks, num_workers) in zip(range(1, steps), layouts, strict=False):
-        state = one.states[saved - 1]
-        rest = read_steps(
-            config | {"num_workers": num_workers}, steps - saved, dp_ranks=dp_ranks, state=state, **options
-        )
+    one = read_steps(config, steps, local=2)
+    number = -1
+    for number, saved in enumerate(saved_steps):
+        state, (dp_ranks, num_workers) = one.states[saved - 1], LAYOUTS[(first + number) % len(LAYOUTS)]
+        other = config | {"num_workers": num_workers}
+        rest = read_steps(other, steps - saved, dp_ranks=dp_ranks, state=state, local=2)
         assert rest.samples == one.samples[saved:], f"saved at step {saved}, on {dp_ranks}, {num_workers} workers"
         assert rest.states == one.states[saved:]
-    return steps - 1
+    return number + 1
 
 
-@pytest.mark.parametrize(
-    "batching_method",
-    [method if method == "random" else pytest.param(method, marks=pytest.mark.long) for method in BATCHING],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("batching_method", BATCHING)
 def test_resume_at_every_step_of_an_epoch_and_a_half(
     streams: dict[str, dict[str, Any]],
     batching_method: str,
 ) -> None:
-    """An epoch has 9 or 10 steps. On one rank, four batches are a step; on two dp ranks, two."""
     config = mixture(streams, batching_method=batching_method)
-    assert resume_at_every_step(config, 15, local=2) == 14
+    assert resume_after(config, STEPS, range(1, STEPS)) == 14
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("shuffle_algo", SHUFFLE)
-@pytest.mark.parametrize("batching_method", BATCHING)
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_resume_at_every_step_in_each_way_to_read(
+WAYS = [*itertools.product(WEIGHTS, BATCHING, SHUFFLE)]
+"""All ways to weigh, batch and shuffle."""
+
+
+def steps_to_resume(way: tuple[str, str, str]) -> list[int]:
+    """Three of the steps 1 to 14, others for the next way."""
+    return [1 + (WAYS.index(way) + 4 * turn) % 14 for turn in range(3)]
+
+
+def test_over_all_ways_to_read_each_step_is_resumed_with_each_setting_and_layout() -> None:
+    resumed = {
+        (step, setting)
+        for number, way in enumerate(WAYS)
+        for turn, step in enumerate(steps_to_resume(way))
+        for setting in (*way, (number + turn) % len(LAYOUTS))
+    }
+    settings = [*WEIGHTS, *BATCHING, *SHUFFLE, *range(len(LAYOUTS))]
+    assert resumed == {*itertools.product(range(1, STEPS), settings)}
+
+
+@pytest.mark.parametrize(
+    ("weights", "batching_method", "shuffle_algo"),
+    [WAYS[0], *(pytest.param(*way, marks=pytest.mark.long) for way in WAYS[1:])],
+)
+def test_resume_after_three_steps_in_each_way_to_read(
     streams: dict[str, dict[str, Any]],
     weights: str,
     batching_method: str,
     shuffle_algo: str,
 ) -> None:
-    weighted = {name: stream | weight for (name, stream), weight in zip(streams.items(), WEIGHTS[weights], strict=True)}
-    config = mixture(weighted, batching_method=batching_method, shuffle_algo=shuffle_algo)
-    assert resume_at_every_step(config, 15, local=2) == 14
+    """Others in each: over all, it is each step with each setting."""
+    way = (weights, batching_method, shuffle_algo)
+    config = mixture(weigh(streams, weights), batching_method=batching_method, shuffle_algo=shuffle_algo)
+    assert resume_after(config, STEPS, steps_to_resume(way), WAYS.index(way)) == 3
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"shuffle": False}, {"sampling_method": "fixed"}, {"sampling_granularity": 4}, {"epoch_size": 77}],
-    ids=str,
-)
-def test_resume_with_other_settings_of_the_sampling(
-    streams: dict[str, dict[str, Any]],
-    settings: dict[str, Any],
-) -> None:
-    config = mixture(streams, **settings)
-    one = read_steps(config, 14)
+def test_resume_with_other_settings_of_the_sampling(streams: dict[str, dict[str, Any]]) -> None:
+    settings: list[dict[str, Any]] = [
+        {"shuffle": False},
+        {"sampling_method": "fixed"},
+        {"sampling_granularity": 4},
+        {"epoch_size": 77},
+    ]
+    configs = [mixture(streams, **setting) for setting in settings]
+    whole = read_each([Turn(config, 14) for config in configs])
     for saved in (4, 9, 10):
-        state = one.states[saved - 1]
-        assert read_steps(config, 14 - saved, dp_ranks=[0, 1], state=state).samples == one.samples[saved:]
+        turns = [Turn(config, 14 - saved, one.states[saved - 1]) for config, one in zip(configs, whole, strict=True)]
+        for setting, one, rest in zip(settings, whole, read_each(turns, dp_ranks=[0, 1]), strict=True):
+            assert rest.samples == one.samples[saved:], f"{setting}, saved at step {saved}"
 
 
 def test_one_two_four_one_ranks_read_what_one_reads(streams: dict[str, dict[str, Any]]) -> None:
@@ -114,7 +149,10 @@ def test_one_two_four_one_ranks_read_what_one_reads(streams: dict[str, dict[str,
     assert samples == one.samples[:15]
 
 
-@pytest.mark.parametrize(("batching_method", "local"), [("random", None), ("device_per_stream", 2)])
+@pytest.mark.parametrize(
+    ("batching_method", "local"),
+    [("random", None), pytest.param("device_per_stream", 2, marks=pytest.mark.long)],
+)
 def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
     streams: dict[str, dict[str, Any]], batching_method: str, local: int | None
 ) -> None:
@@ -142,26 +180,23 @@ def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
     assert not any("(training.steps) read" in started.output for started in (rank, again)), "as if of one size"
 
 
-@pytest.mark.parametrize("batching_method", ["per_stream", "stratified"])
-def test_changed_global_batch_is_refused_where_it_is_part_of_the_order(
-    streams: dict[str, dict[str, Any]], batching_method: str
-) -> None:
-    config = mixture(streams, batching_method=batching_method)
-    [state] = read_steps(config, 1, total=8).states
-    message = message_of_load(config, state, local_batch_size=12, global_batch_size=12)
-    assert [line.split() for line in message.splitlines()[2:-1]] == [["training.global_batch_size", "8", "12"]]
+def test_changed_global_batch_is_refused_where_it_is_part_of_the_order(streams: dict[str, dict[str, Any]]) -> None:
+    configs = [mixture(streams, batching_method=method) for method in ("per_stream", "stratified")]
+    saved = read_each([Turn(config, 1) for config in configs], total=8)
+    loads = [(config, one.states[0]) for config, one in zip(configs, saved, strict=True)]
+    for message in messages_of_loads(loads, job(12, 12)):
+        assert [line.split() for line in message.splitlines()[2:-1]] == [["training.global_batch_size", "8", "12"]]
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_rest_of_an_epoch_that_fills_no_changed_global_batch_is_left_out(
-    streams: dict[str, dict[str, Any]], num_workers: int
-) -> None:
-    config = mixture(streams, num_workers)
-    whole = read_steps(config, 12, total=8)
-    rolled = read_steps(config, 2, total=12, state=whole.states[8])
-    begins = {sample for step in whole.samples[10:] for sample in step}
-    assert set(rolled.samples[0]) < begins, "72 of 80 were read, so the first 12 of the next epoch follow"
-    assert len(set(rolled.samples[0] + rolled.samples[1])) == 24
+def test_rest_of_an_epoch_that_fills_no_changed_global_batch_is_left_out(streams: dict[str, dict[str, Any]]) -> None:
+    """Without workers, and with two."""
+    configs = [mixture(streams, num_workers) for num_workers in (0, 2)]
+    wholes = read_each([Turn(config, 12) for config in configs], total=8)
+    turns = [Turn(config, 2, whole.states[8]) for config, whole in zip(configs, wholes, strict=True)]
+    for whole, rolled in zip(wholes, read_each(turns, total=12), strict=True):
+        begins = {sample for step in whole.samples[10:] for sample in step}
+        assert set(rolled.samples[0]) < begins, "72 of 80 were read, so the first 12 of the next epoch follow"
+        assert len(set(rolled.samples[0] + rolled.samples[1])) == 24
 
 
 def test_state_is_small_readable_and_names_the_data(tmp_path: Path) -> None:
@@ -177,16 +212,29 @@ def test_state_is_small_readable_and_names_the_data(tmp_path: Path) -> None:
 
 def message_of_load(config: dict[str, Any], state: dict[str, str], **options: Any) -> str:
     """What a fresh loader says to a saved state."""
+    [message] = messages_of_loads([(config, state)], job(**options))
+    return message
 
-    def load() -> str:
+
+def messages_of_loads(loads: list[tuple[dict[str, Any], dict[str, str]]], *job_configs: JobConfig) -> list[str]:
+    """What fresh loaders say to saved states, under one job config, or each under its own."""
+    jobs = job_configs if len(job_configs) > 1 else job_configs * len(loads)
+
+    def load(config: dict[str, Any], state: dict[str, str], job_config: JobConfig, channel: AbortChannel) -> str:
         try:
-            build_loader(config, job(**options)).load_state_dict(state)
+            loader = build_loader(config, job_config, channel=channel)
+            loader.load_state_dict(state)
+            loader.close()
         except (ConfigError, DataError) as error:
             return f"{type(error).__name__}: {error}"
         return "no error"
 
-    [message] = run_rank_values(load)
-    return str(message)
+    def load_all() -> list[str]:
+        channel = AbortChannel()
+        return [load(*given, job_config, channel) for given, job_config in zip(loads, jobs, strict=True)]
+
+    [messages] = run_rank_values(load_all)
+    return list(messages)
 
 
 def test_all_that_changes_the_samples_is_told_at_once(tmp_path: Path) -> None:
@@ -257,24 +305,23 @@ def test_other_sequence_length_and_batch_of_a_device_are_a_change(tmp_path: Path
     ]
 
 
-@pytest.mark.parametrize(
-    ("key", "old", "new"),
-    [
+def test_each_setting_of_the_order_is_compared(streams: dict[str, dict[str, Any]]) -> None:
+    """Against its default, which is the same written out."""
+    changes: list[tuple[str, Any, Any]] = [
         ("sampling_method", "balanced", "fixed"),
         ("sampling_granularity", 1, 2),
         ("shuffle_block_size", 1_000_000, 262_144),
         ("epoch_size", 83, 80),
         ("shuffle", True, False),
-    ],
-)
-def test_each_setting_of_the_order_is_compared(
-    streams: dict[str, dict[str, Any]], key: str, old: Any, new: Any
-) -> None:
-    """Against its default, which is the same written out."""
+    ]
     [state] = read_steps(mixture(streams), 1).states
-    if key != "epoch_size":  # streaming takes it as another way to weigh streams
-        assert message_of_load(mixture(streams, **{key: old}), state) == "no error"
-    assert f"dataset.{key} {old} {new}" in " ".join(message_of_load(mixture(streams, **{key: new}), state).split())
+    # streaming takes an epoch_size as another way to weigh streams
+    same = [(mixture(streams, **{key: old}), state) for key, old, _ in changes if key != "epoch_size"]
+    other = [(mixture(streams, **{key: new}), state) for key, _, new in changes]
+    messages = messages_of_loads(same + other, job())
+    assert messages[: len(same)] == ["no error"] * len(same)
+    for (key, old, new), message in zip(changes, messages[len(same) :], strict=True):
+        assert f"dataset.{key} {old} {new}" in " ".join(message.split())
 
 
 def test_other_types_of_columns_are_a_change(tmp_path: Path) -> None:
@@ -286,42 +333,33 @@ def test_other_types_of_columns_are_a_change(tmp_path: Path) -> None:
     assert "stream 1 (dataset): index" in message_of_load(loader_config(tmp_path / "ndarray:int32"), states[1])
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new", "message"),
-    [
+def test_tokenizer_is_compared_by_what_decides_ids(tmp_path: Path) -> None:
+    changes = [
         ("tokenizer.json", '"merges":', '"merges"  :', "no error"),
         ("tokenizer.json", '"ignore_merges": false', '"ignore_merges": true', "model.hf_assets_path "),
         ("tokenizer_config.json", "{", '{"model_max_length": 77, ', "no error"),
         ("tokenizer_config.json", "{", '{"chat_template": "none", ', "model.hf_assets_path "),
-    ],
-)
-def test_tokenizer_is_compared_by_what_decides_ids(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+    ]
     config = loader_config(write_stream(tmp_path / "stream", 20))
     [state] = read_steps(config, 1).states
-    assets = shutil.copytree(TOKENIZER, tmp_path / "assets")
-    text = (assets / file).read_text()
-    assert old in text
-    (assets / file).write_text(text.replace(old, new, 1))
-
-    def load() -> str:
-        job_config = job()
-        job_config.model.hf_assets_path = str(assets)
-        try:
-            build_loader(config, job_config).load_state_dict(state)
-        except ConfigError as error:
-            return str(error)
-        return "no error"
-
-    [told] = run_rank_values(load)
-    assert message in told
+    jobs = []
+    for number, (file, old, new, _) in enumerate(changes):
+        assets = shutil.copytree(TOKENIZER, tmp_path / f"assets {number}")
+        text = (assets / file).read_text()
+        assert old in text
+        (assets / file).write_text(text.replace(old, new, 1))
+        jobs.append(job())
+        jobs[-1].model.hf_assets_path = str(assets)
+    for change, message in zip(changes, messages_of_loads([(config, state)] * len(jobs), *jobs), strict=True):
+        assert change[-1] in message, change
 
 
-@pytest.mark.parametrize("batching_method", ["random", "stratified"])
+@pytest.mark.parametrize("batching_method", ["random", pytest.param("stratified", marks=pytest.mark.long)])
 def test_instruction_tuning_resumes_at_every_step(tmp_path: Path, batching_method: str) -> None:
     """Through llm-foundry's other loader, on samples of ids."""
     dataset = {"remote": str(write_turns(tmp_path / "stream", 42)), "local": str(tmp_path / "cache"), "shuffle": True}
     settings = {"num_canonical_nodes": 4, "decoder_only_format": True, "batching_method": batching_method}
-    assert resume_at_every_step({"name": "finetuning", "dataset": dataset | settings}, 8, local=2) == 7
+    assert resume_after({"name": "finetuning", "dataset": dataset | settings}, 8, range(1, 8)) == 7
 
 
 def test_what_does_not_matter_is_not_compared(tmp_path: Path) -> None:
@@ -419,21 +457,26 @@ def test_any_state_is_taken_or_refused_with_words(tmp_path: Path) -> None:
     assert samples == [[0, 1], [2, 3], [4, 5]]
 
 
-@pytest.mark.parametrize(("epoch", "sample", "right"), [(0, 48, True), (0, 56, False), (1 << 39, 8, True)])
-def test_position_has_to_be_within_an_epoch(tmp_path: Path, epoch: int, sample: int, right: bool) -> None:
+def test_position_has_to_be_within_an_epoch(tmp_path: Path) -> None:
     config = loader_config(write_stream(tmp_path / "stream", 50), shuffle=True)
+    positions = [(0, 48), (0, 56), (1 << 39, 8)]
 
-    def load() -> object:
-        loader = build_loader(config)
+    def load(epoch: int, sample: int, channel: AbortChannel) -> object:
+        loader = build_loader(config, channel=channel)
         saved = json.loads(loader.state_dict()["mosaic"]) | {"epoch": epoch, "sample_in_epoch": sample}
         try:
             loader.load_state_dict({"mosaic": json.dumps(saved)})
         except DataError as error:
             return str(error)
-        return read_samples(loader, 4)
+        samples = read_samples(loader, 4)
+        loader.close()
+        return samples
 
-    [found] = run_rank_values(load)
-    if right:
+    def load_all() -> list[object]:
+        channel = AbortChannel()
+        return [load(*position, channel) for position in positions]
+
+    [(last, beyond, far)] = run_rank_values(load_all)
+    for found in (last, far):
         assert len({number for batch in found for number in batch}) == 8
-    else:
-        assert "state is damaged: '56 samples read of an epoch of 50'." in found
+    assert "state is damaged: '56 samples read of an epoch of 50'." in beyond

@@ -77,6 +77,7 @@ def test_what_other_sections_refer_to_need_not_be_there(tmp_path: Path) -> None:
     assert read_loaders(f"{tmp_path}/train.yaml", None)[0].config == {"name": "text"}
 
 
+@pytest.mark.long
 def test_yaml_trains_and_validates_as_toml_does(files: Path, yaml: str) -> None:
     (files / "loader.toml").write_text(
         f'name = "text"\n[dataset]\nlocal = "{files}/stream"\nshuffle = true\nshuffle_seed = 17\n'

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from examples.mosaic_streaming.distributed import agreement
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from tests.support.ranks import can_make_nodes, run_rank_values
 from tests.support.streams import build_loader, job, mixture, write_stream
@@ -72,8 +73,16 @@ def test_machines_with_unequal_numbers_of_ranks_are_told(streams: dict[str, dict
         return "no error"
 
     told = run_rank_values(build, len(sizes), timeout=30)
-    expected = "Machines have unequal numbers of ranks: 1 on that of rank 4; 2 on those of ranks 0, 2. "
+    expected = "Machines have unequal numbers of ranks: 1 (first rank: 4); 2 (first rank: 0, 2). "
     assert told == [expected + "Start each torchrun with the same --nproc_per_node."] * 5
+
+
+def test_eight_machines_of_a_kind_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "gather", lambda *mine: [[0, 1]] * 9 + [[0, 2], [1, 2]])
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=r"ranks: 1 \(first rank: 0, 1, 2, 3, 4, 5, 6, 7, …\); 2 \(first rank: 9\)\."):
+        agreement.check_ranks_per_node()
 
 
 @needs_nodes

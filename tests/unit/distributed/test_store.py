@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 
 from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.distributed.store import await_result, new_job_id, publish
+from examples.mosaic_streaming.distributed.store import await_result, draw_number, publish
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.upstream.rendezvous import NCCL_FAULT, unused_prefix
 from tests.support.ranks import free_port, run_rank_values
@@ -102,7 +102,7 @@ def test_ranks_that_listen_for_a_fault_ask_nothing_of_the_store() -> None:
     def listen() -> int:
         dist.init_process_group("gloo")
         channel = AbortChannel()
-        channel.connect(new_job_id())
+        channel.connect(draw_number())
         dist.barrier()
         time.sleep(0.5)
         counts = [reads_of_this_process(), reads_of_this_process()]

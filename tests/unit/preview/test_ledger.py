@@ -6,9 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.ledger import ledger, shares_over_steps
-from tests.support.looking import offline, preview, quietly
+from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
+from examples.mosaic_streaming.preview.plots import plot_shares
+from tests.support.looking import preview, with_job_data
 from tests.support.streams import BATCHING, SEQ_LEN, WEIGHTS, job, mixture, read_steps
 
 STEPS = 25
@@ -27,12 +29,12 @@ def test_ledger_counts_what_is_delivered(
     at = (1, 5, 9, 10, 11, STEPS)
 
     def look(opened: JobData) -> Any:
-        history = opened.from_beginning()
-        return [ledger(opened, history, step, quietly) for step in at], shares_over_steps(
-            opened, history, STEPS, quietly
-        )
+        history = opened.new_run()
+        counts = [count_samples(opened, history, step) for step in at]
+        ledgers = [ledger_report(opened, history, step, found[-1]) for step, (_, found) in zip(at, counts, strict=True)]
+        return ledgers, counts[-1]
 
-    ledgers, (steps, shares) = offline(config, look, job(2, 8))
+    ledgers, (steps, counts) = with_job_data(config, look, job(2, 8))
     assert [found["streams"][0]["samples"] for found in ledgers] == [of_a[step - 1] for step in at]
     asked = {"unweighted": 50 / 83, "proportion": 0.25, "repeat": 75 / (75 + 16)}[weights]
     for step, found in zip(at, ledgers, strict=True):
@@ -42,8 +44,28 @@ def test_ledger_counts_what_is_delivered(
         assert a["tokens_difference"] == pytest.approx((a["samples"] - a["share_asked"] * 8 * step) * SEQ_LEN, abs=1e-6)
         assert b["tokens_difference"] == pytest.approx(-a["tokens_difference"], abs=1e-6)
         assert a["passes"] == a["samples"] / 50 and a["tokens"] == a["samples"] * SEQ_LEN
-    assert steps == list(range(1, STEPS + 1))
-    assert shares[:, 0] == pytest.approx(of_a / (8 * np.arange(1, STEPS + 1)))
+    assert steps == list(range(STEPS + 1))
+    assert counts[:, 0].tolist() == [0, *of_a]
+    assert counts.sum(axis=1).tolist() == [8 * step for step in steps]
+
+
+def test_what_was_read_before_the_first_known_step_is_counted_and_drawn(
+    streams: dict[str, dict[str, Any]], tmp_path: Path
+) -> None:
+    """As after a checkpoint of an earlier version of this code, which knows its own step alone."""
+
+    def look(opened: JobData) -> Any:
+        history = History(opened.opened.order, (Segment(3, 0, 24, 8),))
+        steps, counts = count_samples(opened, history, 3)
+        plot_shares(
+            str(tmp_path / "shares.png"), steps, counts, ledger_report(opened, history, 3, counts[-1])["streams"]
+        )
+        return steps, counts, count_samples(opened, opened.new_run(), 3)[1]
+
+    steps, counts, all_counts = with_job_data(mixture(streams), look, job(2, 8))
+    assert steps == [3]
+    assert counts.tolist() == [all_counts[-1].tolist()]
+    assert (tmp_path / "shares.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_ledger_is_drawn_and_goes_to_the_last_step_unless_another_is_given(files: Path) -> None:

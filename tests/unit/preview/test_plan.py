@@ -17,9 +17,9 @@ from streaming import MDSWriter
 from examples.mosaic_streaming.preview import plan as planning
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.plan import first_repeat, is_again, ranges
+from examples.mosaic_streaming.preview.plan import first_repeat, is_repeat, ranges
 from tests.support.jobs import command
-from tests.support.looking import offline, preview, printed, quietly
+from tests.support.looking import preview, printed, with_job_data
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import (
     SEQ_LEN,
@@ -46,24 +46,24 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
     expected = 1 + [
         len(set(step)) < len(step) or bool(seen & set(step)) for seen, step in zip(before, read, strict=True)
     ].index(True)
-    assert offline(config, lambda opened: first_repeat(opened, opened.from_beginning(), quietly), job(2, 8)) == (
+    assert with_job_data(config, lambda opened: first_repeat(opened, opened.new_run()), job(2, 8)) == (
         expected,
         True,
     )
 
     def bound(opened: JobData) -> Any:
         planning.EXACT = 0
-        return first_repeat(opened, opened.from_beginning(), quietly), opened.steps_per_epoch
+        return first_repeat(opened, opened.new_run()), opened.opened.order.remaining(0) // 8
 
-    (step, exact), steps_per_epoch = offline(config, bound, job(2, 8))
+    (step, exact), steps_per_epoch = with_job_data(config, bound, job(2, 8))
     assert not exact and step <= expected
     assert step == (steps_per_epoch + 1 if weights == "unweighted" else 1)
 
 
 @given(st.lists(st.integers(0, 20), max_size=40))
-def test_sample_is_again_if_it_stands_further_to_the_left(samples: list[int]) -> None:
+def test_sample_is_repeat_if_it_stands_further_to_the_left(samples: list[int]) -> None:
     expected = [sample in samples[:at] for at, sample in enumerate(samples)]
-    assert is_again(np.array(samples, np.int64), 21).tolist() == expected
+    assert is_repeat(np.array(samples, np.int64), 21).tolist() == expected
 
 
 @given(st.sets(st.integers(0, 30)))
@@ -112,7 +112,7 @@ def test_ranks_that_share_data_are_named(files: Path) -> None:
 def test_shared_memory_is_what_a_job_takes(tmp_path: Path) -> None:
     """The order, which is shared while an epoch begins, and the shards' states; what else there is takes less."""
     config = loader_config(write_stream(tmp_path, 2000))
-    needs = offline(config, planning.needs_section, job(2, 8))
+    needs = with_job_data(config, planning.needs_section, job(2, 8))
 
     def take() -> tuple[int, dict[str, int]]:
         loader = build_loader(config, job(2, 8))
@@ -191,7 +191,7 @@ def test_lengths_with_which_no_job_starts_are_refused(files: Path, seq_len: int,
     said = printed(files, "plan", titan=(f"--training.seq_len={seq_len}",), code=1)
     assert f"17 tokens, but rows of training.seq_len = {seq_len} take {seq_len + 1} (dataset.max_seq_len)" in said
     assert "Set training.seq_len = 16, or write samples of" in said
-    assert ("would leave out the rest" in said) == (f"dataset.max_seq_len = {seq_len + 1} in" in said) == rest
+    assert ("to leave out the rest" in said) == (f"dataset.max_seq_len = {seq_len + 1} in" in said) == rest
     assert "Checked now" not in said
 
 

@@ -1,5 +1,7 @@
 """The table of a mixture's streams against the samples that are delivered."""
 
+import itertools
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,9 @@ from typing import Any
 import pytest
 from torchtitan.tools.logging import init_logger
 
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from tests.support.ranks import run_ranks
-from tests.support.streams import FIRST_ID, build_loader, job, mixture, write_stream
+from tests.support.streams import BATCHING, FIRST_ID, build_loader, job, mixture, write_stream
 
 SIZES = {"a": 400, "b": 300, "c": 100}
 TOTAL = 8
@@ -35,38 +38,64 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {name: str(folder / name) for name in SIZES}
 
 
-@pytest.mark.parametrize("method", ["random", "per_stream", "stratified", "device_per_stream"])
-@pytest.mark.parametrize("weights", WEIGHTS)
-def test_delivered_shares_are_those_of_the_table(streams: dict[str, str], weights: str, method: str) -> None:
-    settings, dataset = WEIGHTS[weights]
-    config = mixture(
-        {name: {"local": local} | settings.get(name, {}) for name, local in streams.items()},
-        batching_method=method,
-        **dataset,
-    )
+Case = tuple[str, str]
+"""A way to weigh streams, and a batching method."""
 
-    def read_epoch() -> tuple[int, Counter[str]]:
-        init_logger()
-        loader = build_loader(config, job(TOTAL // 2, TOTAL))
+
+def cases(first: int) -> list[Case]:
+    """Each way to weigh streams with one batching method; together, the four lists have all with all."""
+    return [(weights, BATCHING[(first + number) % len(BATCHING)]) for number, weights in enumerate(WEIGHTS)]
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in (1, 2, 3))])
+def test_delivered_shares_are_those_of_the_table(streams: dict[str, str], first: int) -> None:
+    def read_epoch(case: Case, channel: AbortChannel) -> tuple[int, Counter[str]]:
+        weights, method = case
+        settings, dataset = WEIGHTS[weights]
+        config = mixture(
+            {name: {"local": local} | settings.get(name, {}) for name, local in streams.items()},
+            batching_method=method,
+            **dataset,
+        )
+        print(f"begins: {case}")
+        loader = build_loader(config, job(TOTAL // 2, TOTAL), channel=channel)
         batches, found = iter(loader), Counter[str]()
         bounds = [(name, first) for name, first in zip(SIZES, (0, 400, 700), strict=True)]
         samples = loader._order.remaining(0)
         for _ in range(samples // TOTAL * 2):
             for sample in (next(batches)[0]["input"][:, 0] - FIRST_ID).tolist():
                 found[[name for name, first in bounds if sample >= first][-1]] += 1
+        loader.close()
         return samples, found
 
-    [rank] = run_ranks(read_epoch)
+    def read_epochs() -> list[tuple[int, Counter[str]]]:
+        init_logger()
+        channel = AbortChannel()
+        return [read_epoch(case, channel) for case in cases(first)]
+
+    [rank] = run_ranks(read_epochs)
     assert rank.code == 0, rank.output
-    samples, found = rank.value
-    assert found.total() == samples
-    rows = table(rank.output)
-    assert set(rows) == set(SIZES)
+    outputs = re.split("^begins: .*\n", rank.output, flags=re.MULTILINE)[1:]
+    for case, (samples, found), output in zip(cases(first), rank.value, outputs, strict=True):
+        compare(case, samples, found, table(output))
+
+
+def compare(
+    case: Case, samples: int, found: Counter[str], rows: dict[str, tuple[int, int, float, float, float]]
+) -> None:
+    """Check the rows of a table against what was delivered."""
+    weights, method = case
+    assert found.total() == samples, case
+    assert set(rows) == set(SIZES), case
     for name, (size, tokens, asked, effect, passes) in rows.items():
-        assert (size, tokens) == (SIZES[name], SIZES[name] * 16)
+        assert (size, tokens) == (SIZES[name], SIZES[name] * 16), case
         assert abs(effect - found[name] / samples) < (0.01 if method in ("random", "device_per_stream") else 0.0001)
         assert abs(passes - found[name] / SIZES[name]) < (0.03 if method in ("random", "device_per_stream") else 0.001)
-        assert abs(asked - share_asked(name, settings)) < 0.0001
+        assert abs(asked - share_asked(name, WEIGHTS[weights][0])) < 0.0001, case
+
+
+def test_each_way_to_weigh_is_read_with_each_batching_method() -> None:
+    assert sorted(case for first in range(4) for case in cases(first)) == sorted(itertools.product(WEIGHTS, BATCHING))
 
 
 def share_asked(name: str, settings: dict[str, dict[str, Any]]) -> float:

@@ -3,6 +3,7 @@
 With real streams in real ranks, for each batching method and shuffle algorithm of streaming.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,24 @@ from streaming.base.batching import batching_methods
 from streaming.base.shuffle import algos as shuffle_algos
 from streaming.base.world import World
 
+from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.order import round_down, samples_of_epoch
 from tests.support.ranks import dp_ranks_of, run_rank_values
 from tests.support.streams import (
     BATCHING,
     SHUFFLE,
+    WEIGHTS,
+    Reading,
+    Turn,
     build_loader,
     job,
     mixture,
+    read_each,
     read_samples,
     read_steps,
     sample_tokens,
+    weigh,
     write_stream,
 )
 
@@ -37,65 +44,82 @@ def test_the_tables_of_streaming_hold_no_other_methods() -> None:
     assert set(SHUFFLE) == set(shuffle_algos)
 
 
-@pytest.mark.parametrize("shuffle_algo", SHUFFLE)
-@pytest.mark.parametrize("batching_method", BATCHING)
+WAYS = [(BATCHING[number % len(BATCHING)], SHUFFLE[number % len(SHUFFLE)]) for number in range(20)]
+"""Each batching method with each shuffle algorithm: five in a row have all of both."""
+
+
+def test_ways_are_all_and_those_that_are_read_in_one_go_have_all_methods_and_algorithms() -> None:
+    assert sorted(WAYS) == sorted(itertools.product(BATCHING, SHUFFLE))
+    for first in (0, 5, 10, 15):
+        methods, algorithms = zip(*WAYS[first : first + 5], strict=True)
+        assert {*methods} == {*BATCHING} and {*algorithms} == {*SHUFFLE}
+
+
+@pytest.mark.parametrize("first", [0, *(pytest.param(first, marks=pytest.mark.long) for first in (5, 10, 15))])
 def test_global_batches_are_the_same_for_any_ranks_workers_and_accumulation(
-    streams: dict[str, dict[str, Any]], batching_method: str, shuffle_algo: str
+    streams: dict[str, dict[str, Any]], first: int
 ) -> None:
-    settings: dict[str, Any] = {"batching_method": batching_method, "shuffle_algo": shuffle_algo}
-    one = read_steps(mixture(streams, **settings), STEPS, local=2)
-    wide = read_steps(mixture(streams, num_workers=2, **settings), STEPS, dp_ranks=range(4), local=2)
-    assert wide == one
-    if batching_method != "device_per_stream":  # there the batch of a device is part of the order
-        assert read_steps(mixture(streams, **settings), STEPS, dp_ranks=range(2), local=4).samples == one.samples
+    ways = WAYS[first : first + 5]
+
+    def read(ways: list[tuple[str, str]], num_workers: int = 0, **layout: Any) -> list[Reading]:
+        configs = [
+            mixture(streams, num_workers, batching_method=method, shuffle_algo=algorithm) for method, algorithm in ways
+        ]
+        return read_each([Turn(config, STEPS) for config in configs], **layout)
+
+    one = dict(zip(ways, read(ways, local=2), strict=True))
+    wide = dict(zip(ways, read(ways, num_workers=2, dp_ranks=range(4), local=2), strict=True))
+    for way in ways:
+        assert wide[way] == one[way], way
+    ways = [way for way in ways if way[0] != "device_per_stream"]  # there the batch of a device is part of the order
+    for way, two in zip(ways, read(ways, dp_ranks=range(2), local=4), strict=True):
+        assert two.samples == one[way].samples, way
 
 
-@pytest.mark.parametrize("batching_method", BATCHING)
-@pytest.mark.parametrize(
-    "weights",
-    [
-        [{}, {}],
-        [{"proportion": 0.25}, {"proportion": 0.75}],
-        [{"repeat": 1.5}, {"repeat": 0.5}],
-        [{"choose": 61}, {"choose": 20}],
-    ],
-    ids=["unweighted", "proportion", "repeat", "choose"],
-)
-@pytest.mark.parametrize("num_canonical_nodes", [1, 4])
+@pytest.mark.parametrize("num_canonical_nodes", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_epoch_is_as_long_as_reckoned_and_repeats_what_is_asked_alone(
-    streams: dict[str, dict[str, Any]], batching_method: str, weights: list[dict[str, float]], num_canonical_nodes: int
+    streams: dict[str, dict[str, Any]], num_canonical_nodes: int
 ) -> None:
-    weighted = {name: stream | weight for (name, stream), weight in zip(streams.items(), weights, strict=True)}
-    config = mixture(weighted, batching_method=batching_method, num_canonical_nodes=num_canonical_nodes)
+    """For each way to weigh streams and each batching method."""
+    cases = [*itertools.product(WEIGHTS, BATCHING)]
 
-    def read() -> tuple[int, int, list[int], list[list[int]]]:
-        loader = build_loader(config, job(2, 8))
+    def read(weights: str, batching_method: str, channel: AbortChannel) -> tuple[int, int, list[int], list[list[int]]]:
+        weighted = weigh(streams, weights)
+        config = mixture(weighted, batching_method=batching_method, num_canonical_nodes=num_canonical_nodes)
+        loader = build_loader(config, job(2, 8), channel=channel)
         dataset, order = loader._dataset, loader._order
         samples = read_samples(loader, order.remaining(0) // 2)
         given = batching_methods[order.batching_method](dataset, World(1, 1, 1, 0), 0, 0)
         assert int((given >= 0).sum()) == order.epoch_samples
+        loader.close()
         return order.remaining(0), order.epoch_samples, [int(stream.choose) for stream in dataset.streams], samples
 
-    [(length, given, choose, samples)] = run_rank_values(read)
-    assert given - 8 < length <= given
-    read_once = np.ravel(samples).tolist()
-    assert len(read_once) == length
-    for (first, size), chosen in zip([(0, 50), (50, 33)], choose, strict=True):
-        times = [read_once.count(sample) for sample in range(first, first + size)]
-        assert max(times) <= -(-chosen // size), "no sample more often than its stream's passes"
-        assert sum(times) <= chosen
+    def read_all() -> list[tuple[int, int, list[int], list[list[int]]]]:
+        channel = AbortChannel()
+        return [read(*case, channel) for case in cases]
+
+    [found] = run_rank_values(read_all)
+    for case, (length, given, choose, samples) in zip(cases, found, strict=True):
+        assert given - 8 < length <= given, case
+        read_once = np.ravel(samples).tolist()
+        assert len(read_once) == length, case
+        for (first, size), chosen in zip([(0, 50), (50, 33)], choose, strict=True):
+            times = [read_once.count(sample) for sample in range(first, first + size)]
+            assert max(times) <= -(-chosen // size), f"{case}: no sample more often than its stream's passes"
+            assert sum(times) <= chosen, case
 
 
-@pytest.mark.parametrize("batching_method", ["random", "per_stream", "stratified"])
-def test_epochs_differ_and_each_starts_anew(streams: dict[str, dict[str, Any]], batching_method: str) -> None:
-    reading = read_steps(mixture(streams, batching_method=batching_method), 20)
-    epochs: dict[int, list[list[int]]] = {}
-    previous = 0
-    for state, samples in zip(reading.states, reading.samples, strict=True):
-        epochs.setdefault(previous, []).append(samples)
-        previous = int(state["mosaic"].split('"epoch": ')[1].split(",")[0])
-    assert len(epochs) >= 2
-    assert epochs[0] != epochs[1]
+def test_epochs_differ_and_each_starts_anew(streams: dict[str, dict[str, Any]]) -> None:
+    methods = ["random", "per_stream", "stratified"]
+    readings = read_each([Turn(mixture(streams, batching_method=method), 20) for method in methods])
+    for method, reading in zip(methods, readings, strict=True):
+        epochs: dict[int, list[list[int]]] = {}
+        previous = 0
+        for state, samples in zip(reading.states, reading.samples, strict=True):
+            epochs.setdefault(previous, []).append(samples)
+            previous = int(state["mosaic"].split('"epoch": ')[1].split(",")[0])
+        assert len(epochs) >= 2, method
+        assert epochs[0] != epochs[1], method
 
 
 @pytest.mark.long
@@ -125,8 +149,8 @@ def test_sixteen_ranks_of_all_parallelisms_get_their_dp_ranks_tokens(streams: di
 def test_without_num_canonical_nodes_there_are_64_on_any_ranks(tmp_path: Path) -> None:
     config = {"name": "text", "dataset": {"local": str(write_stream(tmp_path, 200)), "shuffle": True}}
     explicit = {"name": "text", "dataset": {**config["dataset"], "num_canonical_nodes": 64}}  # type: ignore[dict-item]
-    one = read_steps(config, 30)
-    assert one == read_steps(explicit, 30)
+    one, same = read_each([Turn(config, 30), Turn(explicit, 30)])
+    assert one == same
     assert one == read_steps(config, 30, dp_ranks=range(4), local=2)
     assert len({sample for step in one.samples[:24] for sample in step}) == 192, "200 samples: 3 turns of 64"
 
@@ -139,37 +163,37 @@ def test_three_nodes_of_samples_need_no_multiple_of_canonical_nodes(streams: dic
     )
 
 
-@pytest.mark.parametrize(
-    ("batching_method", "samples", "total"),
-    [
+def test_streams_that_fill_no_batch_are_refused_with_their_samples(tmp_path: Path) -> None:
+    """Too few together; too few in one stream; too small a share of a global batch."""
+    cases = [
         ("random", (40, 9), 50),
         ("per_stream", (80, 6), 8),
         ("device_per_stream", (80, 3), 8),
         ("stratified", (80, 3), 8),
         ("stratified", (80, 40), 1),
-    ],
-)
-def test_streams_that_fill_no_batch_are_refused_with_their_samples(
-    tmp_path: Path, batching_method: str, samples: tuple[int, int], total: int
-) -> None:
-    """Too few together; too few in one stream; too small a share of a global batch."""
-    for name, size in zip("ab", samples, strict=True):
-        write_stream(tmp_path / name, size)
-    config = mixture({name: {"local": str(tmp_path / name)} for name in "ab"}, batching_method=batching_method)
+    ]
+    for size in {size for _, sizes, _ in cases for size in sizes}:
+        write_stream(tmp_path / f"{size}", size)
 
-    def build() -> str:
+    def build(batching_method: str, samples: tuple[int, int], total: int, channel: AbortChannel) -> str:
+        streams = {name: {"local": f"{tmp_path}/{size}"} for name, size in zip("ab", samples, strict=True)}
         try:
-            build_loader(config, job(min(total, 2), total))
+            build_loader(mixture(streams, batching_method=batching_method), job(min(total, 2), total), channel=channel)
         except ConfigError as error:
             return str(error)
         return "no error"
 
-    [message] = run_rank_values(build)
-    told = f"(a {samples[0]}, b {samples[1]}), dataset.num_canonical_nodes = 4 takes multiples of 4"
-    assert message.startswith(
-        f"An epoch fills no global batch of {total} sequences. Of its samples in loader.toml {told}"
-    )
-    assert f"dataset.batching_method = {batching_method!r}" in message
+    def build_all() -> list[str]:
+        channel = AbortChannel()
+        return [build(*case, channel) for case in cases]
+
+    [messages] = run_rank_values(build_all)
+    for (batching_method, samples, total), message in zip(cases, messages, strict=True):
+        told = f"(a {samples[0]}, b {samples[1]}), dataset.num_canonical_nodes = 4 takes multiples of 4"
+        assert message.startswith(
+            f"An epoch fills no global batch of {total} sequences. Of its samples in loader.toml {told}"
+        )
+        assert f"dataset.batching_method = {batching_method!r}" in message
 
 
 def test_whole_epoch_of_one_canonical_node_leaves_nothing_out() -> None:

@@ -18,7 +18,7 @@ from examples.mosaic_streaming.config.folders import check_folders, default_cach
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.cache import IN_USE, MARKER
 from examples.mosaic_streaming.shards.prepare import prepare_streams
-from examples.mosaic_streaming.shards.stream import CheckedStream, Storing, make_checked, size_of
+from examples.mosaic_streaming.shards.stream import CheckedStream, make_checked, size_of
 from tests.support import streams as support
 from tests.support.ranks import CLONE_NEWNS, MS_PRIVATE, MS_REC, call_libc, can_make_nodes, run_rank_values, run_ranks
 from tests.support.reading import read_job
@@ -323,10 +323,8 @@ def test_file_that_is_renamed_while_its_size_is_looked_at_counts_as_none(tmp_pat
 )
 def test_only_what_a_disk_refuses_is_the_caches_fault(tmp_path: Path, error: OSError, is_disk: bool) -> None:
     error.filename = error.filename and error.filename.format(cache=tmp_path)
-    with (
-        pytest.raises(DataError if is_disk else type(error)),
-        Storing(str(tmp_path / "shard"), str(tmp_path), 1, "Make room."),
-    ):
+    stream = make_checked(Stream(remote="/remote", local=str(tmp_path), keep_zip=True), "the stream")
+    with pytest.raises(DataError if is_disk else type(error)), stream.storing("shard", 1):
         raise error
 
 

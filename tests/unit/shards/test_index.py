@@ -1,6 +1,7 @@
 """No index is believed that lies, and nothing that it says reaches beyond the cache."""
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -182,18 +183,24 @@ def negative(index: dict[str, Any]) -> None:
     index["shards"][0]["raw_data"]["bytes"] = -972
 
 
-@pytest.mark.parametrize("is_local", [True, False])
+TOLD: dict[Callable[[dict[str, Any]], None], str] = {
+    more_samples: r"it has 10 samples, the index says 11\.",
+    fewer_samples: r"it has 10 samples, the index says 9\.",
+    outside: r"shards\[0\]\.raw_data\.basename = '\.\./\.\./x', expected a file in the stream's folder\.",
+    negative: r"shards\[0\]\.raw_data\.bytes = '-972', expected a number of bytes\.",
+}
+QUICK = {(more_samples, True), (outside, False)}
+
+
 @pytest.mark.parametrize(
-    ("lie", "told"),
+    ("lie", "is_local"),
     [
-        (more_samples, r"it has 10 samples, the index says 11\."),
-        (fewer_samples, r"it has 10 samples, the index says 9\."),
-        (outside, r"shards\[0\]\.raw_data\.basename = '\.\./\.\./x', expected a file in the stream's folder\."),
-        (negative, r"shards\[0\]\.raw_data\.bytes = '-972', expected a number of bytes\."),
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.long)
+        for case in itertools.product(TOLD, (True, False))
     ],
 )
 def test_job_on_an_index_that_lies_stops_and_writes_nothing_outside(
-    tmp_path: Path, lie: Callable[[dict[str, Any]], None], told: str, is_local: bool
+    tmp_path: Path, lie: Callable[[dict[str, Any]], None], is_local: bool
 ) -> None:
     stream, cache = write_stream(tmp_path / "jobs/streams/a", 32), tmp_path / "jobs/caches/a"
     (tmp_path / "x").write_text("not yours")
@@ -207,7 +214,7 @@ def test_job_on_an_index_that_lies_stops_and_writes_nothing_outside(
     if is_local:
         loader["dataset"] |= {"remote": None, "local": str(stream)}
     stopped = read_job(loader, tmp_path / "notes", 2, steps=3)
-    assert re.search(told, stopped.message), stopped.message
+    assert re.search(TOLD[lie], stopped.message), stopped.message
     assert "of the stream in loader.toml" in stopped.message
     mine = (cache, tmp_path / "notes")
     found = {file: text for file, text in files(tmp_path).items() if not any(map(file.is_relative_to, mine))}
@@ -222,7 +229,7 @@ def files(folder: Path) -> dict[Path, str]:
     return {file: file.read_text(errors="replace") for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize("is_local", [True, False])
+@pytest.mark.parametrize("is_local", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_pickled_columns_are_refused_unless_allowed(tmp_path: Path, is_local: bool) -> None:
     stream = tmp_path / "stream"
     with MDSWriter(out=str(stream), columns={"tokens": "ndarray:int32", "extra": "pkl"}) as writer:

@@ -17,7 +17,7 @@ from streaming.base.shared import SharedMemory
 
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
-from examples.mosaic_streaming.distributed.store import new_job_id
+from examples.mosaic_streaming.distributed.store import draw_number
 from examples.mosaic_streaming.train import main
 from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER, SHM, hold, shared_memory
 from tests.support.jobs import command, logged, train, write_files
@@ -60,7 +60,7 @@ def another_job(config: dict[str, Any]) -> Iterator[int]:
         os.waitpid(parent, 0)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_job_on_the_cache_of_another_is_told_its_pid_at_once(tmp_path: Path, world_size: int) -> None:
     stream = write_stream(tmp_path / "stream", 40)
     config = cached(stream, tmp_path / "cache")
@@ -129,7 +129,7 @@ def test_what_another_user_has_put_beside_stale_memory_neither_hangs_a_start_nor
             file.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_nothing_is_left_in_shared_memory_nor_beside_the_shards(tmp_path: Path, num_workers: int) -> None:
     stream = write_stream(tmp_path / "stream", 40)
     before = shared()
@@ -202,7 +202,7 @@ def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
         ("foo://bucket/stream", r"ConfigError: the stream in loader\.toml: .*foo"),
         (
             "s3://bucket/nothing",
-            r"DataError: s3://bucket/nothing/index\.json of the stream in loader\.toml can't be had",
+            r"DataError: s3://bucket/nothing/index\.json of the stream in loader\.toml can't be fetched",
         ),
     ],
 )
@@ -249,7 +249,7 @@ def test_numbers_of_jobs_differ() -> None:
 
     def numbers() -> list[int]:
         dist.init_process_group("gloo")
-        return [new_job_id() for _ in range(20)]
+        return [draw_number() for _ in range(20)]
 
     one, other = run_rank_values(numbers, 2)
     assert one == other and len(set(one)) == 20 and all(len(str(number)) == 13 for number in one)

@@ -51,7 +51,7 @@ def test_damaged_file_never_comes_into_the_cache(tmp_path: Path, damage: Any, to
     stream, [part, *_] = open_stream(tmp_path)
     file = tmp_path / "remote" / part.raw.basename
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(DataError, match=rf"{file} of {LABEL} can't be had: .*{told}.* Attempts: 1"):
+    with pytest.raises(DataError, match=rf"{file} of {LABEL} can't be fetched: .*{told}.* Attempts: 1"):
         stream.prepare(part, None)
     assert os.listdir(tmp_path / "cache") == []
 

@@ -31,11 +31,16 @@ def refused(files: Path, *flags: str, world_size: int = 1) -> str:
     ("flags", "message"),
     [
         (["--training.seq_len=0"], "training.seq_len = 0 in the job config, expected a whole number, from 1 on."),
-        (
+        pytest.param(
             ["--parallelism.data_parallel_shard_degree=3"],
             "Invalid parallel dims: dp_replicate(1) * dp_shard(3) * cp(1)",
+            marks=pytest.mark.long,
         ),
-        (["--optimizer.name=Muon"], "optimizer.name = 'Muon', expected one of: Adam, AdamW."),
+        pytest.param(
+            ["--optimizer.name=Muon"],
+            "optimizer.name = 'Muon', expected one of: Adam, AdamW.",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_training_and_preview_refuse_it_in_the_same_line(files: Path, flags: list[str], message: str) -> None:
@@ -175,18 +180,23 @@ def test_files_with_a_byte_order_mark_are_read(files: Path) -> None:
     ("flags", "world_size", "message", "keys"),
     [
         (["--model.converters=foo"], 1, "KeyError: 'foo'", "model.converters"),
-        (["--optimizer.beta1=1"], 1, "ValueError: Invalid beta parameter at index 0: 1.0", ""),
-        (
+        pytest.param(
+            *(["--optimizer.beta1=1"], 1, "ValueError: Invalid beta parameter at index 0: 1.0", ""),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
             ["--activation_checkpoint.mode=selective", "--activation_checkpoint.selective_ac_option=foo"],
             1,
             "ValueError: Invalid selective AC option: foo.",
             "activation_checkpoint.selective_ac_option",
+            marks=pytest.mark.long,
         ),
-        (
+        pytest.param(
             ["--profiling.enable_profiling", "--profiling.profile_freq=1"],
             1,
             "AssertionError: profile_freq must be greater",
             "profiling.profile_freq",
+            marks=pytest.mark.long,
         ),
         (
             ["--parallelism.pipeline_parallel_degree=2", "--parallelism.pipeline_parallel_schedule=Foo"],

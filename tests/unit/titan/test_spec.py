@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torchtitan.models import _supported_models
 
-from examples.mosaic_streaming.titan.v0_2.spec import SUFFIX, text_models, text_spec
+from examples.mosaic_streaming.titan.v0_2.spec import SUFFIX, base_spec, text_models
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses
 from tests.support.ranks import run_ranks
@@ -25,10 +25,11 @@ def missing_on_cpu(model_args: Any) -> str | None:
     return None
 
 
+LONG = {"qwen3_mosaic"}
 DEBUG = [
-    pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) else [])
+    pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) or model in LONG else [])
     for model in text_models()
-    for flavor, model_args in text_spec(model).model_args.items()
+    for flavor, model_args in base_spec(model).model_args.items()
     if flavor.startswith("debugmodel")
 ]
 
@@ -43,7 +44,7 @@ def test_each_model_that_reads_text_has_a_mosaic_form() -> None:
 def test_debug_flavor_trains_where_torchtitan_can(files: Path, model: str, flavor: str) -> None:
     given = command(files, f"--model.name={model}", f"--model.flavor={flavor}", "--training.steps=3")
     [rank] = run_ranks(lambda: main(given))
-    if missing := missing_on_cpu(text_spec(model).model_args[flavor]):
+    if missing := missing_on_cpu(base_spec(model).model_args[flavor]):
         assert rank.code == 1
         assert re.search(missing, rank.output), rank.output
         assert not losses(rank.output)

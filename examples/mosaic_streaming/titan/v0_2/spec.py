@@ -15,7 +15,7 @@ from examples.mosaic_streaming.config import Job, LoaderFile, resolve, warnings_
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
-from examples.mosaic_streaming.metrics import log_data
+from examples.mosaic_streaming.metrics import add_data_metrics
 from examples.mosaic_streaming.titan.v0_2.documents import within_documents
 from examples.mosaic_streaming.titan.v0_2.job import make_job
 from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
@@ -39,10 +39,10 @@ def register(name: str, train: LoaderFile, validation: LoaderFile | None, channe
     Raises:
         ConfigError: there is no such model, or it doesn't read text.
     """
-    register_again(name, mosaic_spec(text_spec(name), train, validation, channel))
+    register_again(name, mosaic_spec(base_spec(name), train, validation, channel))
 
 
-def text_spec(name: str) -> TrainSpec:
+def base_spec(name: str) -> TrainSpec:
     """TorchTitan's own spec of a Mosaic model; a ConfigError says which models there are."""
     if not name.endswith(SUFFIX):
         hint = f"Set it to {name + SUFFIX!r}." if reads_text(name) else f"One that does: {', '.join(text_models())}."
@@ -71,14 +71,14 @@ def text_models() -> list[str]:
 
 def mosaic_spec(spec: TrainSpec, train: LoaderFile, validation: LoaderFile | None, channel: AbortChannel) -> TrainSpec:
     """Make a spec that reads Mosaic streams from any spec of a text model; the other arguments are `register`'s."""
-    build = Builders(spec, train, validation, channel)
+    builders = Builders(spec, train, validation, channel)
     return dataclasses.replace(
         spec,
         model_cls=within_documents(spec.model_cls),
         build_tokenizer_fn=lambda job_config: build_tokenizer(job_config.model.hf_assets_path),
-        build_dataloader_fn=build.dataloader,
-        build_validator_fn=build.validator,
-        build_metrics_processor_fn=build.metrics,
+        build_dataloader_fn=builders.build_dataloader,
+        build_validator_fn=builders.build_validator,
+        build_metrics_processor_fn=builders.build_metrics,
         parallelize_fn=cpu.sum_gradients_with_gloo(spec.parallelize_fn),
     )
 
@@ -103,8 +103,8 @@ class Builders:
     ) -> None:
         self._spec, self._train, self._validation, self._channel = spec, train, validation, channel
 
-    def dataloader(self, dp_rank: int, tokenizer: Any, job_config: JobConfig, **arguments: Any) -> MosaicDataLoader:
-        """The training loader. What is wrong with the validation loader's configuration is also told here, early."""
+    def build_dataloader(self, dp_rank: int, tokenizer: Any, job_config: JobConfig, **others: Any) -> MosaicDataLoader:
+        """Build the training loader. Errors in the configuration of the validation loader are found here, early."""
         self._channel.exit_on_signals()  # from here on there is something to close
         self.job = make_job(job_config, dist.get_world_size(), int(os.environ["LOCAL_WORLD_SIZE"]))
         config = resolve(self._train, self.job.training, self.job.layout.replication)
@@ -113,13 +113,13 @@ class Builders:
         self.loader = build_mosaic_dataloader(self.job, dp_rank, tokenizer, config, self._channel)
         return self.loader
 
-    def metrics(self, *arguments: Any) -> MetricsProcessor:
-        """The model's own metrics processor, which also logs what the loader has read."""
+    def build_metrics(self, *arguments: Any) -> MetricsProcessor:
+        """Build the model's own metrics processor, and let it log what the loader has read."""
         build = self._spec.build_metrics_processor_fn or build_metrics_processor
-        return log_data(build(*arguments), self.loader)
+        return add_data_metrics(build(*arguments), self.loader)
 
-    def validator(self, dp_rank: int, tokenizer: Any, **arguments: Any) -> MosaicValidator:
-        """The validator, over streams of its own."""
+    def build_validator(self, dp_rank: int, tokenizer: Any, **arguments: Any) -> MosaicValidator:
+        """Build the validator, over streams of its own."""
         assert self._validation
         config = resolve_validation(self._validation, self.job, self.loader.config)
         for warning in warnings_of_validation(config, self.loader.config) if is_rank_0() else []:

@@ -1,4 +1,4 @@
-"""TorchTitan's validator over Mosaic streams: each target counts once in the mean."""
+"""TorchTitan's validator over Mosaic streams: each loss token counts once in the mean."""
 
 from typing import Any
 
@@ -17,8 +17,8 @@ from examples.mosaic_streaming.validator import ValidationLoader
 class MosaicValidator(Validator):
     """The mean loss of a model over the validation streams, or over their first samples.
 
-    Each target counts once, whatever its batch. TorchTitan's own validator takes the mean of batches' means, and its
-    loader may end at different times on different ranks (torchtitan 0.2.2, components/validate.py).
+    Each loss token counts once, whatever its batch. TorchTitan's own validator takes the mean of batches' means, and
+    its loader may end at different times on different ranks (torchtitan 0.2.2, components/validate.py).
 
     Args:
         job_config: the whole job.
@@ -51,7 +51,7 @@ class MosaicValidator(Validator):
                 loss_sum += self._loss(inputs, labels.to(device_type), model_parts).item()
         total = self._total(loss_tokens.to(device_type), "batch")
         if not total:
-            raise self.loader.no_loss_token()
+            raise self.loader.no_loss_token_error()
         mean = self._total(loss_sum.to(torch.float32).to(device_type), "loss", "pp") / total
         self.metrics_processor.log_validation(loss=mean, step=step)
         for model in model_parts:
@@ -64,7 +64,7 @@ class MosaicValidator(Validator):
         return self.validation_dataloader
 
     def _loss(self, inputs: dict[str, Tensor], labels: Tensor, model_parts: list[nn.Module]) -> Tensor:
-        """The loss of a batch, summed over this rank's targets; 0 on a pipeline's stages before the last."""
+        """The loss of a batch, summed over this rank's loss tokens; 0 on a pipeline's stages before the last."""
         tokens, labels, extra_inputs, extra_kwargs = self.post_dataloading_process(inputs, labels, model_parts)
         with self.validation_context():
             if self.pp_schedule is None:
@@ -80,7 +80,7 @@ class MosaicValidator(Validator):
             return torch.stack(losses).sum() if losses else torch.zeros(())
 
     def _total(self, number: Tensor, *meshes: str) -> float:
-        """The sum over meshes, as far as there are such."""
+        """The sum of a number over the ranks of these meshes; a mesh that this layout doesn't have is left out."""
         for name in meshes:
             if (mesh := self.parallel_dims.get_optional_mesh(name)) is not None:
                 number = torch.tensor(dist_utils.dist_sum(number, mesh), dtype=number.dtype, device=number.device)

@@ -1,5 +1,6 @@
 """A job's data without the job: each dp rank's batches, in order, against those that real loaders hand out."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.preview.job_data import check_ranks, open_job_data
+from examples.mosaic_streaming.preview.open_data import check_ranks, open_job_data
 from examples.mosaic_streaming.sampling.placement import Layout
 from examples.mosaic_streaming.titan import make_job
-from tests.support.looking import offline
+from tests.support.looking import with_job_data
 from tests.support.ranks import can_make_nodes, run_rank_values
 from tests.support.reading import write_turns
 from tests.support.streams import (
@@ -30,8 +31,7 @@ from tests.support.streams import (
 
 STEPS = 13
 """Of 8 samples: more than an epoch of 83."""
-FAST = ["random", "device_per_stream"]
-REST = [name for name in BATCHING if name not in FAST]
+QUICK = [("random", "tp 2"), ("device_per_stream", "dp 4")]
 NEEDS_NODES = pytest.mark.skipif(not can_make_nodes(), reason="nodes need namespaces, of root or of users")
 
 
@@ -78,7 +78,7 @@ def looked_up(
     config: dict[str, Any], job_config: JobConfig, steps: range, start: Segment | None = None, nodes: int = 1
 ) -> list[list[list[list[int]]]]:
     """The same without a job: their numbers are the samples' ids."""
-    found: list[list[list[list[int]]]] = offline(
+    found: list[list[list[list[int]]]] = with_job_data(
         config,
         lambda opened: [
             opened.global_batch(step, start and History(opened.opened.order, (start,))).tolist() for step in steps
@@ -91,8 +91,13 @@ def looked_up(
 
 
 @pytest.mark.parametrize("nodes", [1, pytest.param(2, marks=[pytest.mark.long, NEEDS_NODES])])
-@pytest.mark.parametrize("layout", ["dp 4", "pp 2", "tp 2"])
-@pytest.mark.parametrize("batching_method", [*FAST, *(pytest.param(name, marks=pytest.mark.long) for name in REST)])
+@pytest.mark.parametrize(
+    ("batching_method", "layout"),
+    [
+        pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.long)
+        for pair in itertools.product(BATCHING, ("dp 4", "pp 2", "tp 2"))
+    ],
+)
 def test_each_dp_ranks_batches_are_those_of_a_job_also_after_an_epochs_end_and_a_resume(
     streams: dict[str, dict[str, Any]], batching_method: str, layout: str, nodes: int
 ) -> None:
@@ -178,7 +183,7 @@ def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:
 
 def test_timeout_of_a_jobs_workers_is_none_of_a_reader_without(tmp_path: Path) -> None:
     config = loader_config(write_stream(tmp_path / "stream", 8), num_workers=2) | {"timeout": 30}
-    given, own = offline(config, lambda data: (data.config.config["timeout"], data.opened.loader.timeout))
+    given, own = with_job_data(config, lambda data: (data.config.config["timeout"], data.opened.loader.timeout))
     assert (given, own) == (30, 0)
 
 
@@ -193,6 +198,6 @@ def test_shuffle_block_that_has_nothing_of_a_stream_is_refused(
         settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo, "shuffle_block_size": size}
         return mixture(streams, 0, **settings)
 
-    assert offline(with_block(6), lambda opened: len(opened.in_order(0))) > 0
+    assert with_job_data(with_block(6), lambda opened: len(opened.samples_of_epoch(0))) > 0
     with pytest.raises(AssertionError, match=r"shuffle_block_size = 4 in loader\.toml leaves stream b a block of less"):
-        offline(with_block(4), lambda opened: None)
+        with_job_data(with_block(4), lambda opened: None)

@@ -1,0 +1,137 @@
+"""Opens the streams of a job in one process, on any machine, for any number of ranks.
+
+The caches of jobs are neither used nor changed: what has to be fetched or unpacked goes into a folder of its own, which
+is removed.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from streaming import StreamingDataset
+
+from examples.mosaic_streaming import dataloader, titan
+from examples.mosaic_streaming.config import (
+    WITHOUT_WORKERS,
+    LoaderFile,
+    ResolvedLoader,
+    is_local,
+    resolve,
+    streams_of,
+    without_token_ids,
+)
+from examples.mosaic_streaming.distributed import AbortChannel, draw_number
+from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.private_folder import private_folder
+from examples.mosaic_streaming.sampling import Order
+from examples.mosaic_streaming.shards import fetch_index, make_stream
+from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
+from examples.mosaic_streaming.upstream.shared_memory import remove_stale
+from examples.mosaic_streaming.validator import resolve_validation
+
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+"""What torchrun tells its processes. Here each of them would be wrong."""
+
+GPUS_OF_A_NODE = 8
+"""Unless the user says another number."""
+
+
+@contextlib.contextmanager
+def open_job_data(
+    job_config: Any,
+    job_settings: list[dict[str, Any]],
+    train: LoaderFile,
+    validation: LoaderFile | None,
+    world_size: int,
+    ranks_per_node: int | None,
+    channel: AbortChannel,
+) -> Iterator[JobData]:
+    """A context in which the streams of a job can be read.
+
+    Args:
+        job_settings: of the job config, with their owners.
+        ranks_per_node: if None, up to 8.
+
+    Raises:
+        ConfigError: the job would not start with this configuration, or not on this many ranks.
+        DataError: an index can't be read, or is damaged.
+    """
+    for name in TORCHRUN_VARIABLES:
+        os.environ.pop(name, None)
+    ranks_per_node = check_ranks(world_size, ranks_per_node)
+    titan.check_job(job_config, validation is not None, world_size)
+    titan.import_custom(job_config)
+    titan.register(job_config.model.name, train, None, channel)
+    job = titan.make_job(job_config, world_size, ranks_per_node)
+    config = resolve(train, job.training, job.layout.replication)
+    titan_tokenizer = build_tokenizer(job.assets)
+    tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
+    check_tokenizer(titan_tokenizer, job)
+    config = without_token_ids(config, tokenizer)
+    held_out = (validation, resolve_validation(validation, job, config)) if validation and job.validation else None
+    remove_stale()
+    with private_folder(channel) as folder:
+        own = dataloader.fill_in_packing_ratio(with_own_caches(config, folder), job, tokenizer, lambda choose: choose())
+        if "packing_ratio" in own.dataset:
+            config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
+        opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
+        yield JobData(job, job_settings, train, config, opened, tokenizer, folder, job.training, held_out)
+
+
+def open_validation(data: JobData) -> JobData | None:
+    """The validation streams of a job, if it has any. Their samples have ids of their own.
+
+    Raises:
+        ConfigError: llm-foundry or streaming refuses them.
+        DataError: an index can't be read, or is damaged.
+    """
+    if not data.validation:
+        return None
+    assert data.job.validation
+    file, config = data.validation
+    config, shape = without_token_ids(config, data.tokenizer), data.job.validation.shape
+    own = with_own_caches(config, os.path.join(data.folder, "validation"))
+    rows = shape.local_batch_size
+    loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, draw_number())
+    assert isinstance(loader.dataset, StreamingDataset)
+    order = Order("random", rows * data.job.layout.dp_world_size, rows, loader.dataset.epoch_size)
+    spec = dataloader.batch_spec(data.job, shape, own, data.tokenizer, "The preview")
+    opened = dataloader.OpenLoader(own, loader, order, spec, {})
+    return dataclasses.replace(data, file=file, config=config, opened=opened, validation=None, shape=shape)
+
+
+def check_ranks(world_size: int, ranks_per_node: int | None) -> int:
+    """The ranks of each node, if None up to 8; raises ConfigError if the world size is no multiple of them."""
+    if ranks_per_node is None:
+        ranks_per_node = world_size if world_size <= GPUS_OF_A_NODE else math.gcd(world_size, GPUS_OF_A_NODE)
+    if world_size < 1 or ranks_per_node < 1 or world_size % ranks_per_node:
+        raise ConfigError(
+            f"--world-size {world_size} with --ranks-per-node {ranks_per_node}: expected a multiple of the second."
+        )
+    return ranks_per_node
+
+
+def with_own_caches(loader: ResolvedLoader, folder: str) -> ResolvedLoader:
+    """A configuration that reads the same streams in this process, with their indexes fetched.
+
+    A stream in a folder of this machine is read there if nothing has to be unpacked beside it or evicted. The others
+    are read through caches in `folder`.
+    """
+    config = copy.deepcopy(loader.config) | WITHOUT_WORKERS
+    dataset = config["dataset"]
+    dataset["replication"] = 1
+    sections = list(streams_of(dataset).values())
+    for number, (settings, label) in enumerate(zip(loader.streams.values(), loader.labels, strict=True)):
+        local, source = is_local(settings), settings.get("remote") or settings["local"]
+        source = os.path.abspath(source) if local else source
+        own = {"remote": source, "local": os.path.join(folder, str(number))}
+        parts = fetch_index(make_stream(settings | own, label), bool(dataset.get("allow_unsafe_types")))
+        if local and not any(part.packed for part in parts) and not dataset.get("cache_limit"):
+            own["local"] = source
+        sections[number] |= own
+    return dataclasses.replace(loader, config=config)
