@@ -107,6 +107,7 @@ def test_empty_documents_have_no_loss_token(tmp_path: Path) -> None:
     assert "It is made of samples 2, 3 of" in read.message
 
 
+@pytest.mark.long
 def test_rows_without_loss_tokens_change_nothing_beside_others(files: Path) -> None:
     """The losses are those of the other rows alone, where a rank has no others in a step, or a micro-batch."""
     of_rank_0, of_first_batches = {0, 2, 8, 10}, {4, 5, 12, 13}

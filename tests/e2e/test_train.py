@@ -268,6 +268,7 @@ def test_the_documented_command_trains_on_the_demo_data(tmp_path: Path) -> None:
     assert list(tmp_path.glob("tb/*/events.out.tfevents.*"))
 
 
+@pytest.mark.long
 def test_folder_without_a_finished_checkpoint_doesnt_hide_the_given_weights(files: Path) -> None:
     flags = ("--checkpoint.enable", f"--checkpoint.initial_load_path={files}/outputs/seed/step-0")
     train(files, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")

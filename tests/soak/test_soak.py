@@ -49,6 +49,7 @@ def test_killed_training_goes_on_exactly(trained: Place, kind: str, moment: int)
     goes_well(Case(kind, moment, seed=1), trained)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not can_make_nodes(), reason="no rights to mount a disk")
 @pytest.mark.parametrize(
     ("kind", "number"),

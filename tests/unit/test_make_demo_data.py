@@ -51,6 +51,7 @@ def test_no_module_is_in_both_splits() -> None:
     assert min(len(train), len(val)) > 0
 
 
+@pytest.mark.long
 def test_second_run_does_nothing_and_a_cut_one_starts_again(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     index = demo / "train/index.json"
     written = index.stat().st_mtime_ns

@@ -93,6 +93,7 @@ def test_rows_are_the_same_on_any_ranks(
     assert read(folder, STEPS, world_size, num_workers) == uninterrupted
 
 
+@pytest.mark.long
 def test_resume_after_each_step_reads_what_follows(
     folder: Path, uninterrupted: tuple[list[list[list[int]]], list[dict[str, str]]]
 ) -> None:

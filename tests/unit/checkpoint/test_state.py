@@ -122,6 +122,7 @@ def test_resume_after_three_steps_in_each_way_to_read(
     assert resume_after(config, STEPS, steps_to_resume(way), WAYS.index(way)) == 3
 
 
+@pytest.mark.long
 def test_resume_with_other_settings_of_the_sampling(streams: dict[str, dict[str, Any]]) -> None:
     settings: list[dict[str, Any]] = [
         {"shuffle": False},

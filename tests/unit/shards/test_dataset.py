@@ -159,8 +159,9 @@ def test_store_that_comes_back_within_the_retries_is_survived(
     assert read.steps == whole
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("place", ["finetuning"], indirect=True)
-@pytest.mark.parametrize("kind", ["flip", pytest.param("404", marks=pytest.mark.long)])
+@pytest.mark.parametrize("kind", ["flip", "404"])
 def test_instruction_tuning_stops_and_goes_on_as_well(
     place: Place, whole: list[list[int]], tmp_path: Path, kind: str
 ) -> None:
@@ -221,6 +222,7 @@ def test_damaged_index_in_the_cache_is_fetched_again(
     assert place.read(config, tmp_path / "notes").steps == whole
 
 
+@pytest.mark.long
 def test_index_in_the_cache_that_is_not_the_streams_is_fetched_again_at_the_next_start(
     place: Place, whole: list[list[int]], tmp_path: Path
 ) -> None:
@@ -302,6 +304,7 @@ def test_local_file_that_vanishes_while_in_use_stops_the_job(
     goes_on(place, config, tmp_path, stopped, whole, world_size)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_workers", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_shards_that_are_evicted_all_the_time_are_fetched_again(
     place: Place, whole: list[list[int]], tmp_path: Path, num_workers: int

@@ -213,6 +213,7 @@ def test_remote_that_there_is_not_is_told(tmp_path: Path, remote: str, told: str
     assert re.match(told, stopped.message), stopped.message
 
 
+@pytest.mark.long
 def test_missing_credentials_are_told(tmp_path: Path) -> None:
     with running_store() as store:
         environment = dict.fromkeys(store.environment(), "") | {
