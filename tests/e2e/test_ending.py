@@ -185,6 +185,7 @@ def test_worker_that_ends_at_the_moment_of_a_signal_leaves_no_traceback(
     assert "Traceback" not in rank.output and "OSError" not in rank.output, rank.output
 
 
+@pytest.mark.long
 def test_run_that_a_signal_ends_says_where_the_same_command_goes_on(
     files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

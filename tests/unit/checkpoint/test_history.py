@@ -143,6 +143,7 @@ def test_run_that_goes_on_with_twice_the_global_batch_is_known_before_it_does_an
     assert "From step 7 on, global batches of 8 samples, from sample 24 of epoch 0." in said
 
 
+@pytest.mark.long
 def test_checkpoint_is_the_one_that_a_start_loads(wider: tuple[Path, Samples]) -> None:
     files, read = wider
     folder, loads = f"--checkpoint={files}/outputs/checkpoint", (*SAVE, "--checkpoint.load_step=6", *WIDER)

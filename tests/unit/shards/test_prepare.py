@@ -196,6 +196,7 @@ def test_neighbour_is_started_killed_and_restarted_while_a_job_trains(
     assert shared() == before, "and the next start has removed what the killed ones left"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("remote", "told"),
     [
