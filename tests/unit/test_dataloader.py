@@ -15,6 +15,7 @@ from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger
 from transformers import AutoTokenizer
 
+from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.dataset import CheckedDataset
@@ -171,19 +172,20 @@ def test_data_parallel_ranks_share_out_an_epoch(stream: Path) -> None:
     assert not first & second
 
 
+def read_and_close(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
+    """The samples of a loader's next batches; then it is closed, for another in the same ranks."""
+    samples = read_samples(loader, batches)
+    loader.close()
+    return samples
+
+
 def test_ranks_of_one_data_parallel_rank_get_the_same_samples(stream: Path) -> None:
     """As tensor-parallel peers, who are neighbours; as pipeline peers, who are not; and as peers all."""
     layouts = [[0, 0, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]]
 
-    def read(dp_ranks: list[int], channel: AbortChannel) -> list[list[int]]:
-        loader = build_loader(loader_config(stream, shuffle=True), dp_ranks=dp_ranks, channel=channel)
-        samples = read_samples(loader, 5)
-        loader.close()
-        return samples
-
     def read_in_each() -> list[list[list[int]]]:
-        channel = AbortChannel()
-        return [read(dp_ranks, channel) for dp_ranks in layouts]
+        config, channel = loader_config(stream, shuffle=True), AbortChannel()
+        return [read_and_close(build_loader(config, dp_ranks=dp_ranks, channel=channel), 5) for dp_ranks in layouts]
 
     for dp_ranks, per_rank in zip(layouts, zip(*run_rank_values(read_in_each, 4), strict=True), strict=True):
         for dp_rank in set(dp_ranks):
@@ -200,15 +202,9 @@ def test_epochs_roll_over_for_ever_in_whole_global_batches(stream: Path) -> None
         for num_workers, persistent_workers in ((0, False), (2, True), (2, False))
     ]
 
-    def read(config: dict[str, Any], channel: AbortChannel) -> list[list[int]]:
-        loader = build_loader(config, job(2, global_batch_size=4), channel=channel)
-        samples = read_samples(loader, 30)
-        loader.close()
-        return samples
-
     def read_each() -> list[list[list[int]]]:
-        channel = AbortChannel()
-        return [read(config, channel) for config in configs]
+        channel, batches = AbortChannel(), job(2, global_batch_size=4)
+        return [read_and_close(build_loader(config, batches, channel=channel), 30) for config in configs]
 
     [found] = run_rank_values(read_each)
     for samples in found:

@@ -5,7 +5,7 @@ from typing import cast
 import numpy as np
 
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.sampling import Order, global_batch
+from examples.mosaic_streaming.sampling import Order, global_batch, stream_numbers
 from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream
 
 SHOWN_SAMPLES = 8
@@ -21,8 +21,8 @@ def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sampl
     samples = global_batch(dataset, order, epoch, sample_in_epoch)
     told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
     more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
-    numbers = np.searchsorted(dataset.sample_offset_per_stream, samples, side="right") - 1
-    streams = [cast(CheckedStream, dataset.streams[number]).label for number in np.unique(numbers)]
+    numbers = np.unique(stream_numbers(dataset, samples))
+    streams = [cast(CheckedStream, dataset.streams[number]).label for number in numbers]
     return DataError(
         f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
         f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}` shows one. "

@@ -5,7 +5,6 @@ from typing import Any
 
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
-from streaming.base.world import World
 from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
@@ -50,8 +49,7 @@ def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
     """Tokens in each of the first epoch's first samples, without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
-    dataset._set_shuffle_block_size(World(1, 1, 1, 0))  # as its first iteration will
-    in_order = set_order(dataset, 1, rows)(dataset, World(1, 1, 1, 0), 0, 0).reshape(-1)
+    in_order = set_order(dataset, 1, rows).in_sequence(dataset, epoch=0)
 
     def make_batch(ids: list[int]) -> Any:
         return loader.collate_fn([dataset[sample] for sample in ids])

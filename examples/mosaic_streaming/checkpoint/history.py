@@ -17,6 +17,11 @@ class Segment(NamedTuple):
     sample_in_epoch: int  # samples of that epoch that have been read before
     global_batch_size: int  # samples per optimizer step
 
+    @classmethod
+    def at_beginning(cls, global_batch_size: int) -> "Segment":
+        """Return the segment of a run that has read nothing."""
+        return cls(0, 0, 0, global_batch_size)
+
 
 class Slice(NamedTuple):
     """Samples `begin` to `end` of an epoch, which the steps after `step` read in global batches of one size."""

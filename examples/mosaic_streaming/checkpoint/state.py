@@ -32,7 +32,7 @@ class State(NamedTuple):
     @classmethod
     def at_beginning(cls, data: Fingerprint, global_batch_size: int) -> "State":
         """Return the state of a run that has read nothing."""
-        return cls(0, 0, global_batch_size, data, None, 0, (Segment(0, 0, 0, global_batch_size),))
+        return cls(0, 0, global_batch_size, data, None, 0, (Segment.at_beginning(global_batch_size),))
 
 
 def pack(state: State) -> dict[str, str]:

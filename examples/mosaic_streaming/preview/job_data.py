@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from streaming.base.world import World
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
@@ -15,7 +14,7 @@ from examples.mosaic_streaming.checkpoint import History, Segment
 from examples.mosaic_streaming.config import BatchShape, Job, LoaderFile, ResolvedLoader
 from examples.mosaic_streaming.dataloader import OpenLoader
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.sampling import assign_to_ranks, check_memory
+from examples.mosaic_streaming.sampling import assign_to_ranks, check_memory, stream_numbers
 
 
 class NoRowError(DataError):
@@ -53,14 +52,14 @@ class JobData:
     def new_run(self) -> History:
         """What a run reads that begins with the present settings and keeps them."""
         order = self.opened.order
-        return History(order, (Segment(0, 0, 0, order.global_batch_size),))
+        return History(order, (Segment.at_beginning(order.global_batch_size),))
 
     def samples_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """The ids of all samples of an epoch in order, int64 [samples]; those of the last epoch asked for are kept."""
         if epoch not in self._last_epoch:
             check_memory(self.opened.dataset.epoch_size, self.opened.config.source)
             order = dataclasses.replace(self.opened.order, global_batch_size=1, local_batch_size=1)
-            self._last_epoch = {epoch: order(self.opened.dataset, World(1, 1, 1, 0), epoch, 0).reshape(-1)}
+            self._last_epoch = {epoch: order.in_sequence(self.opened.dataset, epoch)}
         return self._last_epoch[epoch]
 
     def global_batch(self, step: int, history: History | None = None) -> NDArray[np.int64]:
@@ -82,16 +81,12 @@ class JobData:
         opened = self.opened
         return check_first_samples(opened.loader, opened.spec, opened.config, self.tokenizer, self.shape)
 
-    def stream_numbers(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The number of the stream that each sample belongs to."""
-        return np.searchsorted(self.first_samples, samples, side="right") - 1
-
     def locate(self, sample: int) -> dict[str, Any]:
         """A sample's id, and where it is stored, for a report; raises ConfigError if there is none of this id."""
         dataset = self.opened.dataset
         if not 0 <= sample < dataset.num_samples:
             raise ConfigError(f"Sample {sample}: the streams have samples 0 to {dataset.num_samples - 1:,}.")
-        stream = int(self.stream_numbers(np.array(sample)))
+        stream = int(stream_numbers(dataset, np.array(sample)))
         shard, sample_of_shard = map(int, dataset.spanner[sample])
         files = [raw.basename for raw, _ in dataset.shards[shard].file_pairs]
         return {

@@ -113,7 +113,7 @@ def print_steps(out: Console, report: Report, full: bool, found: bool) -> None:
     """Samples of global batches, one in a row."""
     print_scope(out, report)
     print_warnings(out, report)
-    if report["segments"] != [Segment(0, 0, 0, report["global_batch_size"])._asdict()]:
+    if report["segments"] != [Segment.at_beginning(report["global_batch_size"])._asdict()]:
         for segment in report["segments"]:
             first, batch = segment["step"] + 1, plural(segment["global_batch_size"], "sample")
             begin = f"sample {segment['sample_in_epoch']:,} of epoch {segment['epoch']}"

@@ -17,5 +17,6 @@ from examples.mosaic_streaming.sampling.order import (
     set_validation_order,
     size_of_round,
     start_at,
+    stream_numbers,
 )
 from examples.mosaic_streaming.sampling.placement import Layout, assign_to_ranks

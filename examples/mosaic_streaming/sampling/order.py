@@ -50,6 +50,10 @@ class Order:
         assert samples.size == self.remaining(begin) and samples.min(initial=0) >= 0
         return assign_to_ranks(samples, world, self.local_batch_size, self.group_size)
 
+    def in_sequence(self, dataset: StreamingDataset, epoch: int) -> NDArray[np.int64]:
+        """Return the samples of an epoch in order, as a single reader gets them: int64 [samples]."""
+        return self(dataset, ONE_READER, epoch, 0).reshape(-1)
+
 
 @dataclass(frozen=True)
 class ValidationOrder:
@@ -120,7 +124,12 @@ def global_batch(dataset: StreamingDataset, order: Order, epoch: int, sample_in_
     The whole epoch is put in order for it, which takes a while where it is long.
     """
     order = dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch)
-    return order(dataset, ONE_READER, epoch, 0).reshape(-1)[: order.global_batch_size]
+    return order.in_sequence(dataset, epoch)[: order.global_batch_size]
+
+
+def stream_numbers(dataset: StreamingDataset, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the number of the stream that each sample belongs to; any shape."""
+    return np.searchsorted(dataset.sample_offset_per_stream, samples, side="right") - 1
 
 
 def samples_of_epoch(
