@@ -1,7 +1,8 @@
 """The pages: short enough, with links that lead somewhere, names that exist, and commands that run.
 
 The quick tests compare what the pages say with the real parsers, files, settings and messages. The `long` one runs the
-commands of each page, one after the other, in a copy of the repository.
+commands of each page, one after the other, in a copy of the repository. docs/torchtitan-0.3.md has flags and settings
+of TorchTitan 0.3, all other pages those of 0.2: they are compared where that generation is installed.
 """
 
 import argparse
@@ -26,15 +27,15 @@ from typing import Any
 import pytest
 from huggingface_hub.commands.download import DownloadCommand
 from torch.distributed.run import get_args_parser
-from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import parse_flags
 from examples.mosaic_streaming.config.keys import dataset_keys
 from examples.mosaic_streaming.preview.__main__ import build_parser
-from examples.mosaic_streaming.titan.v0_2.documents import masks_documents
-from examples.mosaic_streaming.titan.v0_2.spec import base_spec
+from examples.mosaic_streaming.titan.job_values import leaves
+from examples.mosaic_streaming.titan.versions import GONE, RENAMED
 from tests.support.ranks import run_rank_values
+from tests.support.titan import IS_0_2, NO_FLAGS, job_config, load_config, only_0_2, only_0_3
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/mosaic_streaming"
@@ -42,6 +43,8 @@ README, EXAMPLE_README, CHANGELOG = Path("README.md"), Path("examples/mosaic_str
 PAGES = [README, *sorted(page.relative_to(ROOT) for page in (ROOT / "docs").glob("*.md")), EXAMPLE_README]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 TRAIN, PREVIEW = "examples.mosaic_streaming.train", "examples.mosaic_streaming.preview"
+TITAN_0_3 = Path("docs/torchtitan-0.3.md")
+"""The page with flags and settings of TorchTitan 0.3."""
 
 RUN_BY = {
     "docs/data.md": ("tests/e2e/test_data_prep.py", "folder"),
@@ -67,6 +70,9 @@ NOT_RUN = {
     "torchrun --nnodes=2": "needs two machines; tests/e2e/test_torchrun.py has two",
     "NNODES=2 MASTER=node-0 configs/launch/multinode.sh": "the same",
     "sbatch ": "needs Slurm; tests/e2e/test_recipes.py has commands like Slurm's",
+    "PYTHONPATH=. torchrun --nproc_per_node=8": "needs eight GPUs",
+    "torchrun --nproc_per_node=8": "the same",
+    f"{TRAIN_COMMAND} --mosaic-position": "needs a checkpoint of a run on TorchTitan 0.2",
 }
 """How the commands begin that the long test doesn't run, and why."""
 
@@ -123,38 +129,48 @@ def words_of(command: str) -> list[str]:
     return words[: words.index(">")] if ">" in words else words
 
 
+def is_of_installed(page: Path) -> bool:
+    """Whether a page has flags and settings of the TorchTitan that is installed."""
+    return (page == TITAN_0_3) != IS_0_2
+
+
 EVERY_COMMAND = [(page, command) for page in PAGES for command in commands(page)]
 
 
 def check_files(words: list[str]) -> None:
     """What follows --config and the like is a file of the project, or one that a command of a page makes."""
     for flag, value in itertools.pairwise(words):
-        if flag.endswith("config"):
+        if flag.endswith("config") and not (flag == "--config" and "--module" in words):
             assert value.startswith(MADE) or (ROOT / value).is_file(), value
 
 
 def check_titan_flags(config: str, flags: list[str]) -> None:
     """TorchTitan takes the flags after `--`. A user's own model isn't there to be looked up."""
-    flags = [flag for flag in flags if "custom_import" not in flag]
-    run_rank_values(lambda: titan.load_job_config([f"--job.config_file={config}", *flags]) and None)
+    flags = [os.path.expandvars(flag) for flag in flags if "custom_import" not in flag]
+    run_rank_values(lambda: load_config(config, *flags) and None)
 
 
-def check_command(command: str) -> None:
-    """The program that a command calls takes its flags. Of some, this only shows in the tests that run them."""
+def check_command(page: Path, command: str) -> None:
+    """The program that a command calls takes its flags. Of some, this only shows in the tests that run them.
+
+    TorchTitan's flags are left out where another generation of it is installed than the page's.
+    """
     words = words_of(command)
     if words[0] == "make":
-        assert set(words[1:]) <= TARGETS
+        assert {word for word in words[1:] if "=" not in word} <= TARGETS
     elif words[0] == "torchrun":
         module = words.index("-m")
         assert words[module + 1] == TRAIN
         get_args_parser().parse_args(words[1:])
         flags, titan_flags = parse_flags(words[module + 2 :])
         check_files(words)
-        check_titan_flags(flags.config, titan_flags)
+        if is_of_installed(page) and not flags.module:  # a test of its own has those with --module
+            check_titan_flags(flags.config, titan_flags)
     elif words[:3] == ["python", "-m", PREVIEW]:
         flags, titan_flags = build_parser().parse(words[3:])
         check_files(words)
-        check_titan_flags(flags.config, titan_flags)
+        if is_of_installed(page):
+            check_titan_flags(flags.config, titan_flags)
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2])
         assert all(word.startswith(MADE) or (ROOT / word).exists() for word in words[3:])
@@ -165,14 +181,28 @@ def check_command(command: str) -> None:
     elif scripts := [word for word in words if word.startswith("configs/launch/")]:
         files = [word for word in words if word.endswith(".toml")]
         assert all((ROOT / path).is_file() for path in (*scripts, *files))
-        check_titan_flags(files[0], words[words.index(files[-1]) + 1 :])
+        if is_of_installed(page):
+            check_titan_flags(files[0], words[words.index(files[-1]) + 1 :])
     else:
         assert words[:2] == ["python", "-c"] or words[0] in ("cp", "export", "git", "llmfoundry", "sed")
 
 
 @pytest.mark.parametrize(("page", "command"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
 def test_each_command_is_one_that_the_parsers_take(page: Path, command: str) -> None:
-    check_command(command)
+    check_command(page, command)
+
+
+@only_0_3
+def test_commands_with_a_module_make_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [block] = blocks(TITAN_0_3, "python")
+    (tmp_path / block.split()[1]).write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    with_module = [words_of(command) for command in commands(TITAN_0_3) if "--module" in command]
+    assert len(with_module) == 2
+    for words in with_module:
+        flags, titan_flags = parse_flags(words[words.index("-m") + 2 :])
+        [steps] = run_rank_values(lambda: titan.load_job(flags, titan_flags).job_config.training.steps)  # noqa: B023
+        assert f"--training.steps={steps}" in titan_flags
 
 
 def test_pages_have_commands() -> None:
@@ -243,19 +273,29 @@ def job_keys(config: type, prefix: str = "") -> Iterator[str]:
             yield from job_keys(kind, f"{prefix}{name}.")
 
 
+@functools.cache
+def settings() -> set[str]:
+    """The settings of the TorchTitan that is installed, and those of a job's file that are others there."""
+    if IS_0_2:
+        from torchtitan.config import JobConfig
+
+        return set(job_keys(JobConfig))
+    return {key for key, *_ in leaves(job_config())} | {*RENAMED, *GONE, *NO_FLAGS} | {"activation_checkpoint.mode"}
+
+
 @pytest.mark.parametrize("page", [*PAGES, CHANGELOG], ids=str)
 def test_settings_modules_targets_and_files_in_the_text_exist(page: Path) -> None:
-    settings, sections = set(job_keys(JobConfig)), "|".join(field.name for field in dataclasses.fields(JobConfig))
+    sections = "|".join(sorted({key.partition(".")[0] for key in settings()}))
     dataset = {key for keys in dataset_keys().values() for key in keys} | {"eos_token_id", "bos_token_id"}
     dataset |= {"token_encoding_type", "remote", "local", "split", "decoder_only_format", "streams", "batch_size"}
     for code in re.findall(r"`([^`\n]+)`", without_blocks(text_of(page))):
-        for key in re.findall(rf"(?<![\w.])(?:--)?((?:{sections})\.(?:no-)?[a-z_]+)", code):
-            assert key.replace(".no-", ".") in settings or key.endswith(".py"), code
+        for key in re.findall(rf"(?<![\w./])(?:--)?((?:{sections})\.(?:no-)?[a-z_]+)", code):
+            assert not is_of_installed(page) or key.replace(".no-", ".") in settings() or key.endswith(".py"), code
         for key in re.findall(r"(?<![\w./])dataset\.([a-z_]+)", code):
             assert key in dataset, code
         if module := re.match(r"python -m ([\w.]+)", code):
             assert importlib.util.find_spec(module[1]) or page == CHANGELOG, code
-        if target := re.match(r"make (?:PYTHON=3.12 )?([a-z][a-z-]*)", code):
+        if target := re.match(r"make (?:[A-Z]+=[\d.]+ )?([a-z][a-z-]*)", code):
             assert target[1] in TARGETS, code
         if re.fullmatch(r"(?:[\w.-]+/)+(?:[\w.-]+\.(?:py|toml|sh|md))?", code):
             places = [ROOT, ROOT / "configs", EXAMPLE, EXAMPLE / "titan"]
@@ -275,7 +315,11 @@ def test_names_in_the_tables_of_the_architecture_exist() -> None:
     assert written == sorted(path.name for path in (EXAMPLE / "upstream").glob("*.py") if path.name != "__init__.py")
 
 
+@only_0_2
 def test_flavors_that_mask_documents_are_those_in_the_page() -> None:
+    from examples.mosaic_streaming.titan.v0_2.documents import masks_documents
+    from examples.mosaic_streaming.titan.v0_2.models import base_spec
+
     written = {}
     for row in re.findall(r"^\| (`\w+_mosaic`.*) \|$", text_of(Path("docs/finetuning.md")), re.MULTILINE):
         models, _, flavors = re.sub(r" \(.*\)", "", row).partition(" | ")
@@ -317,6 +361,8 @@ def runs_here(page: Path) -> list[str]:
     """A page's commands that the long test runs: a command of several pages on the first of them."""
     if str(page) == "docs/data.md":
         return []  # RUN_BY has the test that does
+    if not is_of_installed(page):
+        return []
     earlier = {command for other in PAGES[: PAGES.index(page)] for command in commands(other)}
     return [command for command in commands(page) if command not in earlier and not command.startswith(tuple(NOT_RUN))]
 
@@ -325,7 +371,7 @@ def runs_here(page: Path) -> list[str]:
 def copy(tmp_path: Path) -> Path:
     """A copy of the repository, with this environment and the input that the pages speak of."""
     folder = tmp_path / "copy"
-    left_out = (".git", ".venv", ".tools", "data", "outputs", ".*_cache", "__pycache__", ".hypothesis")
+    left_out = (".git", ".venv*", ".tools", "data", "outputs", ".*_cache", "__pycache__", ".hypothesis")
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*left_out))
     (folder / ".venv").symlink_to(Path(sys.executable).parent.parent)
     documents = [{"text": path.read_text()} for path in sorted(Path(os.__file__).parent.glob("c*.py"))]

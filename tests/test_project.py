@@ -58,15 +58,15 @@ def test_each_package_that_is_imported_is_declared(folder: str, declared: set[st
 def checkout(tmp_path: Path) -> Path:
     """A checkout whose environment is older than its lock file, with no uv anywhere."""
     shutil.copy(HERE / "Makefile", tmp_path)
-    for file in ("requirements.lock", "requirements-bench.lock", ".venv/.synced"):
+    for file in ("requirements.lock", "requirements-titan-0.3.lock", "requirements-bench.lock", ".venv/.synced"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     return tmp_path
 
 
-def made(checkout: Path, target: str) -> str:
+def made(checkout: Path, *words: str) -> str:
     """The commands that `make` would run."""
-    command = ["make", "--dry-run", target, "UV=.tools/bin/uv"]
+    command = ["make", "--dry-run", *words, "UV=.tools/bin/uv"]
     return subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=30, check=True).stdout
 
 
@@ -82,6 +82,15 @@ def test_changed_lock_file_is_installed_and_uv_before_it(checkout: Path) -> None
     (checkout / ".venv/.synced").unlink()
     said = made(checkout, "demo")
     assert 0 < said.index("-m venv .tools") < said.index(".tools/bin/uv pip sync") < said.index("make_demo_data")
+
+
+def test_other_torchtitan_has_an_environment_of_its_own(checkout: Path) -> None:
+    said = made(checkout, "demo", "TITAN=0.3")
+    sync = "pip sync --python .venv-titan-0.3 --require-hashes --compile-bytecode requirements-titan-0.3.lock"
+    assert 0 < said.index(sync) < said.index(".venv-titan-0.3/bin/torchrun") < said.index("--dump_folder=outputs/demo")
+    assert ".venv/" not in said
+    with pytest.raises(subprocess.CalledProcessError):
+        made(checkout, "demo", "TITAN=0.4")
 
 
 def test_what_benchmarks_need_is_installed_again_after_an_environment_was(checkout: Path) -> None:

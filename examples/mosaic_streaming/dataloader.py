@@ -71,7 +71,7 @@ def build_mosaic_dataloader(
         sampling.log_mixture(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
         for warning in warnings + config.warnings_of(loader_config, job, hf_tokenizer, opened.columns):
             logger.warning(warning)
-    return MosaicDataLoader(opened, dp_rank, job.steps, channel)
+    return MosaicDataLoader(opened, dp_rank, job, channel)
 
 
 def build_foundry_loader(
@@ -212,6 +212,7 @@ def batch_spec(
         source=f"{who} reads {loader_config.sources}, set in {loader_config.source}.",
         documents=job.documents,
         positions=job.positions,
+        masks_by_positions=job.masks_by_positions,
     )
 
 
@@ -225,18 +226,19 @@ class MosaicDataLoader(BaseDataLoader):
     Args:
         opened: the open loader, whose dataset knows this rank's place (`set_reader_world`).
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        steps: optimizer steps of the whole run, for the log.
+        job: what is trained.
         channel: tells all ranks why one of them stops.
     """
 
-    def __init__(self, opened: OpenLoader, dp_rank: int, steps: int, channel: AbortChannel) -> None:
+    def __init__(self, opened: OpenLoader, dp_rank: int, job: Job, channel: AbortChannel) -> None:
         order = opened.order
         self.config = opened.config
         self.has_started = False
         """Whether a batch has been asked for."""
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
         self._dataset, self._spec, self._order = opened.dataset, opened.spec, order
-        self._dp_rank, self._steps_of_run, self._channel = dp_rank, steps, channel
+        self._dp_rank, self._channel = dp_rank, channel
+        self._steps_of_run, self._microbatches = job.steps, job.microbatches
         self._state = State.at_beginning(opened.fingerprint, order.global_batch_size)
         """The position after the last whole optimizer step; `seen` is in the counter."""
         self._has_one_batch_size = True
@@ -279,7 +281,7 @@ class MosaicDataLoader(BaseDataLoader):
                         self._counter.add_step(self._order.global_batch_size)
                         read = self._state.sample_in_epoch + self._order.global_batch_size
                         self._state = self._state._replace(sample_in_epoch=read, steps=self._state.steps + 1)
-                    yield titan_batch
+                    yield from batch.split_rows(titan_batch, self._microbatches)
             self._log_epoch_end()
             self._log_dropped_tokens()
             self._state = self._state._replace(epoch=self._state.epoch + 1, sample_in_epoch=0)

@@ -8,7 +8,7 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from examples.mosaic_streaming.batch import PROBE
-from examples.mosaic_streaming.config import Job, explain_asset_errors
+from examples.mosaic_streaming.config import Job, explain_asset_errors, tokenizer_config
 from examples.mosaic_streaming.errors import ConfigError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns at each fork of a dataloader worker
@@ -17,7 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or tokenizers warns 
 def build_tokenizer(path: str) -> HuggingFaceTokenizer:
     """Load TorchTitan's tokenizer from a folder, `model.hf_assets_path`; a ConfigError says what is wrong with it."""
     with explain_asset_errors(path, "TorchTitan"):
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(tokenizer_path=path)
 
 
 def build_transformers_tokenizer(path: str, titan_tokenizer: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
@@ -31,7 +31,7 @@ def build_transformers_tokenizer(path: str, titan_tokenizer: HuggingFaceTokenize
         ConfigError: transformers can't read the assets, or the two tokenizers differ.
     """
     with explain_asset_errors(path, "transformers"):
-        tokenizer = load(path, titan_tokenizer.config or {})
+        tokenizer = load(path, tokenizer_config(path))
         tokenizer.padding_side = "right"  # on the left, tokens would see the padding: TorchTitan doesn't mask it
         fill_in_bos_and_eos(titan_tokenizer, tokenizer)
         differences = differences_of(titan_tokenizer, tokenizer)

@@ -1,6 +1,6 @@
 """Train a TorchTitan model on Mosaic streams. `--help` shows how; the usage text is in `config/cli.py`.
 
-It does what TorchTitan's own `train.py` does, but the model's TrainSpec reads Mosaic streams. Packages that take long
+It does what TorchTitan's own `train.py` does, but the model's loaders read Mosaic streams. Packages that take long
 to import are imported where they are needed, so that `--help` and typos don't wait half a minute.
 """
 
@@ -8,18 +8,18 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.config import parse_flags, read_loaders, read_toml
+from examples.mosaic_streaming.config import parse_flags
 from examples.mosaic_streaming.distributed import AbortChannel, handle_signals
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
     from torchtitan.train import Trainer
 
 PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
@@ -30,54 +30,43 @@ SAVE_SECONDS = 20.0
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Read the flags and the files, register the spec, and train. A user's error ends in one line."""
+    """Read the flags and the files, build the Trainer, and train. A user's error ends in one line."""
     channel = AbortChannel()  # tells all ranks why one of them stops
     with channel.report_errors_once():
         handle_signals(signal.SIG_DFL)  # a signal ends the process at once, until there is a loader to close
         flags, titan_flags = parse_flags(sys.argv[1:] if argv is None else argv)
-        if not (flags.config and flags.mosaic_config):  # `-- --help`
-            titan.load_job_config(titan_flags)  # prints TorchTitan's help and exits
-        read_toml(flags.config)  # before the slow imports; TorchTitan reads it again
-        train_file, validation_file = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
-        if "LOCAL_RANK" not in os.environ:
+        if flags.config and "LOCAL_RANK" not in os.environ:  # without --config: `-- --help`
             raise ConfigError("Not started by torchrun. See --help.")
-        job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        has_validation_file = validation_file is not None
-        titan.check_job(job_config, has_validation_file, int(os.environ["WORLD_SIZE"]))
-        import_llm_foundry()  # before anything else does, which would take several times as long
-        titan.import_custom(job_config)
-        titan.register(job_config.model.name, train_file, validation_file, channel)
-        run(job_config, has_validation_file, channel)
+        with titan.names_as_given(in_code=bool(flags.module)):
+            job = titan.load_job(flags, titan_flags)
+            titan.check_job(job, int(os.environ["WORLD_SIZE"]))
+            import_llm_foundry()  # before anything else does, which would take several times as long
+            run(job, channel)
 
 
-def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChannel) -> None:
-    """Train, or write a seed checkpoint, and close everything.
+def run(job: titan.LoadedJob, channel: AbortChannel, build: Callable[..., "Trainer"] = titan.build_trainer) -> None:
+    """Build the Trainer with `build`, train, or write a seed checkpoint, and close everything.
 
     An error while closing never hides the exception that has ended the run.
     """
     import torch.distributed as dist
     from torchtitan.tools.logging import logger
-    from torchtitan.train import Trainer
 
-    from examples.mosaic_streaming.upstream import cpu
     from examples.mosaic_streaming.upstream.rendezvous import fresh_rendezvous
 
     if is_rank_0():
         logger.info(", ".join(f"{name} {version(name)}" for name in PACKAGES))
-        if cpu.ACTIVE:
-            logger.warning(
-                "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests. Models with "
-                "experts, and flavors with flex or varlen attention, need a GPU."
-            )
-        for warning in titan.warnings_of_job(job_config, has_validation_file):
+        if job.description:
+            logger.info(f"Starting job: {job.description}")
+        for warning in titan.warnings_of_job(job):
             logger.warning(warning)
     handle_signals(signal.SIG_DFL)  # llm-foundry's import has set handlers, which would wait until all ranks have met
     trainer = None
     try:
         try:
             with fresh_rendezvous():
-                trainer = Trainer(job_config)
-            if job_config.checkpoint.create_seed_checkpoint:
+                trainer = build(job, channel)
+            if job.job_config.checkpoint.create_seed_checkpoint:
                 trainer.checkpointer.save(curr_step=0, last_step=True)
                 logger.info("Created seed checkpoint")
             else:
@@ -87,11 +76,11 @@ def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChanne
     except BaseException as error:
         if channel.stopped_by:
             channel.close()  # what fails from here on only follows from the signal
-        explained = explain(error, trainer, job_config)  # while the workers still live
+        explained = explain(error, trainer, job)  # while the workers still live
         with contextlib.suppress(Exception):
             close(trainer)
         if channel.stopped_by and trainer and not channel.reason:  # with a reason printed, the signal is torchrun's
-            log_stop(trainer, channel.stopped_by)
+            log_stop(trainer, job, channel.stopped_by)
         if explained:
             raise explained from error
         raise
@@ -102,7 +91,7 @@ def run(job_config: "JobConfig", has_validation_file: bool, channel: AbortChanne
     logger.info("Process group destroyed")
 
 
-def explain(error: BaseException, trainer: "Trainer | None", job_config: "JobConfig") -> ConfigError | DataError | None:
+def explain(error: BaseException, trainer: "Trainer | None", job: titan.LoadedJob) -> ConfigError | DataError | None:
     """Turn an exception that a dead worker, a checkpoint or a setting has caused into a user's error, if it is one."""
     from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
@@ -111,7 +100,7 @@ def explain(error: BaseException, trainer: "Trainer | None", job_config: "JobCon
         return DataError(lost)
     reason = explain_missing(str(error))
     if not reason and not (trainer and trainer.dataloader.has_started):
-        reason = titan.refusal(error, job_config)
+        reason = titan.refusal(error, job)
     return ConfigError(reason) if reason else None
 
 
@@ -136,7 +125,7 @@ def close(trainer: "Trainer | None") -> None:
             trainer.close()
 
 
-def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
+def log_stop(trainer: "Trainer", job: titan.LoadedJob, number: signal.Signals) -> None:
     """Log on rank 0 how far a run has come that a signal ends, and what the same command would do next."""
     from torchtitan.tools.logging import logger
 
@@ -147,7 +136,7 @@ def log_stop(trainer: "Trainer", number: signal.Signals) -> None:
         step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)
         logger.info(
             f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "
-            f"{titan.next_start(trainer.job_config, step)}."
+            f"{titan.next_start(job, step)}."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from examples.mosaic_streaming.config.files import LoaderFile, read_toml
 from examples.mosaic_streaming.distributed.abort import AbortChannel
-from examples.mosaic_streaming.titan.v0_2.job_config import load_job_config
+from examples.mosaic_streaming.titan.v0_2.load import load_job_config
 from examples.mosaic_streaming.upstream import cpu
 
 cpu.prepare_torchtitan()
@@ -23,8 +23,12 @@ from torchtitan.components.dataloader import BaseDataLoader
 from torchtitan.hf_datasets import text_datasets
 from torchtitan.models.llama3 import TransformerModelArgs
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
+from torchtitan.train import Trainer
 
-from examples.mosaic_streaming.titan.v0_2.spec import base_spec, mosaic_spec
+from examples.mosaic_streaming.titan.loaded import LoadedJob
+from examples.mosaic_streaming.titan.loaders import Loaders
+from examples.mosaic_streaming.titan.v0_2.models import base_spec
+from examples.mosaic_streaming.titan.v0_2.spec import mosaic_spec
 from examples.mosaic_streaming.train import run
 from tests.benchmarks.jsonl import name_jsonl
 
@@ -72,10 +76,10 @@ def closable(build: Builder) -> Builder:
     return build_closable
 
 
-def bench_spec(name: str, way: str, loader: LoaderFile, channel: AbortChannel) -> TrainSpec:
+def bench_spec(name: str, way: str, loaders: Loaders) -> TrainSpec:
     """A Mosaic spec with the flavors of the benchmark, TorchTitan's own metrics, and the loader of one way."""
     spec = base_spec(name)
-    spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loader, None, channel)
+    spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loaders)
     builders: dict[str, Any] = {
         "mosaic": spec.build_dataloader_fn,
         "text": closable(text_datasets.build_text_dataloader),
@@ -92,8 +96,10 @@ def main() -> None:
         titan_flags += [f"--training.dataset={name_jsonl()}", f"--training.dataset_path={texts}"]
         job_config = load_job_config(titan_flags)
         loader = LoaderFile(read_toml(loader_path), loader_path)
-        register_train_spec(job_config.model.name, bench_spec(job_config.model.name, way, loader, channel))
-        run(job_config, has_validation_file=False, channel=channel)
+        job = LoadedJob(job_config, loader, None, False, job_config.job.dump_folder, "", {})
+        spec = bench_spec(job_config.model.name, way, Loaders(job, channel))
+        register_train_spec(job_config.model.name, spec)
+        run(job, channel, lambda job, channel: Trainer(job.job_config))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 from examples.mosaic_streaming.shards.add_hashes import main as add_hashes
 from tests.support.ranks import run_rank_values
 from tests.support.streams import TOKENIZER, build_loader, job
+from tests.support.titan import set_value
 
 PAGE = Path("docs/data.md")
 LENGTH = 257
@@ -126,7 +127,7 @@ def test_the_loader_reads_them_with_the_files_shown(folder: Path) -> None:
         tokenizer = Path(TOKENIZER).resolve()
         os.chdir(folder)
         job_config = job(2, seq_len=LENGTH - 1)
-        job_config.model.hf_assets_path = str(tokenizer)
+        set_value(job_config, "model.hf_assets_path", str(tokenizer))
         inputs, labels = next(iter(build_loader(config, job_config)))
         assert inputs["input"].shape == labels.shape == (2, LENGTH - 1)
         return [int((row != -100).sum()) for row in labels]

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemWriter
 from torchtitan.components.checkpoint import CheckpointManager
-from torchtitan.config import JobConfig
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming import dataloader
 from examples.mosaic_streaming.batch.iterator import Batches
+from examples.mosaic_streaming.config import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.store import Listener
 from examples.mosaic_streaming.errors import DataError
@@ -34,6 +34,7 @@ from examples.mosaic_streaming.titan import next_start
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader
 from tests.support.ranks import nothing_is_left, run_ranks
+from tests.support.titan import job_config, loaded
 
 CLOSING = [
     *((Batches, name) for name in ("close", "lost_workers")),
@@ -233,14 +234,13 @@ def test_run_that_a_signal_ends_says_where_the_same_command_goes_on(
 def test_next_start_is_what_torchtitan_would_load(
     tmp_path: Path, settings: dict[str, Any], finished: list[int], step: int, told: str
 ) -> None:
-    job_config = JobConfig()
-    job_config.job.dump_folder, job_config.training.steps = str(tmp_path), 20
-    job_config.checkpoint = dataclasses.replace(job_config.checkpoint, **settings)
+    config = job_config(job__dump_folder=str(tmp_path), training__steps=20)
+    config.checkpoint = dataclasses.replace(config.checkpoint, **settings)
     for number in finished:
         (tmp_path / f"checkpoint/step-{number}").mkdir(parents=True)
         (tmp_path / f"checkpoint/step-{number}/.metadata").touch()
     (tmp_path / "checkpoint/step-12").mkdir(parents=True)  # isn't finished
-    assert next_start(job_config, step) == told
+    assert next_start(loaded(config, LoaderFile({}, "loader.toml")), step) == told
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ STEPS = 10
 FLAGS = ("--checkpoint.enable", f"--training.steps={STEPS}", f"--checkpoint.interval={STEPS}")
 
 QUICK = {"FSDP 2"}
+LONG = [pytest.mark.long, pytest.mark.both]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,10 @@ def one(seeded: Path) -> tuple[dict[int, float], list[list[int]]]:
 
 @pytest.mark.parametrize(
     "layout",
-    [layout if layout in QUICK else pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS],
+    [
+        layout if layout in QUICK else pytest.param(layout, marks=[pytest.mark.long, pytest.mark.both])
+        for layout in LAYOUTS
+    ],
 )
 def test_layout_trains_as_one_rank_does(
     seeded: Path, one: tuple[dict[int, float], list[list[int]]], layout: str

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from torchtitan.config import ConfigManager
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.train import main
@@ -15,6 +14,7 @@ from tests.support.jobs import SAVE, command, logged, losses, train, write_files
 from tests.support.ranks import can_make_nodes, run_rank_values, run_ranks, shared, wait_until
 from tests.support.recording import PAUSE, recorded, recording, steps_recorded
 from tests.support.streams import write_stream
+from tests.support.titan import only_0_2
 
 Whole = tuple[Path, dict[int, float], list[list[int]]]
 """The folder of a run of 12 steps, its losses, and the samples of each step."""
@@ -106,6 +106,7 @@ def test_run_goes_on_in_another_layout(
 
 
 @pytest.mark.long
+@pytest.mark.both
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_run_that_was_killed_goes_on_on_as_many_ranks_or_twice_as_many(
     whole_on_two_ranks: Whole, monkeypatch: pytest.MonkeyPatch, world_size: int
@@ -198,6 +199,7 @@ def test_model_only_checkpoint_is_refused_with_words(files: Path) -> None:
     assert list(losses(anew.output)) == [1, 2, 3, 4], "the second way on that is told"
 
 
+@only_0_2
 @pytest.mark.long
 def test_checkpoint_of_stock_torchtitan_is_refused_with_words_and_can_be_taken_over(files: Path) -> None:
     """Written by its own loader, on text."""
@@ -208,6 +210,8 @@ def test_checkpoint_of_stock_torchtitan_is_refused_with_words_and_can_be_taken_o
     flags += [f"--training.dataset_path={text}", "--checkpoint.enable", "--training.steps=2"]
 
     def stock() -> None:
+        from torchtitan.config import ConfigManager
+
         trainer = Trainer(ConfigManager().parse_args(flags))
         trainer.train()
         trainer.close()

@@ -10,6 +10,7 @@ from torchtitan.train import Trainer
 from examples.mosaic_streaming.train import main
 from tests.support.ranks import Rank, run_ranks
 from tests.support.streams import SEQ_LEN, write_stream
+from tests.support.titan import spell
 
 SAVE = ("--checkpoint.enable", "--training.steps=12", "--checkpoint.interval=1", "--training.global_batch_size=8")
 """64 of the stream's 100 samples are an epoch, of 8 steps."""
@@ -65,8 +66,9 @@ def write_loader(files: Path, stream: Path, num_workers: int = 0) -> None:
 
 
 def command(files: Path, *titan_flags: str) -> list[str]:
-    """The arguments of `train.main`."""
-    return ["--config", f"{files}/job.toml", "--mosaic-config", f"{files}/loader.toml", "--", *titan_flags]
+    """The arguments of `train.main`, for flags of TorchTitan 0.2."""
+    job, flags = spell(files / "job.toml", titan_flags)
+    return ["--config", job, "--mosaic-config", f"{files}/loader.toml", "--", *flags]
 
 
 def train(files: Path, *titan_flags: str, world_size: int = 1, nodes: int = 1) -> list[Rank]:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchtitan.config import JobConfig
-
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
@@ -18,22 +16,22 @@ from examples.mosaic_streaming.preview.open_data import open_job_data
 from tests.support.jobs import command
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import job
+from tests.support.titan import loaded
 
 
 def with_job_data(
     config: dict[str, Any],
     look: Callable[[JobData], Any],
-    job_config: JobConfig | None = None,
+    job_config: Any = None,
     world_size: int = 1,
     ranks_per_node: int | None = None,
 ) -> Any:
     """What a function sees in the streams of a loader configuration."""
     job_config = job_config or job()
-    job_config.model.name = "llama3_mosaic"
 
     def run() -> Any:
         file = LoaderFile(config, "loader.toml")
-        with open_job_data(job_config, [], file, None, world_size, ranks_per_node, AbortChannel()) as opened:
+        with open_job_data(loaded(job_config, file), world_size, ranks_per_node, AbortChannel()) as opened:
             return look(opened)
 
     [found] = run_rank_values(run)

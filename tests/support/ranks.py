@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torchtitan.train
+from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.sampling.placement import Layout
 
@@ -169,7 +169,7 @@ def live_as_rank(
 def shorten_last_pause(folder: Path, world_size: int) -> None:
     """Let TorchTitan's rank 0 end as soon as the other ranks have, rather than 2 s after its last step.
 
-    Source: torchtitan 0.2.2, train.py, "Sleeping 2 seconds for other ranks to complete".
+    Source: torchtitan 0.2.2, train.py, and 0.3.0, trainer.py: "Sleeping 2 seconds for other ranks to complete".
     """
     others = [folder / f"{rank}.pickle" for rank in range(1, world_size)]
 
@@ -178,7 +178,8 @@ def shorten_last_pause(folder: Path, world_size: int) -> None:
         while time.monotonic() < deadline and not all(other.exists() for other in others):
             time.sleep(0.01)
 
-    torchtitan.train.time = SimpleNamespace(**vars(time) | {"sleep": sleep})
+    module: Any = sys.modules[Trainer.__module__]
+    module.time = SimpleNamespace(**vars(time) | {"sleep": sleep})
 
 
 def enter_node(folder: Path, is_first: bool) -> None:

@@ -2,6 +2,7 @@
 
 import atexit
 import copy
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ import numpy as np
 import torch.distributed as dist
 from numpy.typing import NDArray
 from streaming import MDSWriter
-from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.job import BatchShape, Job
@@ -23,6 +23,8 @@ from examples.mosaic_streaming.shards.cache import MARKER
 from examples.mosaic_streaming.titan import make_job
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.support.ranks import run_rank_values
+from tests.support.titan import TOKENIZER as TOKENIZER
+from tests.support.titan import job_config, loaded
 
 WEIGHTS: dict[str, list[dict[str, float]]] = {
     "unweighted": [{}, {}],
@@ -35,7 +37,6 @@ BATCHING = ["random", "per_stream", "stratified", "device_per_stream"]
 
 SHUFFLE = ["py1e", "py1br", "py1s", "py2s", "naive"]
 
-TOKENIZER = "tests/assets/tokenizer"
 SEQ_LEN = 16
 COLUMNS = {"tokens": "ndarray:int32"}
 FIRST_ID = 16
@@ -91,14 +92,13 @@ def write_tokens(folder: Path, rows: list[list[int]]) -> Path:
     return folder
 
 
-def job(local_batch_size: int = 2, global_batch_size: int = -1, seq_len: int = SEQ_LEN) -> JobConfig:
-    """A job config for loaders."""
-    config = JobConfig()
-    config.model.hf_assets_path = TOKENIZER
-    config.training.local_batch_size = local_batch_size
-    config.training.global_batch_size = global_batch_size
-    config.training.seq_len = seq_len
-    return config
+def job(local_batch_size: int = 2, global_batch_size: int = -1, seq_len: int = SEQ_LEN) -> Any:
+    """TorchTitan's config of a job, for loaders."""
+    return job_config(
+        training__local_batch_size=local_batch_size,
+        training__global_batch_size=global_batch_size,
+        training__seq_len=seq_len,
+    )
 
 
 def loader_config(folder: Path, num_workers: int = 0, **dataset: Any) -> dict[str, Any]:
@@ -125,22 +125,25 @@ def resolved(
     return resolve(LoaderFile(config, source), BatchShape("training", local_batch_size, SEQ_LEN), replication)
 
 
-def described(job_config: JobConfig, dp_ranks: Sequence[int] = (0,), ranks_per_node: int | None = None) -> Job:
-    """A job on ranks with these dp ranks: those of one are neighbours, as under TP, or apart, as under PP, or both."""
+def described(job_config: Any, dp_ranks: Sequence[int] = (0,), ranks_per_node: int | None = None) -> Job:
+    """A job on ranks with these dp ranks: those of one are neighbours, as under TP, or apart, as under PP, or both.
+
+    Its batches are handed out whole, also where a pipeline would get parts.
+    """
     peers = len(dp_ranks) // len(set(dp_ranks))
     for pp in (1, peers, 2):
         job_config = copy.deepcopy(job_config)
         job_config.parallelism.pipeline_parallel_degree = pp
         job_config.parallelism.tensor_parallel_degree = peers // pp
-        made = make_job(job_config, len(dp_ranks), ranks_per_node or len(dp_ranks))
+        made = make_job(loaded(job_config, LoaderFile({}, "")), len(dp_ranks), ranks_per_node or len(dp_ranks))
         if [made.layout.dp_rank(rank) for rank in range(len(dp_ranks))] == list(dp_ranks):
-            return made
+            return dataclasses.replace(made, microbatches=1)
     raise ValueError(f"no layout has {dp_ranks}")
 
 
 def build_loader(
     config: dict[str, Any],
-    job_config: JobConfig | None = None,
+    job_config: Any = None,
     dp_ranks: Sequence[int] = (),
     channel: AbortChannel | None = None,
 ) -> MosaicDataLoader:

@@ -33,6 +33,7 @@ from tests.support.streams import (
     write_stream,
     write_tokens,
 )
+from tests.support.titan import IS_0_2, set_value
 
 
 @pytest.fixture
@@ -64,10 +65,27 @@ def first_batch(config: dict[str, Any], **options: Any) -> tuple[dict[str, Any],
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_batches_are_the_samples_shifted_once(stream: Path, num_workers: int) -> None:
     inputs, labels = first_batch(loader_config(stream, num_workers))
-    assert list(inputs) == ["input"]
+    assert list(inputs) == (["input"] if IS_0_2 else ["input", "positions"])
     for row, sample in enumerate((0, 1)):
         assert inputs["input"][row].tolist() == sample_tokens(sample)[:SEQ_LEN].tolist()
         assert labels[row].tolist() == sample_tokens(sample)[1:].tolist()
+
+
+def test_batch_is_handed_out_in_a_pipelines_parts(stream: Path) -> None:
+    """Of equally many rows, in order; the position is that of whole batches."""
+
+    def read() -> tuple[list[list[int]], list[list[int]], bool]:
+        job_config, channel = job(local_batch_size=4), AbortChannel()
+        whole = build_loader(loader_config(stream), job_config, channel=channel)
+        in_parts = build_loader(loader_config(stream), job_config, channel=channel)
+        in_parts._microbatches = 2
+        samples = read_samples(whole, 3), read_samples(in_parts, 6)
+        return *samples, whole.state_dict() == in_parts.state_dict()
+
+    [(whole, parts, same)] = run_rank_values(read)
+    assert [len(part) for part in parts] == [2] * 6
+    assert [first + second for first, second in zip(parts[::2], parts[1::2], strict=True)] == whole
+    assert same
 
 
 def edited_assets(folder: Path, old: str, new: str) -> str:
@@ -83,8 +101,10 @@ def test_real_eos_in_the_stream_is_a_target_where_padding_is_eos(tmp_path: Path)
     eos = AutoTokenizer.from_pretrained(TOKENIZER).eos_token_id
     row = [20, eos, *range(30, 30 + SEQ_LEN - 2), eos]
     job_config = job(local_batch_size=1)
-    job_config.model.hf_assets_path = edited_assets(
-        tmp_path / "assets", r'("pad_token": )".*?"', r'\1"<|end_of_text|>"'
+    set_value(
+        job_config,
+        "model.hf_assets_path",
+        edited_assets(tmp_path / "assets", r'("pad_token": )".*?"', r'\1"<|end_of_text|>"'),
     )
     folder = write_tokens(tmp_path / "stream", [row])
     [(_, labels)] = run_rank_values(lambda: next(iter(build_loader(loader_config(folder), job_config))))
@@ -335,15 +355,17 @@ def test_epoch_without_a_whole_global_batch_is_refused(stream: Path) -> None:
 def test_vocabulary_beyond_the_embedding_is_refused(tmp_path: Path, stream: Path) -> None:
     job_config = job()
     token = '{"added_tokens_decoder": {"2048": {"content": "<one more>", "special": true}},'
-    job_config.model.hf_assets_path = edited_assets(tmp_path / "assets", "^{", token)
+    set_value(job_config, "model.hf_assets_path", edited_assets(tmp_path / "assets", "^{", token))
     message = error_of(lambda: build_loader(loader_config(stream), job_config))
-    assert "has 2049 entries, the embedding of llama3 debugmodel has 2048 rows" in message
+    assert "has 2049 entries, the embedding of llama3_mosaic debugmodel has 2048 rows" in message
 
 
 def test_tokenizers_that_differ_are_refused(tmp_path: Path, stream: Path) -> None:
     job_config = job()
-    job_config.model.hf_assets_path = edited_assets(
-        tmp_path / "assets", "PreTrainedTokenizerFast", "LlamaTokenizerFast"
+    set_value(
+        job_config,
+        "model.hf_assets_path",
+        edited_assets(tmp_path / "assets", "PreTrainedTokenizerFast", "LlamaTokenizerFast"),
     )
     message = error_of(lambda: build_loader(loader_config(stream), job_config))
     assert "read the tokenizer in model.hf_assets_path" in message

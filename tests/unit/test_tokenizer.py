@@ -90,5 +90,5 @@ def test_vocabulary_beyond_the_embedding_is_refused() -> None:
     tokenizer = build_tokenizer(TOKENIZER)
     fits = described(job())
     check_tokenizer(tokenizer, fits)
-    with pytest.raises(ConfigError, match="has 2048 entries, the embedding of llama3 debugmodel has 2047 rows"):
+    with pytest.raises(ConfigError, match="has 2048 entries, the embedding of llama3_mosaic debugmodel has 2047 rows"):
         check_tokenizer(tokenizer, dataclasses.replace(fits, vocab_size=2047))

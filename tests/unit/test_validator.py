@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torchtitan.components.metrics import MetricsProcessor
-from torchtitan.config import JobConfig
-from torchtitan.models.llama3 import llama3_args
-from torchtitan.models.llama3.model.model import Transformer
 
-from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
+from examples.mosaic_streaming.titan.validator import MeanOverTokens
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, train, write_files
 from tests.support.ranks import Rank, run_rank_values, run_ranks
 from tests.support.reading import write_turns
 from tests.support.recording import recorded, recording
 from tests.support.streams import SEQ_LEN, sample_tokens, write_stream
+from tests.support.titan import IS_0_2, llama3
 
 SAMPLES = 45
 """Of the validation stream: of 2 ranks with batches of 8, the last batch has 13 samples of 16."""
@@ -35,6 +33,7 @@ LAYOUTS: dict[str, tuple[int, int, list[str]]] = {
     "PP 2 x FSDP 2": (4, 2, ["--training.local_batch_size=2", "--parallelism.pipeline_parallel_degree=2"]),
 }
 """Ranks, sequences of a validation batch per dp rank, and flags."""
+LONG = [pytest.mark.long, pytest.mark.both]
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +95,7 @@ def reference(folder: Path, samples: range, prompt: int = 0) -> float:
     """
 
     def compute() -> float:
-        config = JobConfig()
-        config.training.seq_len = SEQ_LEN
-        args = llama3_args["debugmodel"]
-        args.update_from_config(config)
-        model = Transformer(args)
+        model = llama3(SEQ_LEN)
         state = model.state_dict()
         dcp.load(state, checkpoint_id=f"{folder}/outputs/seed/step-0", no_dist=True)
         model.load_state_dict(state)
@@ -108,7 +103,7 @@ def reference(folder: Path, samples: range, prompt: int = 0) -> float:
         for sample in samples:
             tokens = torch.tensor(sample_tokens(sample).astype("int64"))
             with torch.no_grad():
-                logits = model(tokens[None, :-1])[0].double()
+                logits: Any = model(tokens[None, :-1])[0].double()
             chosen = torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[max(0, prompt - 1) :]
             total, count = total - chosen.sum().item(), count + len(chosen)
         return total / count
@@ -125,7 +120,14 @@ def whole(seeded: Path) -> float:
 
 @pytest.mark.parametrize(
     "layout",
-    ["one rank", *(pytest.param(layout, marks=pytest.mark.long) for layout in LAYOUTS if layout != "one rank")],
+    [
+        "one rank",
+        *(
+            pytest.param(layout, marks=[pytest.mark.long, pytest.mark.both])
+            for layout in LAYOUTS
+            if layout != "one rank"
+        ),
+    ],
 )
 def test_a_whole_pass_has_the_mean_loss_of_all_samples(seeded: Path, whole: float, layout: str) -> None:
     world_size, local, flags = LAYOUTS[layout]
@@ -203,7 +205,8 @@ def test_rounds_that_the_model_cant_take_are_refused(seeded: Path, flags: list[s
 def test_rounds_of_no_batch_are_refused_in_one_line(seeded: Path) -> None:
     [rank] = run_ranks(lambda: main(arguments(seeded, "--validation.steps=0")))
     assert rank.code == 1
-    assert rank.output.startswith(f"ConfigError: TorchTitan refuses --job.config_file={seeded}/job.toml: validation ")
+    flag = "--job.config_file=" if IS_0_2 else ""
+    assert f"ConfigError: TorchTitan refuses {flag}{seeded}/job.toml: validation " in rank.output
     assert "Traceback" not in rank.output
 
 
@@ -255,9 +258,10 @@ def test_samples_of_another_length_are_told_as_in_training(seeded: Path) -> None
     assert told in rank.output and f"Set dataset.max_seq_len = {SEQ_LEN} in {seeded}/validation.toml" in rank.output
 
 
+@pytest.mark.both
 @pytest.mark.long
 def test_tokens_of_validation_move_no_expert(seeded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSeek V3, with the one function that torch 2.13 lacks on a CPU."""
+    """DeepSeek V3, with the one function that TorchTitan 0.2.2 needs and torch 2.15 lacks on a CPU."""
 
     def histc(tokens: torch.Tensor, bins: int, **bounds: int) -> torch.Tensor:
         return torch.bincount(tokens.reshape(-1), minlength=bins)
@@ -274,13 +278,13 @@ def test_tokens_of_validation_move_no_expert(seeded: Path, monkeypatch: pytest.M
 def test_worker_of_validation_that_is_killed_stops_the_job_with_its_exit_code(
     seeded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    validate = MosaicValidator.validate
+    validate = MeanOverTokens.validate
 
-    def validate_and_kill(self: MosaicValidator, *given: Any) -> None:
+    def validate_and_kill(self: MeanOverTokens, *given: Any) -> None:
         validate(self, *given)
         self.loader._batches._batches._workers[0].kill()  # type: ignore[union-attr]
 
-    monkeypatch.setattr(MosaicValidator, "validate", validate_and_kill)
+    monkeypatch.setattr(MeanOverTokens, "validate", validate_and_kill)
     write_validation(seeded, "text", seeded / "held_out", num_workers=1)
     [rank] = run_ranks(lambda: main(arguments(seeded, "--training.steps=50", "--checkpoint.folder=killed")))
     write_validation(seeded, "text", seeded / "held_out")

@@ -26,5 +26,6 @@ from examples.mosaic_streaming.batch.titan_batch import (
     convert,
     ends,
     is_padding,
+    split_rows,
     to_titan_batch,
 )

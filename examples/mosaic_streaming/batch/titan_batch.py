@@ -33,6 +33,7 @@ class BatchSpec:
     source: str  # the streams and the rank, for messages
     documents: bool = False  # whether the model keeps attention within documents
     positions: bool = False  # whether the model takes positions
+    masks_by_positions: bool = False  # whether the model makes its masks of positions, which each batch then has
 
 
 def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
@@ -47,6 +48,7 @@ def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
         `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`. `labels[:, t]` is the token that follows
         `input[:, t]`, or -100 if that is padding, not to be learned, or beyond a row of `seq_len` tokens. A model that
         keeps attention within documents also gets `sequence_id`, and `positions` if it takes them, of the same shape.
+        One that makes its masks of positions gets `positions` alone, and always.
 
     Raises:
         DataError: A tensor is missing, the shape is not `[rows, max_seq_len]`, or an id is outside the vocabulary.
@@ -80,18 +82,39 @@ def copy_as_int64(tensor: Tensor) -> Tensor:
 
 
 def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> dict[str, Tensor]:
-    """The rows' documents and the positions in them, for a model that takes them.
-
-    A finetuning row without `sequence_id` is one document: TorchTitan would end one at each EOS of a chat. A row of
-    plain text without it is left to TorchTitan.
-    """
-    sequence_id = batch.get(SEQUENCE_ID)
-    if sequence_id is None and not spec.labels_are_ids:
-        sequence_id = torch.zeros_like(batch["input_ids"]) if padding is None else -padding.long()
-    if sequence_id is None or not spec.documents:
+    """The rows' documents and the positions in them, for a model that takes them."""
+    sequence_id = documents_of(batch, padding, spec)
+    if sequence_id is None:
         return {}
     sequence_id = copy_as_int64(sequence_id[:, : spec.seq_len])
+    if spec.masks_by_positions:
+        return {"positions": positions(sequence_id)}
     return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if spec.positions else {})
+
+
+def documents_of(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> Tensor | None:
+    """Each token's document in its row: int [rows, max_seq_len]; None where the model needs none, or finds them itself.
+
+    A finetuning row without `sequence_id` is one document: TorchTitan would end one at each EOS of a chat. In a row of
+    plain text without it, a document ends with EOS; a model with masks by `sequence_id` finds these itself.
+    """
+    ids, sequence_id = batch["input_ids"], batch.get(SEQUENCE_ID)
+    if not spec.documents:
+        return torch.zeros_like(ids) if spec.masks_by_positions else None
+    if sequence_id is not None:
+        return torch.as_tensor(sequence_id)
+    if not spec.labels_are_ids:
+        return torch.zeros_like(ids) if padding is None else -padding.long()
+    if not spec.masks_by_positions:
+        return None
+    return torch.nn.functional.pad((ids == spec.eos_id).cumsum(1)[:, :-1], (1, 0))
+
+
+def split_rows(batch: TitanBatch, parts: int) -> list[TitanBatch]:
+    """Cut a batch into parts of equally many rows, in order."""
+    inputs, labels = batch
+    pieces = [tensor.chunk(parts) for tensor in (*inputs.values(), labels)]
+    return [(dict(zip(inputs, part, strict=False)), part[-1]) for part in zip(*pieces, strict=True)]
 
 
 def ends(sequence_id: Tensor) -> Tensor:

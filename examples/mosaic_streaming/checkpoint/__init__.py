@@ -2,7 +2,7 @@
 
 `State` is saved as one string of JSON (`pack`, `unpack`): a position, what has been read (`ConsumptionCounter`), in
 which batches (`Segment`), and the `Fingerprint` of the data, which `check_same_data` compares. `History` tells from the
-segments which samples a run has read, and will read, in which step.
+segments which samples a run has read, and will read, in which step. `read_position` reads the state in a checkpoint.
 """
 
 from examples.mosaic_streaming.checkpoint.fingerprint import (
@@ -15,6 +15,7 @@ from examples.mosaic_streaming.checkpoint.fingerprint import (
 )
 from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, append_segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
+from examples.mosaic_streaming.checkpoint.reader import read_checkpoint, read_position
 from examples.mosaic_streaming.checkpoint.state import (
     STATE_KEY,
     State,

@@ -9,7 +9,7 @@ from streaming import Stream, StreamingDataset
 from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
-from examples.mosaic_streaming.config import ResolvedLoader, explain_asset_errors
+from examples.mosaic_streaming.config import ResolvedLoader, explain_asset_errors, tokenizer_config
 from examples.mosaic_streaming.errors import ConfigError, text_table
 from examples.mosaic_streaming.sampling import Order
 
@@ -79,7 +79,7 @@ def stream_fingerprint(stream: Stream, shards: list[Reader]) -> dict[str, str]:
 
 def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
     """The content of the assets that token ids depend on, whatever version of a library reads them."""
-    config = tokenizer.config
+    config = tokenizer_config(tokenizer.tokenizer_path)
     chosen = {key: config.get(key, getattr(tokenizer, key, None)) for key in CONFIG_KEYS} if config else None
     found: list[object] = [chosen]
     with explain_asset_errors(tokenizer.tokenizer_path, "Python"):

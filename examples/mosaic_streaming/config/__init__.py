@@ -5,7 +5,7 @@ file to a `ResolvedLoader`. What is wrong raises ConfigError (the checks are in 
 `folders.py`), and what is doubtful is in `warnings_of`. `Job` is what this project knows of TorchTitan's job config.
 """
 
-from examples.mosaic_streaming.config.assets import explain_asset_errors
+from examples.mosaic_streaming.config.assets import explain_asset_errors, tokenizer_config
 from examples.mosaic_streaming.config.cli import Parser, parse_flags
 from examples.mosaic_streaming.config.files import LoaderFile, read_loaders, read_toml
 from examples.mosaic_streaming.config.folders import check_folders, identity, is_copy, is_url, private_root

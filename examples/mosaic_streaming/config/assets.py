@@ -53,6 +53,12 @@ def check_folder(path: str) -> None:
     )
 
 
+def tokenizer_config(path: str) -> dict[str, Any]:
+    """Read the tokenizer_config.json of a folder with assets."""
+    found: dict[str, Any] = json.loads(Path(path, CONFIG).read_text("utf-8"))
+    return found
+
+
 def explain(folder: Path, reader: str, error: Exception) -> str:
     """What is wrong with assets that a library has failed to read, and what to do."""
     if fault := file_fault(folder):

@@ -20,13 +20,17 @@ TorchTitan's own flags go behind a `--`:
     --mosaic-config examples/mosaic_streaming/configs/mosaic_dataloader.toml -- \\
     --training.steps=20 --metrics.enable_tensorboard=true
 
-Validation reads streams of its own, with --mosaic-validation-config VALIDATION.toml and --validation.enable=true.
+Validation reads streams of its own, with --mosaic-validation-config VALIDATION.toml and validation.enable = true.
 Both loader files can also be llm-foundry training YAMLs: their `train_loader`, and their `eval_loader`.
+
+With TorchTitan 0.3, a job can also be a function that returns its config, as TorchTitan's own are:
+
+  torchrun --nproc_per_node=1 -m examples.mosaic_streaming.train --module my.package --config my_function -- ...
 
 TorchTitan's flags are listed by: python -m examples.mosaic_streaming.train -- --help
 """
 
-PATHS = ("config", "mosaic_config", "mosaic_validation_config", "checkpoint", "plot")
+PATHS = ("mosaic_config", "mosaic_validation_config", "mosaic_position", "checkpoint", "plot")
 """Flags of training and preview that are paths."""
 
 
@@ -38,9 +42,12 @@ class Parser(argparse.ArgumentParser):
 
     def add_files(self, required: bool) -> None:
         """Add the flags that name the configuration files."""
-        self.add_argument("--config", required=required, metavar="JOB.toml", help="TorchTitan's job config")
+        job = "TorchTitan's job config; with --module, the name of a function"
+        self.add_argument("--config", required=required, metavar="JOB.toml", help=job)
+        module = "Python module with a function that returns the job's config, or a folder of TorchTitan's models"
+        self.add_argument("--module", help=f"{module} (TorchTitan 0.3)")
         loader = "the Mosaic loader, for llm-foundry's build_dataloader"
-        self.add_argument("--mosaic-config", required=required, metavar="LOADER.toml", help=loader)
+        self.add_argument("--mosaic-config", metavar="LOADER.toml", help=f"{loader}; not needed with --module")
         self.add_argument("--mosaic-validation-config", metavar="LOADER.toml", help="the same for validation")
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +63,9 @@ class Parser(argparse.ArgumentParser):
         flags, rest = self.parse_known_args(ours)
         if rest:
             raise ConfigError(f"{' '.join(rest)}: not a flag of ours. TorchTitan's flags go behind a `--`. See --help.")
-        for name in PATHS:
+        if flags.config and not (flags.module or flags.mosaic_config):
+            raise ConfigError("the following arguments are required: --mosaic-config. See --help.")
+        for name in (*PATHS, *(() if flags.module else ("config",))):
             if path := getattr(flags, name, None):
                 setattr(flags, name, expand_path(path, f"--{name.replace('_', '-')}"))
         return flags, titan
@@ -67,10 +76,12 @@ def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser(
         prog="torchrun -m examples.mosaic_streaming.train",
         usage="%(prog)s --config JOB.toml --mosaic-config LOADER.toml [--mosaic-validation-config LOADER.toml] "
-        "[-- TORCHTITAN FLAGS]",
+        "[--mosaic-position STEP_FOLDER] [-- TORCHTITAN FLAGS]",
         description=USAGE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_files(required=not {"--help", "-h"} & {*argv})
+    position = "another run's checkpoint, whose position in the same streams a new run goes on from"
+    parser.add_argument("--mosaic-position", metavar="STEP_FOLDER", help=position)
     return parser.parse(argv)

@@ -43,13 +43,15 @@ class Job:
     model: str  # name of its Mosaic form
     flavor: str
     vocab_size: int  # rows of the model's embedding
-    assets: str  # folder of the tokenizer's assets, `model.hf_assets_path`
+    assets: str  # folder of the tokenizer's assets
     documents: bool  # whether the flavor keeps attention within documents
     positions: bool  # whether the model can be given positions
+    masks_by_positions: bool  # whether the model makes its masks of positions, and so needs them in each batch
     document_flavors: tuple[str, ...]  # the model's flavors that keep attention within documents
     layout: "Layout"
     training: BatchShape
     global_batch_size: int  # sequences per optimizer step
+    microbatches: int  # parts in which the trainer takes a batch from the loader: those of a pipeline, or 1
     steps: int  # optimizer steps of the whole run
     collective_timeout: float  # seconds that ranks wait for each other in a training step
     validation: Validation | None

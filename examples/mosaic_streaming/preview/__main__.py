@@ -9,7 +9,7 @@ import warnings
 from typing import Any
 
 from examples.mosaic_streaming import titan
-from examples.mosaic_streaming.config import Parser, read_loaders, read_toml
+from examples.mosaic_streaming.config import Parser
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
@@ -38,15 +38,14 @@ COMMANDS = {  # each is a function in commands.py
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, open the streams, and print what was asked for."""
     channel = AbortChannel()
-    with channel.report_errors_once():
+    with channel.report_errors_once(), contextlib.ExitStack() as stack:
         channel.exit_on_signals()
         flags, titan_flags = build_parser().parse(sys.argv[1:] if argv is None else argv)
-        read_toml(flags.config)  # before the slow imports
-        train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
+        stack.enter_context(titan.names_as_given(in_code=bool(flags.module)))
         warnings.filterwarnings("ignore")  # of upstream, while it is imported
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
-        job_config = titan.load_job_config([f"--job.config_file={flags.config}", *titan_flags])
-        settings = titan.settings_of(job_config, flags.config, titan_flags)
+        with contextlib.redirect_stdout(sys.stderr):  # where TorchTitan's log goes, then
+            job = titan.load_job(flags, titan_flags)
         log_warnings_to_stderr()
         import_llm_foundry()
         channel.exit_on_signals()  # again, because the import of composer sets its own handlers
@@ -54,15 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         from examples.mosaic_streaming.preview.open_data import open_job_data
         from examples.mosaic_streaming.preview.progress import STDERR
 
-        with contextlib.ExitStack() as stack:
-            layout = (flags.world_size, flags.ranks_per_node)
-            with STDERR.status("Opening the streams"):
-                data = stack.enter_context(open_job_data(job_config, settings, train, validation, *layout, channel))
-            try:
-                getattr(commands, flags.command)(data, flags)
-                sys.stdout.flush()
-            except BrokenPipeError:  # the reader has seen enough
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        layout = (flags.world_size, flags.ranks_per_node)
+        with STDERR.status("Opening the streams"):
+            data = stack.enter_context(open_job_data(job, *layout, channel))
+        try:
+            getattr(commands, flags.command)(data, flags)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def log_warnings_to_stderr() -> None:

@@ -1,13 +1,8 @@
 """What a checkpoint says about the data, and how a start goes on from it, read without a job."""
 
 import dataclasses
-import logging
 import os
-import warnings
 from typing import Any, NamedTuple
-
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from examples.mosaic_streaming.checkpoint import (
     STATE_KEY,
@@ -19,13 +14,13 @@ from examples.mosaic_streaming.checkpoint import (
     check_same_data,
     damaged_state_error,
     differences,
+    read_checkpoint,
     unpack,
 )
 from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import steps_with
-from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
 
 class Checkpoint(NamedTuple):
@@ -137,12 +132,12 @@ def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
     content: dict[str, Any] = {"dataloader": {STATE_KEY: ""}, "train_state": {"step": 0}}
     state = None
     try:
-        load(folder, content)
+        read_checkpoint(folder, content, "--checkpoint")
         state = unpack(content["dataloader"])
     except (ConfigError, DataError):
         if "dataloader" not in excluded:
             raise
-        load(folder, {"train_state": content["train_state"]})
+        read_checkpoint(folder, {"train_state": content["train_state"]}, "--checkpoint")
     step = int(content["train_state"]["step"])
     if settings.load_step not in (-1, step):
         raise ConfigError(
@@ -163,18 +158,3 @@ def step_folder(path: str, load_step: int) -> str:
         found = ", ".join(map(str, sorted(steps)))
         raise ConfigError(f"checkpoint.load_step = {load_step}, but --checkpoint {path} has finished steps: {found}.")
     return os.path.join(path, f"step-{step}")
-
-
-def load(folder: str, content: dict[str, Any]) -> None:
-    """Fill in the keys of `content` from a checkpoint; ConfigError if one is missing or can't be read."""
-    logging.disable(logging.WARNING)  # torch logs the traceback of what is one line here
-    try:
-        with warnings.catch_warnings(action="ignore"):  # that there is no process group
-            dcp.load(content, checkpoint_id=folder, no_dist=True)
-    except CheckpointException as error:
-        [root_cause, *_] = [cause for cause, _ in error.failures.values()]
-        words = [type(root_cause).__name__, *str(root_cause).strip().splitlines()[:1]]
-        reason = f"it can't be read: {': '.join(words)}. Name an earlier one."
-        raise ConfigError(f"--checkpoint {folder}: {explain_missing(str(error)) or reason}") from error
-    finally:
-        logging.disable(logging.NOTSET)

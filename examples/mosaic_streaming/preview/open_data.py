@@ -10,14 +10,12 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from streaming import StreamingDataset
 
 from examples.mosaic_streaming import dataloader, titan
 from examples.mosaic_streaming.config import (
     WITHOUT_WORKERS,
-    LoaderFile,
     ResolvedLoader,
     is_local,
     resolve,
@@ -43,10 +41,7 @@ GPUS_OF_A_NODE = 8
 
 @contextlib.contextmanager
 def open_job_data(
-    job_config: Any,
-    job_settings: list[dict[str, Any]],
-    train: LoaderFile,
-    validation: LoaderFile | None,
+    loaded: titan.LoadedJob,
     world_size: int,
     ranks_per_node: int | None,
     channel: AbortChannel,
@@ -54,7 +49,7 @@ def open_job_data(
     """A context in which the streams of a job can be read.
 
     Args:
-        job_settings: of the job config, with their owners.
+        loaded: the job.
         ranks_per_node: if None, up to 8.
 
     Raises:
@@ -64,10 +59,9 @@ def open_job_data(
     for name in TORCHRUN_VARIABLES:
         os.environ.pop(name, None)
     ranks_per_node = check_ranks(world_size, ranks_per_node)
-    titan.check_job(job_config, validation is not None, world_size)
-    titan.import_custom(job_config)
-    titan.register(job_config.model.name, train, None, channel)
-    job = titan.make_job(job_config, world_size, ranks_per_node)
+    titan.check_job(loaded, world_size)
+    train, validation = loaded.train, loaded.validation
+    job = titan.make_job(loaded, world_size, ranks_per_node)
     config = resolve(train, job.training, job.layout.replication)
     titan_tokenizer = build_tokenizer(job.assets)
     tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
@@ -80,7 +74,7 @@ def open_job_data(
         if "packing_ratio" in own.dataset:
             config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
         opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
-        yield JobData(job, job_settings, train, config, opened, tokenizer, folder, job.training, held_out)
+        yield JobData(job, titan.settings_of(loaded), train, config, opened, tokenizer, folder, job.training, held_out)
 
 
 def open_validation(data: JobData) -> JobData | None:

@@ -1,30 +1,101 @@
-"""All that depends on TorchTitan's config and spec classes, with a package for each of its generations.
+"""All that depends on TorchTitan's config and classes, with a package for each of its generations.
 
-`train.py` calls `load_job_config`, `check_job`, `import_custom`, `register` and `warnings_of_job`; after a failure
-`refusal`, and after a signal `next_start`. Preview also calls `make_job`, `settings_of` and `steps_with`. Beside
-`train.py`, only this room reads TorchTitan's `JobConfig`: everything else gets a `Job`. Nothing slow is imported before
-a function is called.
+`train.py` calls `load_job`, `check_job`, `warnings_of_job` and `build_trainer`; after a failure `refusal`, and after a
+signal `next_start`. Preview also calls `make_job`, `settings_of` and `steps_with`. `mosaic` is for
+users of TorchTitan 0.3: it makes a config of theirs read Mosaic streams. Beside these functions, everything else gets a
+`Job`, and nothing else asks which TorchTitan is installed. Nothing slow is imported before a function is called.
 """
 
+import argparse
+import dataclasses
+import importlib
 from typing import Any
 
-from examples.mosaic_streaming.config import Job, LoaderFile
+from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.distributed import AbortChannel
-from examples.mosaic_streaming.titan.v0_2.checkpoints import next_start, steps_with
-from examples.mosaic_streaming.titan.v0_2.checks import check_job, warnings_of_job
-from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config, settings_of
-from examples.mosaic_streaming.titan.v0_2.refusals import refusal
+from examples.mosaic_streaming.titan import checkpoints, checks, refusals
+from examples.mosaic_streaming.titan.checkpoints import steps_with
+from examples.mosaic_streaming.titan.loaded import LoadedJob
+from examples.mosaic_streaming.titan.versions import ON_CPU, generation, names_as_given
 
 
-def register(name: str, train: LoaderFile, validation: LoaderFile | None, channel: AbortChannel) -> None:
-    """Register the Mosaic form of a text model with TorchTitan; arguments and errors are those of `spec.register`."""
-    from examples.mosaic_streaming.titan.v0_2 import spec
-
-    spec.register(name, train, validation, channel)
+def _of_generation(module: str) -> Any:
+    """A module of the package for the TorchTitan that is installed."""
+    return importlib.import_module(f"{__name__}.{generation()}.{module}")
 
 
-def make_job(job_config: Any, world_size: int, ranks_per_node: int) -> Job:
-    """Make the `Job` that a job config describes; arguments and errors are those of `job.make_job`."""
-    from examples.mosaic_streaming.titan.v0_2 import job
+def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
+    """Read the files that the command line names.
 
-    return job.make_job(job_config, world_size, ranks_per_node)
+    Args:
+        flags: ours, as `parse_flags` returns them.
+        titan_flags: TorchTitan's.
+
+    Raises:
+        ConfigError: a file or a flag is wrong, also if TorchTitan would find that later.
+    """
+    job: LoadedJob = _of_generation("load").load_job(flags, titan_flags)
+    return dataclasses.replace(job, position=getattr(flags, "mosaic_position", None))
+
+
+def check_job(job: LoadedJob, world_size: int) -> None:
+    """Raise ConfigError for a job that would not start on so many ranks, or not do what its config says."""
+    checks.check_start(job.job_config, job.validates, job.validation is not None, world_size)
+    _of_generation("job").check_job(job.job_config, world_size)
+
+
+def warnings_of_job(job: LoadedJob) -> list[str]:
+    """What the log has to warn of before a start."""
+    from examples.mosaic_streaming.upstream import cpu
+
+    told = "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests."
+    warnings = checks.warnings_of_start(job.job_config, job.validates, job.validation is not None)
+    return [*([f"{told} {ON_CPU[generation()]}"] if cpu.ACTIVE else []), *warnings]
+
+
+def build_trainer(job: LoadedJob, channel: AbortChannel) -> Any:
+    """Build TorchTitan's Trainer, with the loaders of the job. All ranks call it together.
+
+    Args:
+        job: what is trained.
+        channel: tells all ranks why one of them stops.
+    """
+    from examples.mosaic_streaming.titan.loaders import Loaders
+
+    job.import_custom()
+    return _of_generation("trainer").build_trainer(job.job_config, Loaders(job, channel))
+
+
+def refusal(error: BaseException, job: LoadedJob) -> str | None:
+    """Explain an error before the first step as `refusals.refusal` does."""
+    return refusals.refusal(error, job.job_config, job.dump_folder)
+
+
+def next_start(job: LoadedJob, step: int) -> str:
+    """Say what the same command would do after a run that ends too early, with `step` as its last."""
+    config = job.job_config
+    return checkpoints.next_start(config.checkpoint, job.checkpoint_folder, config.training.steps, step)
+
+
+def make_job(job: LoadedJob, world_size: int, ranks_per_node: int) -> Job:
+    """Make the `Job` that TorchTitan's config describes; a ConfigError says what is wrong with it.
+
+    Args:
+        job: as it was loaded.
+        world_size: processes.
+        ranks_per_node: processes on each machine.
+    """
+    job.import_custom()
+    made: Job = _of_generation("job").make_job(job.job_config, world_size, ranks_per_node)
+    return made
+
+
+def settings_of(job: LoadedJob) -> list[dict[str, Any]]:
+    """List the settings that decide what is read and how, as `LoadedJob.settings` does."""
+    settings: list[dict[str, Any]] = _of_generation("load").settings_of(job)
+    return settings
+
+
+def mosaic(config: Any, train: str, validation: str | None = None) -> Any:
+    """Make a config of TorchTitan 0.3 read Mosaic streams; arguments and errors are those of `v0_3.trainer.mosaic`."""
+    return _of_generation("trainer").mosaic(config, train, validation)

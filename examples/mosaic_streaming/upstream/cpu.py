@@ -1,10 +1,11 @@
 """Lets TorchTitan run without an accelerator; does nothing if there is one.
 
-TorchTitan 0.2.2 fixes its device when `torchtitan.tools.utils` is imported, and takes "cuda" if it finds none. A
-TorchTitan that takes "cpu" makes this module needless.
+TorchTitan fixes its device when `torchtitan.tools.utils` is imported, and takes "cuda" if it finds none (0.2.2 and
+0.3.0). A TorchTitan that takes "cpu" makes this module needless.
 """
 
 import importlib
+import importlib.util
 import os
 import resource
 import types
@@ -82,6 +83,22 @@ def prepare_torchtitan() -> None:
         replaced(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
     ):
         importlib.import_module("torchtitan.tools.utils")
+    if importlib.util.find_spec("torchtitan.tools.profiling") is None:  # 0.3, which asks for what there is
+        return
     profiling: Any = importlib.import_module("torchtitan.tools.profiling")
     profiler = types.SimpleNamespace(**vars(torch.profiler) | {"profile": profile_cpu})
     profiling.torch = types.SimpleNamespace(**vars(torch) | {"profiler": profiler})
+
+
+def prepare_config(config: Any, keeps_precision: bool) -> None:
+    """Change in a config of TorchTitan 0.3 what a CPU can't do: attention but SDPA, CUDA graphs, and bfloat16.
+
+    Flex attention has no backward pass there (torch 2.15). bfloat16 is only slow, and can be kept.
+    """
+    attention: Any = importlib.import_module("torchtitan.models.common.attention")
+    for kind in (attention.FlexAttention.Config, attention.VarlenAttention.Config):
+        for _, _, parent, name in list(config.model_spec.traverse(kind)):
+            setattr(parent, name, attention.ScaledDotProductAttention.Config())
+    config.training.disable_cuda_graphs = True
+    if not keeps_precision:
+        config.training.mixed_precision_param = "float32"

@@ -25,6 +25,7 @@ from torchtitan.models.attention import FlexAttentionWrapper
 from torchtitan.protocols.train_spec import get_train_spec
 
 from examples.mosaic_streaming.batch.titan_batch import ends, positions
+from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.warnings import warnings_of_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.placement import Layout
@@ -44,6 +45,7 @@ from tests.support.streams import (
     sample_tokens,
     write_tokens,
 )
+from tests.support.titan import job_config, loaded
 from tests.support.tokenizing import derive
 
 ROWS = [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, 2, 3]]
@@ -184,11 +186,12 @@ def test_flavors_that_mask_are_known() -> None:
 def test_flavors_that_keep_attention_within_documents_are_named(
     tmp_path: Path, model: str, flavor: str, hint: str | None
 ) -> None:
-    config = job()
-    config.model.name, config.model.flavor = model, flavor
+    config = job_config(model__name=f"{model}_mosaic", model__flavor=flavor, training__local_batch_size=2)
     stream = write_turns(tmp_path / "stream", 4)
     dataset = {"remote": str(stream), "local": str(tmp_path / "cache"), "packing_ratio": 2}
-    told = warnings_of_documents(resolved({"name": "finetuning", "dataset": dataset}, 2), make_job(config, 1, 1))
+    told = warnings_of_documents(
+        resolved({"name": "finetuning", "dataset": dataset}, 2), make_job(loaded(config, LoaderFile({}, "")), 1, 1)
+    )
     assert len(told) == (hint is not None) and (not hint or "Rows are made of packed examples, and model.f" in told[0])
     assert hint is None or hint in told[0]
 
@@ -202,12 +205,11 @@ def test_positions_are_given_where_all_layers_get_them() -> None:
 
 
 def test_varlen_under_pipeline_parallelism_is_refused() -> None:
-    config = job()
-    config.model.name, config.model.flavor = "llama3", "8B_varlen"
-    make_job(config, 2, 2)
+    config = job_config(model__flavor="8B_varlen")
+    make_job(loaded(config, LoaderFile({}, "")), 2, 2)
     config.parallelism.pipeline_parallel_degree = 2
     with pytest.raises(ConfigError, match="has varlen attention, whose masks pipeline parallelism"):
-        make_job(config, 2, 2)
+        make_job(loaded(config, LoaderFile({}, "")), 2, 2)
 
 
 def test_tokenizer_without_an_eos_is_refused_where_masks_need_one(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from tests.support.looking import preview
 from tests.support.ranks import run_rank_values
 from tests.support.streams import TOKENIZER, build_loader, job
+from tests.support.titan import masking, set_value
 from tests.support.tokenizing import derive
 
 SEQ_LEN = 256
@@ -46,7 +47,7 @@ def write(folder: Path, samples: list[dict[str, Any]], kind: str) -> Path:
 def read(folder: Path, assets: Path, samples: int, **dataset: Any) -> list[tuple[list[int], list[int]]]:
     """Inputs and labels of the samples, in their order, as the model gets them."""
     config = job(local_batch_size=samples, seq_len=SEQ_LEN)
-    config.model.hf_assets_path = str(assets)
+    set_value(config, "model.hf_assets_path", str(assets))
     settings = {"remote": str(folder), "local": str(folder), "num_canonical_nodes": 1, **dataset}
 
     def first_batch() -> tuple[list[list[int]], list[list[int]]]:
@@ -134,9 +135,8 @@ def test_packed_chats_have_the_same_labels_and_none_crosses(tmp_path: Path, asse
     conversations = chats(64)
     folder = write(tmp_path / "stream", [{"messages": chat} for chat in conversations], "json")
     alone = {strip(row) for row in read(folder, assets, 64, target_responses="all")}
-    config = job(local_batch_size=4, seq_len=SEQ_LEN)
-    config.model.hf_assets_path = str(assets)
-    config.model.flavor = "debugmodel_flex_attn"
+    config = masking(job(local_batch_size=4, seq_len=SEQ_LEN))
+    set_value(config, "model.hf_assets_path", str(assets))
     settings = {"remote": str(folder), "local": str(folder), "num_canonical_nodes": 1, "packing_ratio": ratio}
 
     def read_packed() -> list[Any]:
@@ -150,7 +150,8 @@ def test_packed_chats_have_the_same_labels_and_none_crosses(tmp_path: Path, asse
     packed = 0
     for inputs, labels in batches:
         assert inputs["input"].shape == (4, SEQ_LEN)
-        rows = zip(inputs["input"], labels, inputs["sequence_id"], inputs["positions"], strict=True)
+        counted = torch.where(inputs["input"] == PAD, -1, (inputs["positions"] == 0).cumsum(1) - 1)
+        rows = zip(inputs["input"], labels, inputs.get("sequence_id", counted), inputs["positions"], strict=True)
         for tokens, targets, sequence_id, position in rows:
             documents = [sequence_id == number for number in range(int(sequence_id.max()) + 1)]
             packed += len(documents) > 1

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchtitan.config import JobConfig
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming.checkpoint.fingerprint import differences
@@ -41,6 +40,7 @@ from tests.support.streams import (
     weigh,
     write_stream,
 )
+from tests.support.titan import set_value
 
 RANKS = {1: [0], 2: [0, 1], 4: [0, 1, 0, 1]}
 """Dp ranks by number of ranks: one; two dp ranks; two with pipeline peers."""
@@ -217,11 +217,11 @@ def message_of_load(config: dict[str, Any], state: dict[str, str], **options: An
     return message
 
 
-def messages_of_loads(loads: list[tuple[dict[str, Any], dict[str, str]]], *job_configs: JobConfig) -> list[str]:
+def messages_of_loads(loads: list[tuple[dict[str, Any], dict[str, str]]], *job_configs: Any) -> list[str]:
     """What fresh loaders say to saved states, under one job config, or each under its own."""
     jobs = job_configs if len(job_configs) > 1 else job_configs * len(loads)
 
-    def load(config: dict[str, Any], state: dict[str, str], job_config: JobConfig, channel: AbortChannel) -> str:
+    def load(config: dict[str, Any], state: dict[str, str], job_config: Any, channel: AbortChannel) -> str:
         try:
             loader = build_loader(config, job_config, channel=channel)
             loader.load_state_dict(state)
@@ -350,7 +350,7 @@ def test_tokenizer_is_compared_by_what_decides_ids(tmp_path: Path) -> None:
         assert old in text
         (assets / file).write_text(text.replace(old, new, 1))
         jobs.append(job())
-        jobs[-1].model.hf_assets_path = str(assets)
+        set_value(jobs[-1], "model.hf_assets_path", str(assets))
     for change, message in zip(changes, messages_of_loads([(config, state)] * len(jobs), *jobs), strict=True):
         assert change[-1] in message, change
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.checkpoint.state import unpack
@@ -28,6 +27,7 @@ from tests.support.streams import (
     sample_tokens,
     write_stream,
 )
+from tests.support.titan import loaded
 
 STEPS = 13
 """Of 8 samples: more than an epoch of 83."""
@@ -35,7 +35,7 @@ QUICK = [("random", "tp 2"), ("device_per_stream", "dp 4")]
 NEEDS_NODES = pytest.mark.skipif(not can_make_nodes(), reason="nodes need namespaces, of root or of users")
 
 
-def in_layout(name: str, local: int, total: int) -> tuple[JobConfig, list[int]]:
+def in_layout(name: str, local: int, total: int) -> tuple[Any, list[int]]:
     """The job of a layout of four ranks, and the dp rank of each."""
     config = job(local, total)
     if name == "pp 2":
@@ -49,7 +49,7 @@ def in_layout(name: str, local: int, total: int) -> tuple[JobConfig, list[int]]:
 
 def read(
     config: dict[str, Any],
-    job_config: JobConfig,
+    job_config: Any,
     dp_ranks: list[int],
     steps: int,
     nodes: int = 1,
@@ -75,7 +75,7 @@ def read(
 
 
 def looked_up(
-    config: dict[str, Any], job_config: JobConfig, steps: range, start: Segment | None = None, nodes: int = 1
+    config: dict[str, Any], job_config: Any, steps: range, start: Segment | None = None, nodes: int = 1
 ) -> list[list[list[list[int]]]]:
     """The same without a job: their numbers are the samples' ids."""
     found: list[list[list[list[int]]]] = with_job_data(
@@ -149,10 +149,9 @@ def test_a_packed_batch_is_made_of_the_samples_that_a_job_packs(tmp_path: Path) 
 def test_streams_of_one_job_after_another_are_opened_in_a_process(streams: dict[str, dict[str, Any]]) -> None:
     def run() -> list[tuple[int, list[str]]]:
         found, job_config = [], job()
-        job_config.model.name = "llama3_mosaic"
         for names in (["a"], ["b"], ["a", "b"]):
             file = LoaderFile(mixture({name: streams[name] for name in names}), "loader.toml")
-            with open_job_data(job_config, [], file, None, 1, None, AbortChannel()) as data:
+            with open_job_data(loaded(job_config, file), 1, None, AbortChannel()) as data:
                 found.append((data.opened.dataset.num_samples, data.opened.names))
         return found
 
@@ -171,7 +170,7 @@ def test_layout_that_does_not_fit_is_refused(world_size: int, ranks_per_node: in
     config = job()
     config.parallelism.tensor_parallel_degree = 2
     with pytest.raises(ConfigError, match=message):
-        make_job(config, world_size, check_ranks(world_size, ranks_per_node))
+        make_job(loaded(config, LoaderFile({}, "")), world_size, check_ranks(world_size, ranks_per_node))
 
 
 def test_machines_have_eight_ranks_unless_that_does_not_go() -> None:

@@ -12,7 +12,9 @@ from torchtitan.distributed import ParallelDims
 
 from examples.mosaic_streaming.sampling.placement import Layout, assign_to_ranks
 from tests.support.ranks import dp_ranks_of, run_rank_values
+from tests.support.titan import IS_0_2
 
+EXPERTS = {"ep": 1} | ({"etp": 1} if IS_0_2 else {})
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 
 
@@ -45,7 +47,7 @@ def test_dp_ranks_are_those_of_torchtitans_mesh() -> None:
         dp_ranks = dp_ranks_of(layout)
         dist.init_process_group("fake", store=FakeStore(), rank=layout["rank"], world_size=len(dp_ranks))
         try:
-            dims = ParallelDims(**{name: layout[name] for name in DEGREES}, ep=1, etp=1, world_size=len(dp_ranks))
+            dims = ParallelDims(**{name: layout[name] for name in DEGREES}, **EXPERTS, world_size=len(dp_ranks))
             dims.build_mesh()
             batch = dims.get_optional_mesh("batch")
             mine = (batch.size(), batch.get_local_rank()) if batch else (1, 0)

@@ -1,21 +1,35 @@
 """Settings of the job config that upstream alone refuses: one line, in training and in preview; real crashes stay."""
 
+import importlib
 import re
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
-from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming import sampling
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.titan.v0_2 import job_values
-from examples.mosaic_streaming.titan.v0_2.checks import check_job, check_training
-from examples.mosaic_streaming.titan.v0_2.job_config import import_custom, load_job_config
-from examples.mosaic_streaming.titan.v0_2.job_values import AT_LEAST, leaves, wrong_job_values
+from examples.mosaic_streaming.titan import check_job, job_values, make_job
+from examples.mosaic_streaming.titan.job_values import AT_LEAST, leaves, wrong_job_values
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses
 from tests.support.looking import preview, printed
 from tests.support.ranks import Rank, run_ranks
+from tests.support.titan import IS_0_2, job_config, load, load_config, only_0_2, spell
+
+CONFIGS = Path("examples/mosaic_streaming/configs")
+
+
+def in_0_2(*cases: Any) -> tuple[Any, ...]:
+    """Cases for TorchTitan 0.2 alone."""
+    return cases if IS_0_2 else ()
+
+
+def in_0_3(*cases: Any) -> tuple[Any, ...]:
+    """Cases for TorchTitan 0.3 alone."""
+    return () if IS_0_2 else cases
 
 
 def refused(files: Path, *flags: str, world_size: int = 1) -> str:
@@ -51,19 +65,30 @@ def test_training_and_preview_refuse_it_in_the_same_line(files: Path, flags: lis
 
 def check(*flags: str, ranks: int = 1) -> None:
     """What training and preview do with flags before they read any stream."""
-    job_config = load_job_config(
-        ["--job.config_file=examples/mosaic_streaming/configs/mosaic_job.toml", "--model.name=llama3", *flags]
-    )
-    check_job(job_config, False, ranks)
-    import_custom(job_config)
-    check_training(job_config, ranks)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copy(CONFIGS / "mosaic_job.toml", folder)
+        job, titan_flags = spell(Path(copy), flags)
+        checked = load(job, *titan_flags)
+        check_job(checked, ranks)
+        make_job(checked, ranks, ranks)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--training.seq_len=-16"], "training.seq_len = -16 in the job config, expected a whole number, from 1 on."),
-        (["--training.seq_len=15"], "training.seq_len = 15, but TorchTitan's models take multiples of 2: "),
+        *in_0_2((["--training.seq_len=15"], "training.seq_len = 15, but TorchTitan's models take multiples of 2: ")),
+        *in_0_3(
+            (
+                ["--training.seq_len=15", "--parallelism.tensor_parallel_degree=2"],
+                "training.seq_len = 15, but TorchTitan's models take multiples of 2: tensor-parallel x twice",
+            ),
+            (["--checkpoint.enable", "--checkpoint.keep_latest_k=1"], "We need to maintain at least 2 checkpoint rep"),
+            (["--checkpoint.interval=0"], "mosaic_job.toml: Checkpoint interval needs to be at least 1 step."),
+            (["--model.converters=a"], "--model.converters=a: not a flag of TorchTitan 0.3. Converters are arguments"),
+            (["--quantize.linear.float8.emulate"], "Its converters are arguments of a model's `model_registry`."),
+            (["--parallelism.expert_tensor_parallel_degree=2"], "The nearest is parallelism.expert_parallel_degree."),
+        ),
         (["--metrics.log_freq=0"], "metrics.log_freq = 0 in the job config, expected a whole number, from 1 on."),
         (["--parallelism.tensor_parallel_degree=4"], "on 2 ranks: tensor_parallel_degree = 4 multiply to more."),
         (["--parallelism.tensor_parallel_degree=0"], "Parallelism degree should be >= 1, except for dp_shard."),
@@ -71,8 +96,15 @@ def check(*flags: str, ranks: int = 1) -> None:
             ["--parallelism.expert_parallel_degree=4"],
             "expert_parallel_degree = 4 (x expert_tensor_parallel_degree = 1)",
         ),
-        (["--checkpoint.enable", "--checkpoint.keep_latest_k=1"], "checkpoint.keep_latest_k = 1, but TorchTitan keeps"),
-        (["--checkpoint.enable", "--checkpoint.interval=0"], "checkpoint.interval = 0 in the job config, expected"),
+        *in_0_2(
+            (
+                ["--checkpoint.enable", "--checkpoint.keep_latest_k=1"],
+                "checkpoint.keep_latest_k = 1, but TorchTitan keeps",
+            )
+        ),
+        *in_0_2(
+            (["--checkpoint.enable", "--checkpoint.interval=0"], "checkpoint.interval = 0 in the job config, expected")
+        ),
         (["--checkpoint.enable", "--checkpoint.exclude_from_loading=data"], "exclude_from_loading has data, expected"),
         (["--checkpoint.enable", "--checkpoint.initial_load_path=/no"], "initial_load_path = '/no', but this machine"),
         (
@@ -81,15 +113,19 @@ def check(*flags: str, ranks: int = 1) -> None:
         ),
         (
             ["--checkpoint.enable", "--checkpoint.initial_load_in_hf", "--checkpoint.no-initial-load-model-only"],
-            "checkpoint.initial_load_in_hf = true, but checkpoint.initial_load_model_only = false",
+            "checkpoint.initial_load_in_hf = true, but checkpoint.initial_load_model_only = false"
+            if IS_0_2
+            else "initial_load_in_hf requires initial_load_model_only.",
         ),
         (
             ["--experimental.custom_import=no.where"],
             "experimental.custom_import = 'no.where', but Python finds no module",
         ),
-        (
-            ["--job.custom_config_module=no.where"],
-            "ModuleNotFoundError: No module named 'no'. The whole traceback is in",
+        *in_0_2(
+            (
+                ["--job.custom_config_module=no.where"],
+                "ModuleNotFoundError: No module named 'no'. The whole traceback is in",
+            )
         ),
     ],
 )
@@ -104,7 +140,7 @@ def test_what_would_fail_later_is_refused(flags: list[str], message: str) -> Non
         ["--parallelism.tensor_parallel_degree=2"],
         ["--parallelism.expert_parallel_degree=2"],
         ["--checkpoint.enable", "--checkpoint.keep_latest_k=0", "--checkpoint.exclude_from_loading=dataloader"],
-        ["--checkpoint.interval=0", "--validation.freq=0", "--training.max_norm=inf", "--optimizer.lr=0"],
+        [*in_0_2("--checkpoint.interval=0"), "--validation.freq=0", "--training.max_norm=inf", "--optimizer.lr=0"],
     ],
 )
 def test_what_runs_is_taken(flags: list[str]) -> None:
@@ -142,7 +178,9 @@ def test_checkpoint_to_begin_with_is_a_steps_folder(files: Path) -> None:
         ),
         (
             "[training.dataloader]\nnum_workers = 1.5",
-            "training.dataloader.num_workers = 1.5 in the job config, expected",
+            "training.dataloader.num_workers = 1.5 in the job config, expected"
+            if IS_0_2
+            else "training.dataloader.num_workers = 1.5 in {path}: TorchTitan 0.3 has no such setting. Streams are",
         ),
         ("training = 3", "training = 3 in {path}, expected a section, [training], with its keys below."),
     ],
@@ -150,17 +188,20 @@ def test_checkpoint_to_begin_with_is_a_steps_folder(files: Path) -> None:
 def test_value_of_another_type_in_the_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     """TorchTitan takes them as they are: each would fail somewhere later, or count as true."""
     path = tmp_path / "job.toml"
-    path.write_text(text)
+    path.write_text(f'{text}\n[model]\nname = "llama3_mosaic"\n')
     with pytest.raises(ConfigError, match=re.escape(message.format(path=path))):
-        load_job_config([f"--job.config_file={path}"])
+        load_config(path)
 
 
 def test_each_limit_is_that_of_a_number_and_torchtitans_defaults_keep_them() -> None:
-    config = JobConfig()
-    config.checkpoint.enable = config.validation.enable = True
+    config = job_config(checkpoint__enable=True, validation__enable=True)
     assert wrong_job_values(config) == []
-    assert {key for key, *_ in leaves(config)} >= AT_LEAST.keys()
-    for key, least in AT_LEAST.items():
+    known = {key for key, *_ in leaves(config)}
+    of_the_other = (
+        {"validator.freq"} if IS_0_2 else {key for key in AT_LEAST if key.startswith(("optim", "validation"))}
+    )
+    assert AT_LEAST.keys() - known == of_the_other
+    for key, least in ((key, least) for key, least in AT_LEAST.items() if key in known):
         section, name = key.split(".")
         before = getattr(getattr(config, section), name)
         setattr(getattr(config, section), name, least - 1)
@@ -179,7 +220,7 @@ def test_files_with_a_byte_order_mark_are_read(files: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "world_size", "message", "keys"),
     [
-        (["--model.converters=foo"], 1, "KeyError: 'foo'", "model.converters"),
+        *in_0_2((["--model.converters=foo"], 1, "KeyError: 'foo'", "model.converters")),
         pytest.param(
             *(["--optimizer.beta1=1"], 1, "ValueError: Invalid beta parameter at index 0: 1.0", ""),
             marks=pytest.mark.long,
@@ -242,12 +283,13 @@ def test_error_in_our_own_code_keeps_its_traceback(files: Path, monkeypatch: pyt
 
 def test_error_in_code_of_the_users_keeps_its_traceback(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here, of a model's: TorchTitan calls it."""
-    from torchtitan.models.llama3 import Transformer
-
-    rank = crashed(files, monkeypatch, Transformer, "init_weights", ValueError("the model's"))
+    module = importlib.import_module("torchtitan.models.llama3")
+    model = module.Transformer if IS_0_2 else module.Llama3Model
+    rank = crashed(files, monkeypatch, model, "init_weights", ValueError("the model's"))
     assert "Traceback" in rank.output and rank.output.splitlines()[-1] == "ValueError: the model's"
 
 
+@only_0_2
 def test_memory_that_a_device_lacks_keeps_its_traceback(files: Path) -> None:
     from torchtitan.models.llama3 import llama3_args
 

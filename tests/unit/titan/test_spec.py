@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 from torchtitan.models import _supported_models
 
-from examples.mosaic_streaming.titan.v0_2.spec import SUFFIX, base_spec, text_models
+from examples.mosaic_streaming.titan.models import SUFFIX
+from examples.mosaic_streaming.titan.v0_2.models import base_spec, reads_text
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses
 from tests.support.ranks import run_ranks
+
+MODELS = [name + SUFFIX for name in sorted(_supported_models) if reads_text(name)]
 
 
 def missing_on_cpu(model_args: Any) -> str | None:
@@ -28,14 +31,14 @@ def missing_on_cpu(model_args: Any) -> str | None:
 LONG = {"qwen3_mosaic"}
 DEBUG = [
     pytest.param(model, flavor, marks=pytest.mark.long if missing_on_cpu(model_args) or model in LONG else [])
-    for model in text_models()
+    for model in MODELS
     for flavor, model_args in base_spec(model).model_args.items()
     if flavor.startswith("debugmodel")
 ]
 
 
 def test_each_model_that_reads_text_has_a_mosaic_form() -> None:
-    models = {name.removesuffix(SUFFIX) for name in text_models()}
+    models = {name.removesuffix(SUFFIX) for name in MODELS}
     assert {"llama3", "llama4", "qwen3", "deepseek_v3", "gpt_oss"} <= models
     assert set(_supported_models) - models == {"flux"}, "which reads images"
 

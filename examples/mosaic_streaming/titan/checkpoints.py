@@ -2,26 +2,28 @@
 
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import Any
 
+from examples.mosaic_streaming.config import Checkpoints, is_url
 from examples.mosaic_streaming.errors import ConfigError
 
-if TYPE_CHECKING:
-    from torchtitan.config import JobConfig
-
 STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
-"""TorchTitan's names for the parts of a checkpoint (torchtitan 0.2.2, components/checkpoint.py)."""
+"""TorchTitan's names for the parts of a checkpoint (torchtitan 0.2.2 and 0.3.0, components/checkpoint.py)."""
 
 
-def check_checkpoints(job_config: "JobConfig") -> None:
+def check_checkpoints(checkpoint: Any, folder: str, assets: str) -> None:
     """Raise ConfigError for checkpoints that TorchTitan would fail to load or to save, or would not load.
 
-    Source: TorchTitan doesn't look at `initial_load_path` where the checkpoint's folder exists, also without a finished
-    step in it, as a job leaves it that is killed while it saves its first; nor at `load_step` where there is no folder.
-    It counts a last step in Hugging Face's form among those to go on from, and can't (torchtitan 0.2.2,
-    components/checkpoint.py).
+    Folders in a remote store are not looked at.
+
+    Args:
+        checkpoint: the section of the job config.
+        folder: of all checkpoints of the job.
+        assets: folder of the model's assets.
+
+    Source: TorchTitan 0.2.2 doesn't look at `load_step` where there is no folder. Both generations count a last step in
+    Hugging Face's form among those to go on from, and can't (components/checkpoint.py, components/checkpointer/dcp.py).
     """
-    checkpoint = job_config.checkpoint
     if not checkpoint.enable:
         if checkpoint.initial_load_path or checkpoint.initial_load_in_hf:
             raise ConfigError(
@@ -45,7 +47,8 @@ def check_checkpoints(job_config: "JobConfig") -> None:
             "TorchTitan saves models alone, and would stop when it is about to save. Set the second to true, or the "
             "first to false."
         )
-    folder = checkpoint_folder(job_config)
+    if is_url(folder):
+        return
     whole = steps_with(folder, ".metadata")
     in_hf = steps_with(folder, "model.safetensors.index.json") - whole
     begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
@@ -61,29 +64,26 @@ def check_checkpoints(job_config: "JobConfig") -> None:
             f"--checkpoint.initial_load_in_hf --checkpoint.initial_load_path={folder}/step-{step} and another "
             "--checkpoint.folder."
         )
-    if begins and not os.path.exists(folder):
-        check_initial_load(job_config)
-    if begins and os.path.isdir(folder) and not whole:
-        raise ConfigError(
-            f"{folder} has no finished checkpoint, but as it exists, TorchTitan would begin with random weights, not "
-            "those of checkpoint.initial_load_path. Remove that folder, or name another with --checkpoint.folder."
-        )
+    if begins and not whole:
+        check_initial_load(checkpoint, assets)
 
 
-def check_initial_load(job_config: "JobConfig") -> None:
+def check_initial_load(checkpoint: Any, assets: str) -> None:
     """Raise ConfigError unless there are weights where the job says that it begins with some.
 
     Source: without a path, TorchTitan takes weights in Hugging Face's form from `model.hf_assets_path`
     (torchtitan 0.2.2, components/checkpoint.py).
     """
-    checkpoint, in_hf = job_config.checkpoint, job_config.checkpoint.initial_load_in_hf
+    in_hf = checkpoint.initial_load_in_hf
     if in_hf and not checkpoint.initial_load_model_only:
         raise ConfigError(
             "checkpoint.initial_load_in_hf = true, but checkpoint.initial_load_model_only = false: in Hugging Face's "
             "form there are models alone. Set the second to true."
         )
     key = "checkpoint.initial_load_path" if checkpoint.initial_load_path else "model.hf_assets_path"
-    path = checkpoint.initial_load_path or job_config.model.hf_assets_path
+    path = checkpoint.initial_load_path or assets
+    if is_url(path):
+        return
     if not os.path.isdir(path):
         raise ConfigError(f"{key} = {path!r}, but this machine has no such folder to begin with.")
     expected = "*.safetensors, for checkpoint.initial_load_in_hf" if in_hf else ".metadata, of a finished checkpoint"
@@ -93,24 +93,33 @@ def check_initial_load(job_config: "JobConfig") -> None:
         raise ConfigError(f"{key} = {path!r}, but that folder has no {expected}.{hint}")
 
 
-def checkpoint_folder(job_config: "JobConfig") -> str:
-    """The folder of all checkpoints of a job."""
-    return os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)
+def checkpoints_of(checkpoint: Any, folder: str) -> Checkpoints:
+    """What a `Job` knows of the section of the job config; `folder` is that of all checkpoints."""
+    return Checkpoints(
+        checkpoint.enable,
+        folder,
+        checkpoint.load_step,
+        tuple(checkpoint.exclude_from_loading),
+        checkpoint.last_save_model_only,
+    )
 
 
-def next_start(job_config: "JobConfig", step: int) -> str:
+def next_start(checkpoint: Any, folder: str, steps: int, step: int) -> str:
     """Say what the same command would do after a run that ends too early.
 
     Args:
-        job_config: TorchTitan's job config.
+        checkpoint: the section of the job config.
+        folder: of all checkpoints of the job.
+        steps: of the whole run.
         step: the last step that was trained.
     """
-    checkpoint = job_config.checkpoint
-    if step >= job_config.training.steps:
+    if step >= steps:
         return "that was the last"
     if not checkpoint.enable:
         return "without checkpoints (checkpoint.enable), the same command begins anew"
-    finished = steps_with(checkpoint_folder(job_config), ".metadata")
+    if is_url(folder):
+        return f"the same command goes on from the last checkpoint in {folder}"
+    finished = steps_with(folder, ".metadata")
     if not finished:
         return "no checkpoint is finished: the same command begins anew"
     data = ""

@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Any
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.titan.v0_2.job_values import leaves
+from examples.mosaic_streaming.titan.job_values import leaves
 
 KINDS: tuple[type[Exception], ...] = (
     *(ValueError, TypeError, AssertionError, NotImplementedError, LookupError, AttributeError, ArithmeticError),
@@ -21,7 +21,7 @@ KINDS: tuple[type[Exception], ...] = (
 )
 """The errors with which TorchTitan and torch refuse a setting. A plain RuntimeError may also come from a device."""
 
-OURS = str(Path(__file__).parents[2]) + os.sep
+OURS = str(Path(__file__).parents[1]) + os.sep
 """The folder of all modules of this project."""
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
 
@@ -29,7 +29,7 @@ Call = tuple[FrameType, int]
 """A frame of a traceback, and the number of its line."""
 
 
-def refusal(error: BaseException, job_config: Any) -> str | None:
+def refusal(error: BaseException, job_config: Any, folder: str) -> str | None:
     """Explain an error before the first step; return None if TorchTitan doesn't refuse a setting with it.
 
     It does if all calls below the innermost of ours are TorchTitan's or a library's, and the error has one of the types
@@ -38,6 +38,7 @@ def refusal(error: BaseException, job_config: Any) -> str | None:
     Args:
         error: the error, with its traceback.
         job_config: TorchTitan's job config.
+        folder: where the job writes; the whole traceback, too.
     """
     if isinstance(error, ConfigError | DataError):
         return None
@@ -50,7 +51,7 @@ def refusal(error: BaseException, job_config: Any) -> str | None:
     frame, _ = titan[-1]
     keys = keys_named(str(error), job_config) or keys_read(titan, str(error), job_config)
     settings = f" Look at {', '.join(keys)} in the job config." if keys else ""
-    file = keep_traceback(error, job_config.job.dump_folder)
+    file = keep_traceback(error, folder)
     return (
         f"TorchTitan refuses this job: {first_line(error, statement(calls[-1]))} ({frame.f_globals['__name__']}, "
         f"{frame.f_code.co_qualname}).{settings} The whole traceback is in {file}."

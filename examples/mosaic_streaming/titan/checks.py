@@ -1,0 +1,140 @@
+"""Refuses settings with which TorchTitan would fail with a traceback, or ignore what they say, in each generation.
+
+The sections of both generations' job configs that are looked at here have the same keys.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from examples.mosaic_streaming.config import BatchShape, Validation
+from examples.mosaic_streaming.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torchtitan.distributed import ParallelDims
+
+DEGREES = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel", "pipeline_parallel")
+
+
+def check_start(job_config: Any, validates: bool, has_streams: bool, world_size: int) -> None:
+    """Raise ConfigError for a job that would not start on Mosaic streams.
+
+    Args:
+        job_config: TorchTitan's job config.
+        validates: whether it asks for validation.
+        has_streams: whether there is a configuration of the validation loader.
+        world_size: processes.
+    """
+    if validates and not has_streams:
+        raise ConfigError(
+            "validation.enable = true, but no validation streams are given. Name their file with "
+            "--mosaic-validation-config PATH, before the `--`, or set validation.enable to false."
+        )
+    if job_config.comm.mode != "default":
+        raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
+    if job_config.checkpoint.create_seed_checkpoint:
+        if world_size != 1:
+            raise ConfigError(
+                f"checkpoint.create_seed_checkpoint on {world_size} ranks, but one has to save it, unsharded. "
+                "Start with --nproc_per_node=1."
+            )
+        if not job_config.checkpoint.enable:
+            raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
+
+
+def warnings_of_start(job_config: Any, validates: bool, has_streams: bool) -> list[str]:
+    """What the log has to warn of before a start; the arguments are those of `check_start`."""
+    warnings = []
+    if has_streams and not validates:
+        warnings.append("validation.enable = false: the validation streams are not read.")
+    if "dataloader" in job_config.checkpoint.exclude_from_loading:
+        warnings.append(
+            "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
+            "samples, tokens and targets are counted from there."
+        )
+    return warnings
+
+
+def explain_degrees(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":
+    """Call TorchTitan to compute the degrees of parallelism; a ConfigError says why they don't fit the ranks."""
+    try:
+        return make()
+    except AssertionError as error:
+        degrees = {f"{name}_degree": getattr(parallelism, f"{name}_degree") for name in DEGREES}
+        given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree not in (1, -1))
+        problem = str(error) or f"{given} multiply to more"
+        raise ConfigError(
+            f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."
+        ) from error
+
+
+def check_experts(dims: "ParallelDims", expert_tensor_parallel: int = 1) -> None:
+    """Raise ConfigError if the expert-parallel ranks don't share out the others."""
+    if dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp % (dims.ep * expert_tensor_parallel):
+        raise ConfigError(
+            f"parallelism.expert_parallel_degree = {dims.ep} (x expert_tensor_parallel_degree = "
+            f"{expert_tensor_parallel}) does not divide dp_shard({dims.dp_shard}) * cp({dims.cp}) * tp({dims.tp}), the "
+            "ranks that share out the experts."
+        )
+
+
+def check_seq_len(seq_len: int, divisor: int, why: str) -> None:
+    """Raise ConfigError unless the length of a row is a multiple of `divisor`, which the degrees named in `why` ask."""
+    if seq_len % divisor:
+        hint = f"For samples of {seq_len} tokens set {seq_len - 1}: then each label is real." if seq_len % 2 else ""
+        raise ConfigError(
+            f"training.seq_len = {seq_len}, but TorchTitan's models take multiples of {divisor}: {why}. "
+            f"{hint or 'Change one of them.'}"
+        )
+
+
+def global_batch_size(training: Any, dp_world_size: int) -> int:
+    """Compute the sequences of an optimizer step as TorchTitan's Trainer does.
+
+    Raises:
+        ConfigError: they are no multiple of the micro-batches of all dp ranks.
+    """
+    local, total = training.local_batch_size, training.global_batch_size
+    if local < 1:
+        raise ConfigError(f"training.local_batch_size = {local}, but each rank needs at least one sequence.")
+    if total == 0 or (total > 0 and total % (local * dp_world_size)):
+        raise ConfigError(
+            f"training.global_batch_size = {total} is not a multiple of training.local_batch_size = {local} x "
+            f"data-parallel degree = {dp_world_size}. Change one of them."
+        )
+    return total if total > 0 else local * dp_world_size
+
+
+def validation_of(settings: Any, training: Any, pipeline: int) -> Validation | None:
+    """How a job validates, if it does.
+
+    Args:
+        settings: the section for validation. A shape that is None is that of training.
+        training: the section for training.
+        pipeline: the pipeline-parallel degree.
+
+    Raises:
+        ConfigError: a model which is built for training can't take the batches.
+
+    Source: rotary embeddings have `training.seq_len` rows; a pipeline's stages receive tensors of the first batch's
+    shape (torchtitan 0.2.2, models/*/model/args.py, 0.3.0, models/common/decoder.py; torch 2.15,
+    distributed/pipelining/stage.py).
+    """
+    if not settings.enable:
+        return None
+    shape = {}
+    for key in ("local_batch_size", "seq_len"):
+        now, needed = getattr(settings, key), getattr(training, key)
+        shape[key] = needed if now is None else now
+        if pipeline > 1 and shape[key] != needed:
+            raise ConfigError(
+                f"validation.{key} = {now}, but the stages of a pipeline take batches of one shape, and "
+                f"training.{key} = {needed}. Set it to that."
+            )
+    if shape["local_batch_size"] < 1:
+        raise ConfigError(f"validation.local_batch_size = {shape['local_batch_size']}, expected at least 1.")
+    if not 1 <= shape["seq_len"] <= training.seq_len:
+        raise ConfigError(
+            f"validation.seq_len = {shape['seq_len']}, but the model is made for training.seq_len = "
+            f"{training.seq_len}. Set it to that, or less."
+        )
+    return Validation(BatchShape("validation", **shape), settings.steps, settings.freq)

@@ -1,0 +1,74 @@
+"""TorchTitan's flags, which its own manager parses."""
+
+import contextlib
+import dataclasses
+import io
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.titan.refusals import first_line, keep_traceback
+
+HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
+
+
+@contextlib.contextmanager
+def explain_parsing(source: str, help: str = HELP) -> Iterator[None]:
+    """Turn what TorchTitan's manager raises into one ConfigError; rank 0 alone prints its usage.
+
+    Args:
+        source: what is parsed: the job's file, or its function.
+        help: says where all keys are listed.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except ConfigError:
+        raise
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(f"TorchTitan refuses {source}: {problem_of(error)}. {help}") from error
+    except SystemExit as exit:
+        if not exit.code:
+            raise
+        if isinstance(getattr(exit.__context__, "arg", None), str):  # of a section's own check, which tyro prints
+            raise ConfigError(f"TorchTitan refuses {source}: {problem_of(exit.__context__)}. {help}") from exit
+        if is_rank_0():
+            print(said.getvalue(), file=sys.stderr)
+        raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {help}") from exit
+    except Exception as error:  # of a module that the job names, too
+        file = keep_traceback(error, tempfile.gettempdir())
+        raise ConfigError(
+            f"TorchTitan refuses {source}: {first_line(error)}. The whole traceback is in {file}."
+        ) from error
+
+
+def problem_of(error: BaseException | None) -> str:
+    """The first line of what an error says, without a full stop. tyro adds the section in which it was raised."""
+    text = str(error.args[0]) if error and error.args else repr(error)
+    return next(iter(text.splitlines()), repr(error)).rstrip(".")
+
+
+def spell_booleans(titan_flags: list[str], job_config: Any) -> list[str]:
+    """Respell `--section.key=true` and `=false` as `--section.key` and `--section.no-key`, as TorchTitan wants them.
+
+    A key that `job_config`, with TorchTitan's defaults, has and that isn't boolean is left alone.
+    """
+    return [_spell_boolean(flag, job_config) for flag in titan_flags]
+
+
+def _spell_boolean(flag: str, job_config: Any) -> str:
+    name, _, value = flag.partition("=")
+    if not name.startswith("--") or value.lower() not in ("true", "false"):
+        return flag
+    *sections, key = name.removeprefix("--").split(".")
+    owner = job_config
+    for section in sections:
+        owner = getattr(owner, section.replace("-", "_"), None)
+    if dataclasses.is_dataclass(owner):  # else a section that a custom config module adds
+        types = {field.name: field.type for field in dataclasses.fields(owner)}
+        if types.get(key.replace("-", "_"), bool) not in (bool, "bool"):
+            return flag
+    return "--" + ".".join([*sections, key if value.lower() == "true" else f"no-{key}"])

@@ -1,0 +1,86 @@
+"""Checks types and limits of the job config's values. TorchTitan takes those of the file as they come."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from examples.mosaic_streaming.config import wrong_value
+from examples.mosaic_streaming.errors import ConfigError
+
+AT_LEAST: dict[str, int] = {
+    **{"training.seq_len": 1, "training.steps": 1, "training.gc_freq": 1, "training.max_norm": 0},
+    **{"optimizer.lr": 0, "optimizer.beta1": 0, "optimizer.beta2": 0, "optimizer.eps": 0, "optimizer.weight_decay": 0},
+    **{"lr_scheduler.warmup_steps": 0, "lr_scheduler.total_steps": 1, "lr_scheduler.decay_ratio": 0},
+    **{"checkpoint.interval": 1, "validation.freq": 1, "validator.freq": 1, "metrics.log_freq": 1},
+    **{"parallelism.pipeline_parallel_microbatch_size": 1},
+    **{"comm.init_timeout_seconds": 1, "comm.train_timeout_seconds": 1},
+}
+"""The smallest allowed values. Nothing reads the numbers of a section that has `enable = false`."""
+
+
+def wrong_job_values(job_config: Any) -> list[str]:
+    """Name the values of a job config that have the wrong type, or are smaller than makes sense."""
+    wrong = []
+    for key, value, hint, is_read in leaves(job_config):
+        limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
+        wrong.append(wrong_value(key, value, hint, "the job config", limits))
+    return list(filter(None, wrong))
+
+
+def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
+    """Yield key, value and type of each setting, and whether its section is in use."""
+    hints: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section)}
+    if any(isinstance(hint, str) for hint in hints.values()):
+        hints |= typing.get_type_hints(type(section))
+    for name, hint in hints.items():
+        value, key = getattr(section, name), f"{prefix}{name}"
+        if dataclasses.is_dataclass(value) and name != "model_spec":  # which no file and no flag sets
+            yield from leaves(value, f"{key}.")
+        else:
+            yield key, value, hint, getattr(section, "enable", True)
+
+
+def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], path: str) -> Any:
+    """Set values of a job's file in a config of dataclasses.
+
+    Args:
+        config: is left as it is.
+        values: by their keys in the file.
+        names: what the config calls keys that have another name there.
+        path: of the file, for messages.
+
+    Raises:
+        ConfigError: keys are unknown, or values of a wrong type.
+    """
+    known, wrong = {key: (hint, is_read) for key, _, hint, is_read in leaves(config)}, []
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        section, _, name = names.get(key, key).rpartition(".")
+        hint, is_read = known.get(names.get(key, key), (None, False))
+        if name in sections.get(section, {}):
+            wrong.append(f"{key} in {path} is given twice: {names.get(key, key)} is another name of it.")
+        elif hint is None or "." in section:
+            wrong.append(f"{key} in {path}: unknown. Keys like it: {nearest(key, [*names, *known])}.")
+        else:
+            limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
+            wrong.append(wrong_value(key, value, hint, "the job config", limits))
+        sections.setdefault(section, {})[name] = value
+    refuse(wrong)
+    changes = sections.pop("", {})
+    for section, of_section in sections.items():
+        changes[section] = dataclasses.replace(getattr(config, section), **of_section)
+    return dataclasses.replace(config, **changes)
+
+
+def refuse(wrong: list[str]) -> None:
+    """Raise ConfigError if a line says that something is wrong."""
+    if lines := list(filter(None, wrong)):
+        raise ConfigError(" ".join(lines))
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The known settings that are spelled most like a key, for a message."""
+    return ", ".join(difflib.get_close_matches(key, list(known), n=2, cutoff=0.5)) or "none"

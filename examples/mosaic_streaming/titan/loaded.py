@@ -1,0 +1,115 @@
+"""A job as the command line names it: TorchTitan's config, and the files of the loaders."""
+
+import importlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from examples.mosaic_streaming.config import LoaderFile, read_toml
+from examples.mosaic_streaming.errors import ConfigError
+
+DATA_SETTINGS = (
+    *("model.name", "model.flavor", "model.hf_assets_path", "training.local_batch_size", "training.global_batch_size"),
+    *("training.seq_len", "training.steps", "parallelism.pipeline_parallel_degree"),
+    *("parallelism.data_parallel_replicate_degree", "parallelism.data_parallel_shard_degree"),
+    *("parallelism.context_parallel_degree", "parallelism.tensor_parallel_degree"),
+    *("checkpoint.enable", "checkpoint.last_save_model_only", "validation.enable"),
+)
+"""The settings of a job that decide what is read and how, by their names in a job's file."""
+
+
+@dataclass(frozen=True)
+class LoadedJob:
+    """A job that can be checked, built and looked at."""
+
+    job_config: Any  # TorchTitan's: a JobConfig in 0.2, a Trainer.Config in 0.3
+    train: LoaderFile
+    validation: LoaderFile | None
+    validates: bool  # whether TorchTitan's config asks for validation
+    dump_folder: str  # that the job writes to
+    checkpoint_folder: str  # of all its checkpoints
+    owners: Mapping[str, str]  # who has set a key, by its name in TorchTitan's config; others are defaults
+    default_owner: str = "TorchTitan's default"
+    custom_import: str = ""  # a module of the user's, which may register models and loaders
+    description: str = ""  # which TorchTitan 0.2 logs by itself
+    position: str | None = None  # another run's checkpoint, whose position the streams go on from
+
+    def import_custom(self) -> None:
+        """Import the user's module, if there is one. TorchTitan 0.2 does so, too, but later; 0.3 doesn't."""
+        if self.custom_import:
+            import_module([self.custom_import], "experimental.custom_import =")
+
+    def settings(self, values: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
+        """List the settings that decide what is read: `setting`, `value`, and the `owner` who has set it.
+
+        Args:
+            values: of TorchTitan's config, by their names there.
+            names: what it calls settings that have another name in a job's file.
+        """
+        rows = []
+        for setting in DATA_SETTINGS:
+            name = names.get(setting, setting)
+            owner = self.owners.get(name, self.default_owner)
+            rows.append({"setting": setting, "value": values[name], "owner": owner})
+        return rows
+
+
+def owners_of(keys: Mapping[str, Any], path: str, titan_flags: list[str]) -> dict[str, str]:
+    """Who has set each setting.
+
+    Args:
+        keys: those that the job's file sets.
+        path: of the file.
+        titan_flags: TorchTitan's flags on the command line.
+    """
+    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in titan_flags]
+    given = [re.sub(r"(^|\.)no_", r"\1", name) for name in names]  # `section.no_key`
+    return dict.fromkeys(keys, path) | dict.fromkeys(given, "command line")
+
+
+def read_sections(path: str) -> dict[str, Any]:
+    """Parse a job config; raise ConfigError for a value where a section belongs, which TorchTitan would ignore."""
+    sections = read_toml(path)
+    for name, value in sections.items():
+        if not isinstance(value, dict):
+            raise ConfigError(f"{name} = {value!r} in {path}, expected a section, [{name}], with its keys below.")
+    return sections
+
+
+def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
+    """Import the first module of these that there is.
+
+    Args:
+        candidates: names of modules; the last is the one that was given.
+        setting: names the module, for messages.
+
+    Raises:
+        ConfigError: there is none. What fails within a module is raised as it is.
+    """
+    for name in candidates:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):  # one that it needs
+                raise
+            missing = error
+    raise ConfigError(
+        f"{setting} {candidates[-1]!r}, but Python finds no module {missing.name!r}. Start the job where it can be "
+        "imported, or name its folder in PYTHONPATH."
+    ) from missing
+
+
+def find_function(candidates: Sequence[str], name: str) -> Callable[[], Any]:
+    """Find a function of the first module of these that there is, given by --module and --config.
+
+    Raises:
+        ConfigError: there is no such module, or no such function in it.
+    """
+    module = import_module(candidates, "--module")
+    if callable(function := getattr(module, name, None)):
+        return function
+    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+    has = [key for key, value in own.items() if callable(value) and key[0].islower()]
+    raise ConfigError(f"--config {name}: no function of {module.__name__}, which has: {', '.join(has)}.")

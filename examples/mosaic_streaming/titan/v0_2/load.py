@@ -1,0 +1,83 @@
+"""Reads TorchTitan 0.2's job config, the way TorchTitan does."""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from examples.mosaic_streaming.config import flat, read_loaders, read_toml
+from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.flags import explain_parsing, spell_booleans
+from examples.mosaic_streaming.titan.job_values import wrong_job_values
+from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
+from examples.mosaic_streaming.titan.v0_2.checks import checkpoint_folder
+from examples.mosaic_streaming.titan.versions import RENAMED, check_flags
+
+if TYPE_CHECKING:
+    from torchtitan.config import JobConfig
+
+CONFIG_FILE = "--job.config_file="
+NOT_HERE = {
+    "module": "It belongs to 0.3: give the job's file with --config, before the `--`.",
+    "config": "Give the job's file before the `--`.",
+    **dict.fromkeys(("dataloader", "validator.dataloader"), "Streams are set in the file of --mosaic-config."),
+}
+"""Flags of TorchTitan 0.3 that 0.2 has no other name for."""
+
+
+def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
+    """Read the files that the command line names.
+
+    Raises:
+        ConfigError: a file or a flag is wrong, also if TorchTitan would find that later.
+    """
+    if flags.module:
+        raise ConfigError(f"--module {flags.module}: not a flag of TorchTitan 0.2. {NOT_HERE['module']}")
+    check_flags(titan_flags, {new: old for old, new in RENAMED.items()}, "0.2", NOT_HERE)
+    if not flags.config:  # `-- --help`
+        load_job_config(titan_flags)
+    in_file = flat(read_toml(flags.config))  # before the slow imports; TorchTitan reads it again
+    train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
+    job_config = load_job_config([f"{CONFIG_FILE}{flags.config}", *titan_flags])
+    return LoadedJob(
+        job_config,
+        train,
+        validation,
+        job_config.validation.enable,
+        job_config.job.dump_folder,
+        checkpoint_folder(job_config),
+        owners_of(in_file, flags.config, titan_flags),
+        custom_import=job_config.experimental.custom_import,
+    )
+
+
+def load_job_config(titan_flags: list[str]) -> "JobConfig":
+    """Read the job config from TorchTitan's flags, which name the file.
+
+    Raises:
+        ConfigError: TorchTitan refuses the file or a flag, or would do so later.
+    """
+    from examples.mosaic_streaming.upstream import cpu
+
+    cpu.prepare_torchtitan()
+    from torchtitan.config import ConfigManager, JobConfig
+    from torchtitan.tools.logging import init_logger
+
+    class Manager(ConfigManager):
+        """TorchTitan's manager, which reads the file as we do."""
+
+        def _maybe_load_toml(self, args: list[str]) -> dict[str, Any] | None:
+            if args and args[0].startswith(CONFIG_FILE):
+                return read_sections(args[0].removeprefix(CONFIG_FILE))
+            return super()._maybe_load_toml(args)
+
+    init_logger()
+    with explain_parsing(titan_flags[0]):
+        job_config = Manager().parse_args(spell_booleans(titan_flags, JobConfig()))
+    if wrong := wrong_job_values(job_config):
+        raise ConfigError(" ".join(wrong))
+    return job_config
+
+
+def settings_of(loaded: LoadedJob) -> list[dict[str, Any]]:
+    """List the settings that decide what is read and how, as `LoadedJob.settings` does."""
+    return loaded.settings(flat(dataclasses.asdict(loaded.job_config)), {})
