@@ -7,11 +7,9 @@ UV := $(or $(shell command -v uv 2>/dev/null),.tools/bin/uv)
 TITAN ?= 0.2
 ifeq ($(TITAN),0.2)
 VENV := .venv
-LOCK := requirements.lock
 DUMP_FOLDER := --job.dump_folder
 else ifeq ($(TITAN),0.3)
 VENV := .venv-titan-0.3
-LOCK := requirements-titan-0.3.lock
 DUMP_FOLDER := --dump_folder
 else
 $(error TITAN=$(TITAN): expected 0.2 or 0.3)

@@ -20,7 +20,7 @@ from examples.mosaic_streaming.checkpoint import (
 from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.titan import steps_with
+from examples.mosaic_streaming.titan import own_checkpoints, steps_with
 
 
 class Checkpoint(NamedTuple):
@@ -110,12 +110,6 @@ def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = 
     raise ConfigError(f"--checkpoint {checkpoint.folder} has no dataloader state that can be read.")
 
 
-def own_checkpoints(job: Job) -> str | None:
-    """The folder of a job's own checkpoints, if a start would load one of them."""
-    folder = job.checkpoints.folder
-    return folder if job.checkpoints.enable and steps_with(folder, ".metadata") else None
-
-
 def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
     """The checkpoint that a start loads: the one at `path` or, if the job's settings say how to load one, its own.
 
@@ -125,7 +119,7 @@ def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
     """
     settings, excluded = job.checkpoints, set(job.checkpoints.exclude_from_loading)
     if not path and (settings.load_step != -1 or excluded & {"dataloader", "train_state"}):
-        path = own_checkpoints(job)
+        path = own_checkpoints(job.checkpoints)
     if not path:
         return None
     folder = step_folder(path, settings.load_step)

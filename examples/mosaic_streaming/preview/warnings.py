@@ -8,9 +8,9 @@ from streaming.base.util import bytes_to_int
 from examples.mosaic_streaming.checkpoint import shards_of
 from examples.mosaic_streaming.config import Job, warnings_of, warnings_of_validation
 from examples.mosaic_streaming.dataloader import DROP_WARN_FRACTION
-from examples.mosaic_streaming.preview.checkpoint import own_checkpoints
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.shards import ADD_HASHES
+from examples.mosaic_streaming.titan import own_checkpoints
 
 MANY_PASSES = 4
 """Over the same text; one more teaches next to nothing.
@@ -113,7 +113,7 @@ def job_warnings(data: JobData) -> Iterator[str]:
 
 def checkpoint_warnings(job: Job, reads_one: bool) -> Iterator[str]:
     """That a job has checkpoints, where a report is about a new run."""
-    if not reads_one and (folder := own_checkpoints(job)):
+    if not reads_one and (folder := own_checkpoints(job.checkpoints)):
         yield (
             f"This report is for a new run whose settings never change. {folder} has checkpoints: for the run that "
             f"goes on from them, add --checkpoint {folder}."

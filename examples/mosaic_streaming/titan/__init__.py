@@ -1,7 +1,7 @@
 """All that depends on TorchTitan's config and classes, with a package for each of its generations.
 
 `train.py` calls `load_job`, `check_job`, `warnings_of_job` and `build_trainer`; after a failure `refusal`, and after a
-signal `next_start`. Preview also calls `make_job`, `settings_of` and `steps_with`. `mosaic` is for
+signal `next_start`. Preview also calls `make_job`, `settings_of`, `own_checkpoints` and `steps_with`. `mosaic` is for
 users of TorchTitan 0.3: it makes a config of theirs read Mosaic streams. Beside these functions, everything else gets a
 `Job`, and nothing else asks which TorchTitan is installed. Nothing slow is imported before a function is called.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.titan import checkpoints, checks, refusals
-from examples.mosaic_streaming.titan.checkpoints import steps_with
+from examples.mosaic_streaming.titan.checkpoints import own_checkpoints, steps_with
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 from examples.mosaic_streaming.titan.versions import ON_CPU, generation, names_as_given
 

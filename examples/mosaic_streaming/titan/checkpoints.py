@@ -104,6 +104,11 @@ def checkpoints_of(checkpoint: Any, folder: str) -> Checkpoints:
     )
 
 
+def own_checkpoints(checkpoints: Checkpoints) -> str | None:
+    """The folder of a job's own checkpoints, if a start would load one of them."""
+    return checkpoints.folder if checkpoints.enable and steps_with(checkpoints.folder, ".metadata") else None
+
+
 def next_start(checkpoint: Any, folder: str, steps: int, step: int) -> str:
     """Say what the same command would do after a run that ends too early.
 

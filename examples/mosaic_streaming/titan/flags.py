@@ -15,12 +15,10 @@ HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 
 
 @contextlib.contextmanager
-def explain_parsing(source: str, help: str = HELP) -> Iterator[None]:
+def explain_parsing(source: str) -> Iterator[None]:
     """Turn what TorchTitan's manager raises into one ConfigError; rank 0 alone prints its usage.
 
-    Args:
-        source: what is parsed: the job's file, or its function.
-        help: says where all keys are listed.
+    `source` is what is parsed: the job's file, or its function.
     """
     said = io.StringIO()
     try:
@@ -29,20 +27,22 @@ def explain_parsing(source: str, help: str = HELP) -> Iterator[None]:
     except ConfigError:
         raise
     except (ValueError, AssertionError) as error:
-        raise ConfigError(f"TorchTitan refuses {source}: {problem_of(error)}. {help}") from error
+        raise ConfigError(f"TorchTitan refuses {source}: {problem_of(error)}. {HELP}") from error
     except SystemExit as exit:
         if not exit.code:
             raise
         if isinstance(getattr(exit.__context__, "arg", None), str):  # of a section's own check, which tyro prints
-            raise ConfigError(f"TorchTitan refuses {source}: {problem_of(exit.__context__)}. {help}") from exit
-        if is_rank_0():
-            print(said.getvalue(), file=sys.stderr)
-        raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {help}") from exit
+            said = io.StringIO()
+            raise ConfigError(f"TorchTitan refuses {source}: {problem_of(exit.__context__)}. {HELP}") from exit
+        raise ConfigError(f"TorchTitan refuses a flag or a value, as said above. {HELP}") from exit
     except Exception as error:  # of a module that the job names, too
         file = keep_traceback(error, tempfile.gettempdir())
         raise ConfigError(
             f"TorchTitan refuses {source}: {first_line(error)}. The whole traceback is in {file}."
         ) from error
+    finally:
+        if is_rank_0():
+            sys.stderr.write(said.getvalue())
 
 
 def problem_of(error: BaseException | None) -> str:

@@ -25,9 +25,14 @@ def wrong_job_values(job_config: Any) -> list[str]:
     """Name the values of a job config that have the wrong type, or are smaller than makes sense."""
     wrong = []
     for key, value, hint, is_read in leaves(job_config):
-        limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
-        wrong.append(wrong_value(key, value, hint, "the job config", limits))
+        wrong.append(wrong_job_value(key, value, hint, is_read))
     return list(filter(None, wrong))
+
+
+def wrong_job_value(key: str, value: Any, hint: Any, is_read: bool) -> str:
+    """Return what is wrong with one value; `is_read` says whether its section is in use. Empty if nothing is."""
+    limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
+    return wrong_value(key, value, hint, "the job config", limits)
 
 
 def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool]]:
@@ -65,8 +70,7 @@ def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], p
         elif hint is None or "." in section:
             wrong.append(f"{key} in {path}: unknown. Keys like it: {nearest(key, [*names, *known])}.")
         else:
-            limits = (AT_LEAST[key], math.inf) if is_read and key in AT_LEAST else None
-            wrong.append(wrong_value(key, value, hint, "the job config", limits))
+            wrong.append(wrong_job_value(key, value, hint, is_read))
         sections.setdefault(section, {})[name] = value
     refuse(wrong)
     changes = sections.pop("", {})

@@ -9,7 +9,7 @@ from examples.mosaic_streaming.config import Job, resolve, warnings_of_validatio
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import is_rank_0
-from examples.mosaic_streaming.titan.checkpoints import steps_with
+from examples.mosaic_streaming.titan.checkpoints import own_checkpoints
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 from examples.mosaic_streaming.validator import ValidationLoader, build_validation_loader, resolve_validation
 
@@ -50,7 +50,7 @@ class Loaders:
     def _move_to(self, folder: str) -> None:
         """Let the streams go on from the position in another run's checkpoint, unless the job has one of its own."""
         own = self.job.checkpoints
-        if own.enable and "dataloader" not in own.exclude_from_loading and steps_with(own.folder, ".metadata"):
+        if "dataloader" not in own.exclude_from_loading and own_checkpoints(own):
             return
         content = distributed.on_rank_0(
             distributed.draw_number(), lambda: checkpoint.read_position(folder, "--mosaic-position")

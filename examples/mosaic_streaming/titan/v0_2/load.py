@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from examples.mosaic_streaming.config import flat, read_loaders, read_toml
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_booleans
-from examples.mosaic_streaming.titan.job_values import wrong_job_values
+from examples.mosaic_streaming.titan.job_values import refuse, wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
 from examples.mosaic_streaming.titan.v0_2.checks import checkpoint_folder
 from examples.mosaic_streaming.titan.versions import RENAMED, check_flags
@@ -73,8 +73,7 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     init_logger()
     with explain_parsing(titan_flags[0]):
         job_config = Manager().parse_args(spell_booleans(titan_flags, JobConfig()))
-    if wrong := wrong_job_values(job_config):
-        raise ConfigError(" ".join(wrong))
+    refuse(wrong_job_values(job_config))
     return job_config
 
 

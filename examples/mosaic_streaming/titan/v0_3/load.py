@@ -6,7 +6,7 @@ from typing import Any
 from examples.mosaic_streaming.config import flat, read_loaders
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_booleans
-from examples.mosaic_streaming.titan.job_values import leaves, wrong_job_values
+from examples.mosaic_streaming.titan.job_values import leaves, refuse, wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
 from examples.mosaic_streaming.upstream import cpu
@@ -46,8 +46,7 @@ def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
             given = translate(in_file if source else {"model.name": "llama3_mosaic"}, source)  # for `-- --help`
     owners = owners_of({RENAMED.get(key, key): value for key, value in in_file.items()}, source, titan_flags)
     config = parse(mosaic(given, *paths), titan_flags, source)
-    if wrong := wrong_job_values(config):
-        raise ConfigError(" ".join(wrong))
+    refuse(wrong_job_values(config))
     folder, of_file = checkpoint_folder(config), {"custom_import": custom, "description": description}
     return LoadedJob(config, *loaders, config.validator.enable, config.dump_folder, folder, owners, owner, **of_file)
 

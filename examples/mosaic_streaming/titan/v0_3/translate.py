@@ -64,8 +64,9 @@ def translate(values: dict[str, Any], path: str) -> Any:
     if (weights := values.get("checkpoint.initial_load_path")) and not is_url(weights):
         values["checkpoint.initial_load_path"] = os.path.abspath(weights)  # the only kind that 0.3 takes
     config.activation_checkpoint = POLICIES[mode] and POLICIES[mode].Config()  # checked with all other values
-    values = {key: value for key, value in values.items() if key not in unused_keys(mode)}
-    return with_values(config, without_gone(values, path), RENAMED, path)
+    unused = unused_keys(mode)
+    values = without_gone({key: value for key, value in values.items() if key not in unused}, path)
+    return with_values(config, values, RENAMED, path)
 
 
 def unused_keys(mode: str) -> set[str]:
