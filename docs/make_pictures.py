@@ -28,6 +28,7 @@ local = "{OUT}/cache"
 split = "train"
 shuffle = true
 shuffle_block_size = 1024
+batching_method = "blend"
 validate_hash = "xxh64"
 """
 COLUMNS = 124
@@ -48,7 +49,7 @@ RUNS = [(1, 80), (2, 160)]
 """Ranks, and the step that they go to; a global batch is 16 samples."""
 CURVES = {
     "loss_metrics/global_avg_loss": "loss",
-    "data/epoch_progress": "part of the epoch that is read (data/epoch_progress)",
+    "data/passes/dataset": "passes over the stream (data/passes/dataset)",
     "data/tokens_seen": "tokens read (data/tokens_seen)",
     "data/bytes_fetched": "bytes fetched since the start (data/bytes_fetched)",
 }

@@ -1,6 +1,7 @@
 """The training loader: `build_mosaic_dataloader` builds it, and `MosaicDataLoader` is what TorchTitan iterates."""
 
 import copy
+import dataclasses
 import functools
 import json
 import logging
@@ -24,16 +25,18 @@ from examples.mosaic_streaming.config import BatchShape, Job, ResolvedLoader
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer, check_pad_token, check_tokenizer
+from examples.mosaic_streaming.upstream.large_index import large_indexes, without_collection
 from examples.mosaic_streaming.upstream.sample_order import reader_world, set_reader_world
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
-
-DROP_LOG_STEPS = {10**digits for digits in range(10)}
-"""Steps after a start (1, 10, 100, …) at which the log says how much packing has dropped, as at each epoch's end."""
 
 DROP_WARN_FRACTION = 0.01
 """The log warns if a larger share of the data is left out."""
 
+DROP_LOG_STEPS = {10**digits for digits in range(10)}
+"""Steps after a start (1, 10, 100, …) at which the log says how much packing has dropped, as at each epoch's end."""
 
+
+@without_collection()
 def build_mosaic_dataloader(
     job: Job, dp_rank: int, titan_tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader, channel: AbortChannel
 ) -> "MosaicDataLoader":
@@ -61,7 +64,7 @@ def build_mosaic_dataloader(
         logger.info(f"Mosaic loader, resolved: {json.dumps(loader_config.config)}")
     who = f"Rank {dist.get_rank()} (dp rank {dp_rank})"
     opened = open_loader(job, loader_config, titan_tokenizer, hf_tokenizer, number, who)
-    sampling.check_memory(opened.dataset.epoch_size, loader_config.source)
+    sampling.check_memory(opened.order, opened.dataset.epoch_size, loader_config.source)
     warnings: list[str] = distributed.on_rank_0(
         distributed.draw_number(),  # each result that ranks share needs its own
         lambda: batch.check_first_samples(opened.loader, opened.spec, loader_config, hf_tokenizer, job.training),
@@ -90,7 +93,7 @@ def build_foundry_loader(
     name, source = loader_config.name, loader_config.source
     arguments = copy.deepcopy(loader_config.arguments)  # because build_dataloader changes them
     try:
-        with shared_memory(shm_number):
+        with shared_memory(shm_number), large_indexes():
             data_spec: Any = build_dataloader(arguments, hf_tokenizer, batch_size)
     except Exception as error:
         raise ConfigError(f"{loader_config.builder} refuses {source}: {type(error).__name__}: {error}") from error
@@ -145,6 +148,22 @@ class OpenLoader:
         """The columns of the first stream."""
         return list(getattr(self.dataset.shards[0], "column_names", []))
 
+    def with_nodes_of(self, saved: checkpoint.Fingerprint) -> "OpenLoader":
+        """Return it with the `num_canonical_nodes` of a checkpoint where that is 64, and the file gives none.
+
+        The default for small data was 64, too, when the checkpoint was written.
+        """
+        dataset, order, settings = self.dataset, self.order, self.config.dataset
+        nodes = sampling.MAX_CANONICAL_NODES
+        if "num_canonical_nodes" in settings or saved.get("dataset.num_canonical_nodes") != nodes:
+            return self
+        dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, settings.get("shuffle_block_size")
+        sizes = (order.local_batch_size, order.global_batch_size)
+        order = sampling.set_order(dataset, order.batching_method, *sizes, order.packed)
+        changed = {key: getattr(dataset, key) for key in ("num_canonical_nodes", "shuffle_block_size")}
+        known = {f"dataset.{key}": value for key, value in changed.items() if f"dataset.{key}" in self.fingerprint}
+        return dataclasses.replace(self, order=order, fingerprint=self.fingerprint | known)
+
     @property
     def tokens_of_a_sample(self) -> int | None:
         """How many tokens of each sample the model gets. Text fills its rows; other samples differ in length: None."""
@@ -173,7 +192,8 @@ def open_loader(
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    order = sampling.set_order(dataset, batch_size, global_batch_size, cast(batch.Collator, loader.collate_fn).packs)
+    packs, method = cast(batch.Collator, loader.collate_fn).packs, loader_config.batching_method
+    order = sampling.set_order(dataset, method, batch_size, global_batch_size, packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch_spec(job, job.training, loader_config, hf_tokenizer, who)
     fingerprint = checkpoint.fingerprint_of(loader_config, dataset, order, job.training.seq_len, titan_tokenizer)
@@ -220,8 +240,8 @@ class MosaicDataLoader(BaseDataLoader):
     """Yields this rank's batches without end, epoch after epoch, from any saved position.
 
     An epoch is as many whole global batches as the streams' epoch holds. The rest of it is left out, so that no
-    optimizer step mixes two epochs. The position counts whole optimizer steps, as batches are yielded: what workers
-    have prefetched doesn't count.
+    optimizer step mixes two epochs. Under "blend" the first epoch never ends. The position counts whole optimizer
+    steps, as batches are yielded: what workers have prefetched doesn't count.
 
     Args:
         opened: the open loader, whose dataset knows this rank's place (`set_reader_world`).
@@ -232,7 +252,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def __init__(self, opened: OpenLoader, dp_rank: int, job: Job, channel: AbortChannel) -> None:
         order = opened.order
-        self.config = opened.config
+        self._opened, self.config, self._names = opened, opened.config, opened.names
         self.has_started = False
         """Whether a batch has been asked for."""
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
@@ -357,10 +377,12 @@ class MosaicDataLoader(BaseDataLoader):
         if self.has_started:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
         saved, size = checkpoint.unpack(state_dict), self._order.global_batch_size
-        checkpoint.check_same_data(saved.data, self._state.data, self.config.source)
-        checkpoint.check_position(saved, self._dataset.epoch_size)
+        opened = self._opened.with_nodes_of(saved.data)
+        checkpoint.check_same_data(saved.data, opened.fingerprint, self.config.source)
+        checkpoint.check_position(saved, self._dataset.epoch_size, opened.order)
         self._counter.resume_from(saved.seen or self._seen_before(saved))
-        state = self._past_epoch_end(saved)._replace(data=self._state.data, global_batch_size=size)
+        self._order = opened.order
+        state = self._past_epoch_end(saved)._replace(data=opened.fingerprint, global_batch_size=size)
         self._has_one_batch_size = {segment.global_batch_size for segment in state.segments} == {size}
         if saved.global_batch_size != size:
             here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
@@ -382,10 +404,12 @@ class MosaicDataLoader(BaseDataLoader):
     def progress(self) -> checkpoint.Progress:
         """Where the run is. It takes one small collective, so all ranks have to call it at the same step."""
         self._counter.count_loss_tokens(peers=dist.get_world_size() // reader_world(self._dataset).num_ranks)
-        read = self._state.sample_in_epoch
+        order, read = self._order, self._state.sample_in_epoch
+        passes = sampling.passes_of(self._names, self._dataset, order, read) if order.blend else None
         return checkpoint.Progress(
             self._state.epoch,
             read / (read + self._remaining),
+            passes,
             self._counter.seen(),
             self._counter.take_padding(),
             self._fetch_stats.read(),
@@ -407,39 +431,21 @@ class MosaicDataLoader(BaseDataLoader):
         """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
         if not is_rank_0():
             return
-        samples, size = self._dataset.epoch_size, self._order.global_batch_size
-        start, follow = self._state.sample_in_epoch, self._remaining
-        of_run, before = self._steps_of_run * size, self._counter.seen().samples
-        message = (
-            f"The streams start at sample {start:,} of epoch {self._state.epoch}, of which {follow // size:,} steps "
-            f"follow; it leaves out {samples - start - follow:,} of {samples:,} samples (which fill no global batch, "
-            "or no whole turn of dataset.num_canonical_nodes: a smaller number leaves out fewer)."
-        )
+        data = (self._names, self._dataset, self._order)
+        message, left_out = checkpoint.start_message(*data, self._state)
         if self._has_one_batch_size:
-            message += (
-                f" In all, {self._steps_of_run:,} steps (training.steps) read {of_run:,} samples, "
-                f"{self._counter.tokens(of_run):,} tokens, {of_run / self._order.remaining(0):.2f} epochs."
-            )
-        if before:
+            message += checkpoint.run_message(*data, self._steps_of_run, self._counter)
+        if before := self._counter.seen().samples:
             message += f" {before:,} samples were read before this start."
-        is_usual = start + follow > (1 - DROP_WARN_FRACTION) * samples
-        logger.log(logging.INFO if is_usual else logging.WARNING, message)
+        logger.log(logging.INFO if left_out < DROP_WARN_FRACTION else logging.WARNING, message)
 
     def _log_epoch_end(self) -> None:
         """Log on rank 0 what this start has read of the epoch, and what its machine has fetched meanwhile."""
-        if not is_rank_0():
-            return
-        start = self._order.first_sample if self._state.epoch == self._order.first_epoch else 0
-        samples = self._state.sample_in_epoch - start
-        now, before = self._fetch_stats.read(), self._fetched_before
-        fetched = shards.FetchCounts(*(new - old for new, old in zip(now, before, strict=True)))
-        self._fetched_before = now
-        logger.info(
-            f"Epoch {self._state.epoch} of the streams ends: {samples:,} samples read"
-            f"{f' since this start, at sample {start:,}' if start else ''}, in "
-            f"{samples // self._order.global_batch_size:,} steps, {self._counter.tokens(samples):,} tokens"
-            f"{f'; fetched: {fetched}' if any(fetched) else ''}."
-        )
+        if is_rank_0():
+            now, before = self._fetch_stats.read(), self._fetched_before
+            fetched = shards.FetchCounts(*(new - old for new, old in zip(now, before, strict=True)))
+            self._fetched_before = now
+            logger.info(checkpoint.epoch_end_message(self._order, self._state, fetched, self._counter))
 
     def _log_dropped_tokens(self) -> None:
         """Log on rank 0 how many tokens packing has dropped."""

@@ -6,6 +6,7 @@ from torchtitan.components.metrics import MetricsProcessor
 
 from examples.mosaic_streaming.checkpoint import Progress
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
+from examples.mosaic_streaming.sampling import passes_text
 from examples.mosaic_streaming.upstream.log_line import line_ends_in
 
 GIB = 1 << 30
@@ -49,9 +50,10 @@ def add_data_metrics(processor: MetricsProcessor, loader: MosaicDataLoader) -> M
 def data_metrics(progress: Progress) -> dict[str, Any]:
     """The metrics for TensorBoard and W&B."""
     seen, fetched = progress.seen, progress.fetched
-    return {
-        "data/epoch": progress.epoch,
-        "data/epoch_progress": progress.epoch_share,
+    place: dict[str, Any] = {"data/epoch": progress.epoch, "data/epoch_progress": progress.epoch_share}
+    if progress.passes is not None:
+        place = {f"data/passes/{name}": times for name, times in progress.passes.items()}
+    return place | {
         "data/samples_seen": seen.samples,
         "data/tokens_seen": seen.tokens,
         "data/targets_seen": seen.loss_tokens,
@@ -65,8 +67,11 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
 
 def log_text(progress: Progress) -> str:
     """The end of a log line, which has padding and fetches only where there are any."""
+    place = f"epoch: {progress.epoch} ({progress.epoch_share:.1%})"
+    if progress.passes is not None:
+        place = f"passes: {passes_text(progress.passes)}"
     parts = [
-        f"epoch: {progress.epoch} ({progress.epoch_share:.1%})",
+        place,
         f"samples: {progress.seen.samples:,}",
         f"tokens: {progress.seen.tokens:,}",
     ]

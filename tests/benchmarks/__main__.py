@@ -18,10 +18,10 @@ from typing import Any
 from tests import conftest  # noqa: F401  # first: imports everything once, for all ranks
 
 # isort: split
-from tests.benchmarks import data, epochs, loaders, scale, starts, training
+from tests.benchmarks import blend, data, epochs, loaders, scale, starts, training
 from tests.benchmarks.measure import HEADINGS, Comparison, Figure, cpu_model, table
 
-PARTS = ("loaders", "text", "training", "starts", "resume", "epochs", "memory", "ranks")
+PARTS = ("loaders", "text", "training", "starts", "resume", "blend", "epochs", "memory", "ranks")
 WORKERS = (0, 1, 2, 4)
 PACKAGES = ("torch", "torchtitan", "llm-foundry", "mosaicml-streaming", "litdata", "numpy")
 
@@ -63,6 +63,14 @@ def run(parts: list[str], folder: Path) -> dict[str, list[Comparison | Figure]]:
             ]
         if part == "resume":
             found[part] = list(starts.compare_resumes(eight))
+        if part == "blend":
+            found[part] = [
+                *blend.compare_rates(eight),
+                *starts.compare_resumes(eight, blend=True),
+                *blend.measure_positions(),
+                blend.measure_opening(folder / "large"),
+                *blend.measure_shards(folder / "mixed"),
+            ]
         if part == "epochs":
             found[part] = list(epochs.measure_epochs(folder / "epochs"))
         if part == "memory":

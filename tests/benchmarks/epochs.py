@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from streaming.base.shuffle import algos
 
-from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.sampling.order import MAX_CANONICAL_NODES
 from tests.benchmarks.data import Tokens
 from tests.benchmarks.measure import Figure, table
 from tests.benchmarks.text import write_mds
@@ -52,7 +52,7 @@ def status(pid: int | str, key: str) -> int:
 def begin_epoch(stream: Path, algo: str) -> tuple[float, float, int]:
     """Seconds to open a stream, seconds from there to the first batch, and the most MiB that it took."""
     shuffle: dict[str, Any] = {"shuffle": False} if algo == NONE else {"shuffle": True, "shuffle_algo": algo}
-    config = loader_config(stream, num_canonical_nodes=NUM_CANONICAL_NODES, **shuffle)
+    config = loader_config(stream, num_canonical_nodes=MAX_CANONICAL_NODES, **shuffle)
     begin = time.perf_counter()
     loader = build_loader(config, job(8, seq_len=SEQ_LEN))
     opened = time.perf_counter()
@@ -86,7 +86,7 @@ def measure_epochs(folder: Path) -> list[Figure]:
 
 def grow(tokens: Tokens, workers: int) -> dict[str, tuple[int, int]]:
     """KiB of its own that the rank, and each worker, has early and late."""
-    config = loader_config(tokens.mds, workers, shuffle=True, num_canonical_nodes=NUM_CANONICAL_NODES)
+    config = loader_config(tokens.mds, workers, shuffle=True, num_canonical_nodes=MAX_CANONICAL_NODES)
     loader = build_loader(config, job(tokens.rows, seq_len=tokens.seq_len))
     batches, found = iter(loader), []
     for count in (EARLY, LATE - EARLY):

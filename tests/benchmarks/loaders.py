@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from transformers import AutoTokenizer
 
-from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES
+from examples.mosaic_streaming.sampling.order import MAX_CANONICAL_NODES
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.jsonl import name_jsonl
@@ -35,9 +35,11 @@ WARM_UP = 20
 Epochs = Callable[[], Iterable[Any]]
 
 
-def ours(tokens: Tokens, workers: int) -> Epochs:
-    """This project's loader."""
-    config = loader_config(tokens.mds, workers, shuffle=True, epoch_size=EPOCH, num_canonical_nodes=NUM_CANONICAL_NODES)
+def ours(tokens: Tokens, workers: int, **dataset: Any) -> Epochs:
+    """This project's loader, also with other settings of `dataset`."""
+    settings = {"shuffle": True, "epoch_size": EPOCH, "num_canonical_nodes": MAX_CANONICAL_NODES} | dataset
+    settings = {key: value for key, value in settings.items() if value is not None}
+    config = loader_config(tokens.mds, workers, **settings)
     return functools.partial(build_loader, config, job(tokens.rows, seq_len=tokens.seq_len))
 
 
@@ -47,7 +49,7 @@ def llm_foundry(tokens: Tokens, workers: int) -> Epochs:
         "local": str(tokens.mds),
         "shuffle": True,
         "epoch_size": EPOCH,
-        "num_canonical_nodes": NUM_CANONICAL_NODES,
+        "num_canonical_nodes": MAX_CANONICAL_NODES,
         "max_seq_len": tokens.seq_len + 1,
     }
     config = {"name": "text", "dataset": dataset, "drop_last": True, "pin_memory": False, "num_workers": workers}
@@ -59,7 +61,7 @@ def llm_foundry(tokens: Tokens, workers: int) -> Epochs:
 
 def streaming(tokens: Tokens, workers: int) -> Epochs:
     """A StreamingDataset with the least that makes a batch."""
-    settings: dict[str, Any] = {"shuffle": True, "epoch_size": EPOCH, "num_canonical_nodes": NUM_CANONICAL_NODES}
+    settings: dict[str, Any] = {"shuffle": True, "epoch_size": EPOCH, "num_canonical_nodes": MAX_CANONICAL_NODES}
 
     def build() -> Iterable[Any]:
         dataset = StreamingDataset(local=str(tokens.mds), batch_size=tokens.rows, **settings)
@@ -154,12 +156,12 @@ def wait_for_threads() -> None:
             return
 
 
-def read_in_turns(loaders: dict[str, Epochs], workers: int) -> dict[str, list[float]]:
+def read_in_turns(loaders: dict[str, Epochs], workers: int, repeats: int = REPEATS) -> dict[str, list[float]]:
     """Batches a second of each loader in each turn; they live in one process, and one is read at a time."""
     torch.set_num_threads(1)
     turns = {name: Turns(build, workers) for name, build in loaders.items()}
     rates: dict[str, list[float]] = {name: [] for name in turns}
-    for repeat in range(REPEATS):
+    for repeat in range(repeats):
         for name in list(turns) if repeat % 2 else reversed(turns):
             rates[name].append(turns[name].take(SECONDS))
     return rates
@@ -188,9 +190,11 @@ def compare_shards(tokens: Tokens) -> list[Comparison]:
     return [in_turns(what, name, ours(many, 0), other(many, 0), 0, None) for name, other in others.items()]
 
 
-def in_turns(what: str, name: str, one: Epochs, other: Epochs, workers: int, aim: float | None) -> Comparison:
+def in_turns(
+    what: str, name: str, one: Epochs, other: Epochs, workers: int, aim: float | None, repeats: int = REPEATS
+) -> Comparison:
     """Our loader and one other, alone in a process: the threads of any other would take turns, too."""
-    read = functools.partial(read_in_turns, {"ours": one, name: other}, workers)
+    read = functools.partial(read_in_turns, {"ours": one, name: other}, workers, repeats)
     [rates] = run_rank_values(read, timeout=300)
     return Comparison(what, name, rates["ours"], rates[name], "batches/s", at_least=aim)
 

@@ -13,7 +13,8 @@ from streaming import MDSWriter
 
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.job import BatchShape
-from examples.mosaic_streaming.config.loader import NUM_CANONICAL_NODES, resolve
+from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.sampling.order import MAX_CANONICAL_NODES
 from examples.mosaic_streaming.shards.prepare import prepare_streams
 from tests.benchmarks.data import Text, Tokens
 from tests.benchmarks.measure import Comparison, Figure
@@ -77,11 +78,11 @@ def compare_first_steps(folder: Path, text: Text) -> Comparison:
     )
 
 
-def first_batch(tokens: Tokens, position: float) -> float:
+def first_batch(tokens: Tokens, position: float, blend: bool = False) -> float:
     """Seconds from the building of a loader to its first batch, at a position in the epoch."""
-    config = loader_config(
-        tokens.mds, 1, shuffle=True, epoch_size=EPOCH, num_canonical_nodes=NUM_CANONICAL_NODES, validate_hash="xxh64"
-    )
+    order = {"batching_method": "blend"} if blend else {"epoch_size": EPOCH}
+    settings = {"shuffle": True, "num_canonical_nodes": MAX_CANONICAL_NODES, "validate_hash": "xxh64"}
+    config = loader_config(tokens.mds, 1, **settings, **order)
     begin = time.perf_counter()
     loader = build_loader(config, job(tokens.rows, seq_len=tokens.seq_len))
     if position:
@@ -92,15 +93,15 @@ def first_batch(tokens: Tokens, position: float) -> float:
     return time.perf_counter() - begin
 
 
-def compare_resumes(tokens: Tokens) -> list[Comparison]:
+def compare_resumes(tokens: Tokens, blend: bool = False) -> list[Comparison]:
     """To the first batch at several positions, next to the start of an epoch."""
     times: dict[float, list[float]] = {position: [] for position in (0.0, *POSITIONS)}
     for _ in range(REPEATS):
         for position in times:
-            times[position] += run_rank_values(functools.partial(first_batch, tokens, position))
+            times[position] += run_rank_values(functools.partial(first_batch, tokens, position, blend))
     return [
         Comparison(
-            f"first batch at {position:.0%} of an epoch of {EPOCH:,} samples",
+            f"first batch at {position:.0%} of {'' if blend else 'an epoch of '}{EPOCH:,} samples{', blend' * blend}",
             "its start",
             times[position],
             times[0.0],

@@ -160,7 +160,11 @@ def test_error_of_another_rank_alone_is_told_by_rank_0(files: Path, token: int, 
     """
     rows = [[each] * (SEQ_LEN + 1) for each in (20, 21, token, 4000)]
     write_loader(files, write_tokens(files / "bad", rows))
-    text = (files / "loader.toml").read_text().replace("shuffle = true", "num_canonical_nodes = 1")
+    text = (
+        (files / "loader.toml")
+        .read_text()
+        .replace("shuffle = true\nnum_canonical_nodes = 64", "num_canonical_nodes = 1")
+    )
     (files / "loader.toml").write_text(text)
 
     record = ErrorHandler.record_exception

@@ -62,6 +62,7 @@ def write_loader(files: Path, stream: Path, num_workers: int = 0) -> None:
     """Write `loader.toml` for a stream."""
     (files / "loader.toml").write_text(
         f'name = "text"\nnum_workers = {num_workers}\n[dataset]\nlocal = "{stream}"\nshuffle = true\n'
+        "num_canonical_nodes = 64\n"
     )
 
 

@@ -35,6 +35,9 @@ WEIGHTS: dict[str, list[dict[str, float]]] = {
 
 BATCHING = ["random", "per_stream", "stratified", "device_per_stream"]
 
+METHODS = [*BATCHING, "blend"]
+"""Those of streaming, and this project's own."""
+
 SHUFFLE = ["py1e", "py1br", "py1s", "py2s", "naive"]
 
 SEQ_LEN = 16

@@ -129,6 +129,27 @@ def test_metrics_are_those_of_the_samples_read(
         assert set(found[f"data/{key}"].values()) == {0}, "the stream is read where it lies"
 
 
+def test_without_epochs_metrics_are_passes_over_each_stream(tmp_path: Path) -> None:
+    for name, size, first in (("web", 30, 0), ("code", 9, 30)):
+        write_stream(tmp_path / name, size, first=first)
+    (tmp_path / "job.toml").write_text(f'[job]\ndump_folder = "{tmp_path}/outputs"\n' + JOB)
+    streams = "".join(f'[dataset.streams.{name}]\nlocal = "{tmp_path}/{name}"\n' for name in ("web", "code"))
+    loader = f'name = "text"\n[dataset]\nshuffle = true\nbatching_method = "blend"\n{streams}'
+    (tmp_path / "loader.toml").write_text(loader)
+    with recording(tmp_path / "notes"):
+        [rank] = train(tmp_path, "--training.steps=12", "--metrics.enable_tensorboard")
+    found, seen = scalars(tmp_path), 0
+    assert not {"data/epoch", "data/epoch_progress"} & set(found)
+    of_web = 0
+    for step, samples in enumerate(recorded(tmp_path / "notes"), start=1):
+        seen, of_web = seen + len(samples), of_web + sum(sample < 30 for sample in samples)
+        assert found["data/passes/web"][step] == pytest.approx(of_web / 30)
+        assert found["data/passes/code"][step] == pytest.approx((seen - of_web) / 9)
+        line = f"passes: web {of_web / 30:.2f}, code {(seen - of_web) / 9:.2f}  samples: {seen}  "
+        assert line in rank.output
+    assert of_web > 30
+
+
 @pytest.mark.long
 def test_counts_go_on_over_a_resume_on_other_ranks_with_another_global_batch(tuning: Path) -> None:
     flags = ("--checkpoint.enable", "--checkpoint.interval=3", "--metrics.enable_tensorboard", "--metrics.log_freq=3")

@@ -51,6 +51,20 @@ used = [
 print(json.dumps([registries, packages, waiting, __import__ is true_import, used]))
 """
 
+START = """
+from examples.mosaic_streaming import titan, train
+flags, titan_flags = train.parse_flags([
+    "--config", "examples/mosaic_streaming/configs/mosaic_job.toml",
+    "--mosaic-config", "examples/mosaic_streaming/configs/mosaic_dataloader.toml",
+])
+job = titan.load_job(flags, titan_flags)
+titan.check_job(job, 1)
+train.import_llm_foundry()
+import examples.mosaic_streaming.dataloader, examples.mosaic_streaming.tokenizer, examples.mosaic_streaming.validator
+{report}
+print(json.dumps(packages))
+"""
+
 PLAIN = """
 import llmfoundry
 {report}
@@ -88,6 +102,11 @@ def test_what_training_never_uses_is_imported_when_it_is_used() -> None:
         [0, 1],
         [0.08, 1.0, 0.08],
     ]
+
+
+def test_a_start_imports_llm_foundry_without_them() -> None:
+    """Nothing that comes before may import it plainly."""
+    assert run(START) == []
 
 
 @pytest.mark.parametrize(

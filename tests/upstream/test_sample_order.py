@@ -63,6 +63,7 @@ def test_streaming_orders_an_epoch_for_one_reader_by_our_partition_algorithm(tmp
         dataset = StreamingDataset(local=str(write_stream(tmp_path, 10)), batch_size=1, num_canonical_nodes=4)
         assert dataset.shuffle_block_size is None
         install_order(dataset, Backwards())
+        dataset._set_shuffle_block_size(ONE_READER)
         samples = epoch_in_order(dataset, "random", 0)
         return samples.tolist(), dataset.shuffle_block_size
 

@@ -22,7 +22,7 @@ from tests.support.streams import write_stream
 
 SAMPLES = 20
 THREADS = ("_prepare_thread", "_ready_thread", "_each_sample_id")
-DATASET = (*THREADS, "prepare_shard", "get_item", "on_exception", "__iter__", "__getitem__")
+DATASET = (*THREADS, "_get_work", "prepare_shard", "get_item", "on_exception", "__iter__", "__getitem__")
 READER = ("get_sample_data", "decode_sample")
 OVERRIDES = [
     *((StreamingDataset, CheckedDataset, name) for name in DATASET),

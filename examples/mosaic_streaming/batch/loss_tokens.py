@@ -5,7 +5,7 @@ from typing import cast
 import numpy as np
 
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.sampling import Order, global_batch, stream_numbers
+from examples.mosaic_streaming.sampling import Order, stream_numbers
 from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream
 
 SHOWN_SAMPLES = 8
@@ -18,7 +18,8 @@ def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sampl
     Args:
         sample_in_epoch: where the global batch begins in its epoch, in samples.
     """
-    samples = global_batch(dataset, order, epoch, sample_in_epoch)
+    end = sample_in_epoch + order.global_batch_size
+    samples = order.samples(dataset, epoch, np.arange(sample_in_epoch, end))
     told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
     more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
     numbers = np.unique(stream_numbers(dataset, samples))

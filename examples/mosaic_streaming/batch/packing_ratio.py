@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from llmfoundry.data.packing import BinPackCollator
 from streaming import StreamingDataset
 from torch.utils.data import DataLoader
@@ -49,12 +50,13 @@ def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
     """Tokens in each of the first epoch's first samples, without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
-    in_order = set_order(dataset, 1, rows).in_sequence(dataset, epoch=0)
+    order = set_order(dataset, config.batching_method, 1, rows)
+    ids = order.samples(dataset, 0, np.arange(min(SAMPLES, order.remaining(0)))).tolist()
 
     def make_batch(ids: list[int]) -> Any:
         return loader.collate_fn([dataset[sample] for sample in ids])
 
-    ids, workers = in_order[:SAMPLES].tolist(), max(1, loader.num_workers)
+    workers = max(1, loader.num_workers)
     for batch in read_in_workers(make_batch, ids, WORKER_BATCH_SIZE, workers, source, config.source):
         yield from batch["attention_mask"].sum(1).tolist()
 

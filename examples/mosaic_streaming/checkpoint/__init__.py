@@ -14,6 +14,7 @@ from examples.mosaic_streaming.checkpoint.fingerprint import (
     without_name,
 )
 from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, append_segment
+from examples.mosaic_streaming.checkpoint.position_log import epoch_end_message, run_message, start_message
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
 from examples.mosaic_streaming.checkpoint.reader import read_checkpoint, read_position
 from examples.mosaic_streaming.checkpoint.state import (

@@ -51,8 +51,9 @@ def fingerprint_of(
     if order.group_size > 1 or order.packed:
         data["samples packed into a batch" if order.packed else "training.local_batch_size"] = order.local_batch_size
     data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
-    if dataset.shuffle:
+    if dataset.shuffle and not order.blend:
         data["dataset.shuffle_algo"] = dataset.shuffle_algo
+    if dataset.shuffle:
         data["dataset.shuffle_block_size"] = dataset.shuffle_block_size
     rest = sorted({*loader.dataset} - OTHER_KEYS - {*ORDER_KEYS})
     data |= {f"dataset.{key}": loader.dataset[key] for key in rest}

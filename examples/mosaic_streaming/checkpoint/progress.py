@@ -26,6 +26,7 @@ class Progress(NamedTuple):
 
     epoch: int  # of the streams
     epoch_share: float  # of the epoch that has been read
+    passes: dict[str, float] | None  # over each stream, where there are no epochs
     seen: ConsumedCounts  # since the run's first step, or since its streams began anew
     padding: float  # share of this rank's inputs since the last call of `take_padding`
     fetched: FetchCounts  # by this rank's machine since this start

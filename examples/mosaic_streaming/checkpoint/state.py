@@ -8,6 +8,7 @@ from examples.mosaic_streaming.checkpoint.fingerprint import START_ANEW, Fingerp
 from examples.mosaic_streaming.checkpoint.history import Segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts
 from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.sampling import Order
 
 STATE_KEY = "mosaic"
 STATE_VERSION = 2
@@ -101,7 +102,9 @@ def damaged_state_error(state: str) -> DataError:
     )
 
 
-def check_position(state: State, epoch_size: int) -> None:
-    """Raise DataError if a position is beyond the end of an epoch of so many samples."""
-    if state.sample_in_epoch > epoch_size:
+def check_position(state: State, epoch_size: int, order: Order) -> None:
+    """Raise DataError if a position is beyond the end of an epoch of so many samples, in an order that has epochs."""
+    if order.blend and state.epoch:
+        raise damaged_state_error(f"epoch {state.epoch:,} of an order without epochs")
+    if state.sample_in_epoch > epoch_size and not order.blend:
         raise damaged_state_error(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")

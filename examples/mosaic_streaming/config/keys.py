@@ -19,6 +19,13 @@ MAX_RATIO = 1000
 ELSEWHERE = {"tokenizer_name": "the tokenizer is that of model.hf_assets_path in the job config"}
 """What replaces keys that llm-foundry's own YAMLs have."""
 
+NOT_WITH_BLEND = {
+    "epoch_size": "its streams go on pass after pass, so there is no epoch",
+    **dict.fromkeys(["sampling_method", "sampling_granularity"], "a pass reads all samples of its stream"),
+    "shuffle_algo": "it shuffles within blocks of dataset.shuffle_block_size samples",
+}
+"""Settings that mean nothing with `batching_method = "blend"`, and why."""
+
 NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
 """Arguments that no configuration can give."""
 
@@ -37,6 +44,12 @@ def check_keys(config: Config, path: str) -> None:
     if any(wrong):
         raise ConfigError(" ".join(filter(None, wrong)))
     check_packing(name, dataset, path)
+    for key, reason in NOT_WITH_BLEND.items() if dataset.get("batching_method") == "blend" else []:
+        if dataset.get(key) is not None:
+            raise ConfigError(
+                f"dataset.{key} = {dataset[key]!r} in {path} means nothing with dataset.batching_method = 'blend': "
+                f"{reason}. Remove the key."
+            )
     if name == "finetuning" and not (dataset.get("remote") or dataset.get("streams") or "hf_name" in dataset):
         raise ConfigError(
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
@@ -110,7 +123,7 @@ def choices_of() -> dict[str, tuple[str, ...]]:
     return {
         "shuffle_algo": tuple(shuffle.algos),
         "partition_algo": tuple(partition.algos),
-        "batching_method": tuple(batching.batching_methods),
+        "batching_method": (*batching.batching_methods, "blend"),
         "sampling_method": ("balanced", "fixed"),
     }
 
@@ -139,7 +152,7 @@ def check_packing(name: str, dataset: Config, path: str) -> None:
     auto, method = 'dataset.packing_ratio = "auto"', dataset.get("batching_method", "random")
     if ratio == "auto" and name != "finetuning":
         raise ConfigError(f'{auto} in {path} is for name = "finetuning", not {name!r}. Give a number.')
-    if ratio == "auto" and method != "random":
+    if ratio == "auto" and method not in ("random", "blend"):
         raise ConfigError(
             f"{auto} with dataset.batching_method = {method!r} in {path}: it is chosen for batches of any samples, and "
             "those of one stream may need more room. Give a number."

@@ -28,9 +28,6 @@ from examples.mosaic_streaming.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NUM_CANONICAL_NODES = 64
-"""Default of `dataset.num_canonical_nodes`. streaming's own is the number of machines of the first run."""
-
 WITHOUT_WORKERS: Config = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0}
 """What torch takes where there are no workers. It refuses other values, also llm-foundry's own defaults."""
 
@@ -56,12 +53,21 @@ class ResolvedLoader:
     @property
     def arguments(self) -> Config:
         """What `build_dataloader` gets; a user's builder may take fewer settings than llm-foundry's."""
-        return {key: value for key, value in self.config.items() if key == "name" or takes(self.name, key)}
+        config = self.config
+        if self.batching_method == "blend":  # which streaming doesn't know
+            dataset = {key: value for key, value in self.dataset.items() if key != "batching_method"}
+            config = config | {"dataset": dataset}
+        return {key: value for key, value in config.items() if key == "name" or takes(self.name, key)}
 
     @property
     def dataset(self) -> Config:
         """The section `[dataset]`."""
         return dict(self.config["dataset"])
+
+    @property
+    def batching_method(self) -> str:
+        """How samples make batches."""
+        return str(self.dataset.get("batching_method", "random"))
 
     @property
     def streams(self) -> dict[str, Config]:
@@ -121,7 +127,6 @@ def resolve(file: LoaderFile, shape: BatchShape, replication: int) -> ResolvedLo
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
     if config["name"] == "finetuning":
         derive(dataset, "dataset.decoder_only_format", [True], "each model of TorchTitan's asks for", path)
-    dataset.setdefault("num_canonical_nodes", NUM_CANONICAL_NODES)
     expand_folders(dataset, path)
     check_streams(dataset, path)
     check_weights(dataset, path)

@@ -48,7 +48,7 @@ class Checkpoint(NamedTuple):
         if not self.state or self.differences(data):
             return None
         state = self.state
-        check_position(state, data.opened.dataset.epoch_size)
+        check_position(state, data.opened.dataset.epoch_size, data.opened.order)
         segments = moved(state.segments, self.step - state.steps)
         history = History(data.opened.order, segments)
         fits = all(history.remaining(0, segment.global_batch_size) for segment in segments)

@@ -98,6 +98,7 @@ def scope(data: JobData, checkpoint: Checkpoint | None) -> dict[str, Any]:
         "world_size": data.job.layout.world_size,
         "dp_world_size": data.job.layout.dp_world_size,
         "global_batch_size": data.opened.order.global_batch_size,
+        "has_epochs": not data.opened.order.blend,
         "warnings": list(checkpoint_warnings(data.job, checkpoint is not None)),
     }
 

@@ -1,8 +1,7 @@
 """The data of a job that isn't running: its order in any layout, and its samples."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
-from examples.mosaic_streaming.checkpoint import History, Segment
+from examples.mosaic_streaming.checkpoint import History, Segment, Slice
 from examples.mosaic_streaming.config import BatchShape, Job, LoaderFile, ResolvedLoader
 from examples.mosaic_streaming.dataloader import OpenLoader
 from examples.mosaic_streaming.errors import ConfigError, DataError
@@ -42,7 +41,6 @@ class JobData:
     folder: str
     shape: BatchShape
     validation: tuple[LoaderFile, ResolvedLoader] | None
-    _last_epoch: dict[int, NDArray[np.int64]] = field(init=False, default_factory=dict)
 
     @property
     def first_samples(self) -> NDArray[np.int64]:
@@ -54,13 +52,18 @@ class JobData:
         order = self.opened.order
         return History(order, (Segment.at_beginning(order.global_batch_size),))
 
-    def samples_of_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """The ids of all samples of an epoch in order, int64 [samples]; those of the last epoch asked for are kept."""
-        if epoch not in self._last_epoch:
-            check_memory(self.opened.dataset.epoch_size, self.opened.config.source)
-            order = dataclasses.replace(self.opened.order, global_batch_size=1, local_batch_size=1)
-            self._last_epoch = {epoch: order.in_sequence(self.opened.dataset, epoch)}
-        return self._last_epoch[epoch]
+    def samples(self, read: Slice) -> NDArray[np.int64]:
+        """The ids of samples in order, int64 [samples]."""
+        self._check_memory()
+        return self.opened.order.samples(self.opened.dataset, read.epoch, np.arange(read.begin, read.end))
+
+    def counts(self, read: Slice) -> NDArray[np.int64]:
+        """How many of the samples are of each stream, int64 [streams]."""
+        self._check_memory()
+        return self.opened.order.counts(self.opened.dataset, read.epoch, read.begin, read.end)
+
+    def _check_memory(self) -> None:
+        check_memory(self.opened.order, self.opened.dataset.epoch_size, self.opened.config.source)
 
     def global_batch(self, step: int, history: History | None = None) -> NDArray[np.int64]:
         """What each dp rank reads in a step of a run: int64 [dp ranks, batches, samples of a batch]."""
@@ -72,8 +75,7 @@ class JobData:
                 f"batches of {rows} can't share. Give the --world-size and the training.local_batch_size that the "
                 "run had then."
             )
-        samples = self.samples_of_epoch(batch.epoch)[batch.begin : batch.end]
-        assigned = assign_to_ranks(samples, self.job.layout.world(), rows, self.opened.order.group_size)
+        assigned = assign_to_ranks(self.samples(batch), self.job.layout.world(), rows, self.opened.order.group_size)
         return assigned.reshape(dp, -1, rows)
 
     def check_first_samples(self) -> list[str]:

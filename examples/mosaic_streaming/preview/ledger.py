@@ -9,7 +9,6 @@ from examples.mosaic_streaming.checkpoint import History, Slice
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.progress import progress_bar
-from examples.mosaic_streaming.sampling import stream_numbers
 
 MAX_POINTS = 200
 """Of a curve over steps."""
@@ -39,8 +38,7 @@ def count_samples(data: JobData, history: History, until: int) -> tuple[list[int
     for number in progress_bar(range(len(steps)), "Counting samples"):
         read = history.slices(steps[number - 1], steps[number]) if number else [unrecorded]
         for piece in read:
-            samples = data.samples_of_epoch(piece.epoch)[piece.begin : piece.end]
-            total = total + np.bincount(stream_numbers(data.opened.dataset, samples), minlength=total.size)
+            total = total + data.counts(piece)
         counts.append(total)
     return steps, np.array(counts)
 

@@ -29,6 +29,7 @@ from examples.mosaic_streaming.preview.private_folder import private_folder
 from examples.mosaic_streaming.sampling import Order
 from examples.mosaic_streaming.shards import fetch_index, make_stream
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
+from examples.mosaic_streaming.upstream.large_index import without_collection
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation
 
@@ -70,10 +71,12 @@ def open_job_data(
     held_out = (validation, resolve_validation(validation, job, config)) if validation and job.validation else None
     remove_stale()
     with private_folder(channel) as folder:
-        own = dataloader.fill_in_packing_ratio(with_own_caches(config, folder), job, tokenizer, lambda choose: choose())
-        if "packing_ratio" in own.dataset:
-            config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
-        opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
+        with without_collection():
+            own = with_own_caches(config, folder)
+            own = dataloader.fill_in_packing_ratio(own, job, tokenizer, lambda choose: choose())
+            if "packing_ratio" in own.dataset:
+                config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
+            opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
         yield JobData(job, titan.settings_of(loaded), train, config, opened, tokenizer, folder, job.training, held_out)
 
 

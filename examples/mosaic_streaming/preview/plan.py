@@ -14,12 +14,13 @@ from examples.mosaic_streaming.preview.checkpoint import Checkpoint
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.open_data import open_validation
 from examples.mosaic_streaming.preview.progress import progress_bar
-from examples.mosaic_streaming.sampling import ORDER_BYTES, size_of_round, stream_shares
+from examples.mosaic_streaming.sampling import ordering_bytes, passes_of, size_of_round, stream_shares
 
 EXACT = 20_000_000
 """Samples of an epoch up to which the first repeat is looked for. Beyond, only a lower bound is given."""
 
 DERIVED = {
+    "dataset.num_canonical_nodes": "chosen for the streams' size",
     "dataset.max_seq_len": "derived from training.seq_len",
     "dataset.replication": "derived from [parallelism]",
     "dataset.decoder_only_format": "derived: the models are decoders",
@@ -30,12 +31,15 @@ def plan_report(data: JobData, checkpoint: Checkpoint | None, history: History |
     """All sections of the plan but its warnings; `history` is None where a start would be refused."""
     dataset, order = data.opened.dataset, data.opened.order
     shares = stream_shares(data.opened.names, dataset, order, data.opened.tokens_of_a_sample)
-    samples = order.remaining(0)
-    left_out, steps = dataset.epoch_size - samples, samples // order.global_batch_size
+    run, samples = run_section(data, history), order.remaining(0)
+    epoch = {"left_out": dataset.epoch_size - samples, "steps": samples // order.global_batch_size}
     return {
-        "streams": [share._asdict() | files_of(data, number) for number, share in enumerate(shares)],
-        "epoch": {"left_out": left_out, "steps": steps, **amounts(data, samples)},
-        "run": run_section(data, history),
+        "streams": [
+            share._asdict() | files_of(data, number) | {"passes_of_run": run["passes"] and run["passes"][number]}
+            for number, share in enumerate(shares)
+        ],
+        "epoch": None if order.blend else epoch | amounts(data, samples),
+        "run": run,
         "validation": validation_section(data),
         "layout": layout_section(data),
         "needs": needs_section(data),
@@ -63,19 +67,22 @@ def amounts(data: JobData, samples: int | None, prefix: str = "") -> dict[str, i
 
 def run_section(data: JobData, history: History | None) -> dict[str, Any]:
     """What all steps read, and when a sample is read for the second time; values are None where that isn't known."""
-    steps, order = data.job.steps, data.opened.order
+    steps, order, passes = data.job.steps, data.opened.order, None
     repeat, exact = first_repeat(data, history) if history else (None, False)
     samples = history.samples(steps) if history else None
     unrepeated = history.samples(repeat - 1) if history and repeat else None
     fits = None
     if repeat is not None and (exact or steps < repeat):
         fits = steps < repeat
+    if order.blend and samples is not None:
+        passes = list(passes_of(data.opened.names, data.opened.dataset, order, samples).values())
     return {
         "steps": steps,
         "global_batch_size": order.global_batch_size,
         "since_step": history.segments[0].step if history and history.begins_anew else 0,
         **amounts(data, samples),
-        "epochs": None if samples is None else samples / order.remaining(0),
+        "epochs": None if samples is None or order.blend else samples / order.remaining(0),
+        "passes": passes,
         "first_repeat_step": repeat,
         "first_repeat_epoch": history.batch(repeat).epoch if history and repeat else None,
         **amounts(data, unrepeated, "first_repeat_"),
@@ -91,10 +98,15 @@ def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
     """
     if not history.begins_anew:
         return None, False
-    dataset = data.opened.dataset
+    dataset, order = data.opened.dataset, data.opened.order
+    if order.blend:
+        sizes = enumerate(dataset.samples_per_stream.tolist())
+        repeat = min(order.blend.position(number, size) for number, size in sizes if order.shares[number])
+        piece = next(piece for piece in history.slices() if piece.end > repeat)
+        return piece.step + (repeat - piece.begin) // piece.global_batch_size + 1, True
     if dataset.epoch_size > EXACT:
-        sizes = zip(dataset.streams, dataset.samples_per_stream, strict=True)
-        if any(int(stream.choose) > size for stream, size in sizes):
+        choices = zip(dataset.streams, dataset.samples_per_stream, strict=True)
+        if any(int(stream.choose) > size for stream, size in choices):
             return history.segments[0].step + 1, False
         pairs = itertools.pairwise(history.slices())
         return next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end)) + 1, False
@@ -102,7 +114,7 @@ def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
     slices = history.slices()
     for _ in progress_bar(itertools.count(), "Looking for the first repeat"):
         piece = next(slices)
-        read = data.samples_of_epoch(piece.epoch)[piece.begin : piece.end]
+        read = data.samples(piece)
         again = np.flatnonzero(seen[read] | is_repeat(read, dataset.num_samples))
         if again.size:
             return piece.step + int(again[0]) // piece.global_batch_size + 1, True
@@ -168,13 +180,13 @@ def needs_section(data: JobData) -> dict[str, Any]:
     in_flight = layout.ranks_per_node * config["num_workers"] * (config.get("prefetch_factor") or 2)  # as llm-foundry
     tensors = 3 if streams.spec.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
     nodes = layout.world().num_nodes
-    own_shards = streams.order.batching_method in ("random", "per_stream")
-    own_shards &= data.config.dataset["num_canonical_nodes"] % nodes == 0  # each node reads its own ranges only
+    own_shards = streams.order.batching_method in ("random", "per_stream", "blend")
+    own_shards &= int(streams.dataset.num_canonical_nodes or 1) % nodes == 0  # each node reads its own ranges only
     return {
-        "shared_memory_order": 8 * streams.order.remaining(0),
+        "shared_memory_order": 0 if streams.order.blend else 8 * streams.order.remaining(0),
         "shared_memory_shards": 9 * streams.dataset.num_shards,
         "shared_memory_batches": in_flight * tensors * 8 * streams.spec.rows * streams.spec.max_seq_len,
-        "memory_to_order_an_epoch": ORDER_BYTES * streams.dataset.epoch_size,
+        "memory_to_order_an_epoch": ordering_bytes(streams.order, streams.dataset.epoch_size),
         "cache": stored_bytes(data, cached=True) // (nodes if own_shards else 1),
         "cache_limit": data.config.dataset.get("cache_limit"),
         "hashed_at_a_start": stored_bytes(data, cached=False) if any(data.config.hashes) else 0,
@@ -200,7 +212,7 @@ def settings_section(data: JobData) -> list[dict[str, Any]]:
     ]
     for key, value in data.opened.fingerprint.items():
         if key.startswith("dataset.") and key not in resolved:
-            found.append((key, value, "streaming's default"))
+            found.append((key, value, DERIVED.get(key, "streaming's default")))
     return [{"setting": key, "value": value, "owner": owner} for key, value, owner in found] + data.job_settings
 
 
@@ -216,8 +228,9 @@ def checks_section(data: JobData) -> dict[str, list[str]]:
     later = [
         f"shards, when fetched and at each start: bytes, samples{hashes}",
         f"each batch: shape [{spec.rows}, {spec.max_seq_len}], ids 0 to {spec.vocab_size - 1:,}",
-        "each epoch: as many samples as the index says",
     ]
+    if not data.opened.order.blend:
+        later.append("each epoch: as many samples as the index says")
     if layout.world_size > 1:
         later.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
     if data.job.checkpoints.enable:
@@ -232,13 +245,14 @@ def resume_section(data: JobData, checkpoint: Checkpoint, history: History | Non
     anew = "dataloader" in settings.exclude_from_loading
     done = 0 if "train_state" in settings.exclude_from_loading else checkpoint.step
     epoch, sample = history.position(done)[1:] if history else state[:2] if state else (0, 0)
+    left = order.remaining(sample) if history and not order.blend else None
     saved_batch = state and state.global_batch_size
     return {
         "checkpoint": checkpoint.folder,
         "step": checkpoint.step,
         "epoch": epoch,
         "sample_in_epoch": sample,
-        "steps_left_in_epoch": order.remaining(sample) // order.global_batch_size if history else None,
+        "steps_left_in_epoch": None if left is None else left // order.global_batch_size,
         "steps_done": done,
         "steps_left": max(0, data.job.steps - done),
         "is_loaded": settings.enable,

@@ -27,7 +27,7 @@ def print_plan(out: Console, plan: Report) -> None:
             out.print(f"  {mark} {check}")
     if plan["resume"]:
         out.print("\nResume", style="bold")
-        print_resume(out, plan["resume"])
+        print_resume(out, plan)
     out.print(f"\nWarnings: {len(plan['warnings']) or 'none'}", style="bold")
     print_warnings(out, plan, "  ! ")
 
@@ -36,31 +36,32 @@ def print_streams(out: Console, title: str, streams: Sequence[Report]) -> None:
     """Streams and, of training, their part of an epoch."""
     columns = {"stream": ("name", ""), "samples": ("samples", ",.0f"), "tokens": ("tokens", ",.0f")}
     columns |= {"shards": ("shards", ",.0f"), "size": ("bytes", "bytes"), "asked": ("share_asked", ".2%")}
-    columns |= {"share": ("share", ".2%"), "passes/epoch": ("passes", ".3f"), "source": ("source", "")}
-    known = {heading: column for heading, column in columns.items() if column[0] in streams[0]}
+    columns |= {"share": ("share", ".2%"), "passes/epoch": ("passes", ".3f")}
+    columns |= {"passes/run": ("passes_of_run", ".3f"), "source": ("source", "")}
+    known = {heading: column for heading, column in columns.items() if streams[0].get(column[0]) is not None}
     out.print(records_table(title, streams, known))
-    if any(stream.get("passes", 1) < 1 for stream in streams):
+    if any((stream.get("passes") or 1) < 1 for stream in streams):
         out.print("  passes/epoch below 1: an epoch leaves out the rest of the stream; each one draws from all of it.")
 
 
 def print_run(out: Console, plan: Report) -> None:
     """An epoch, what all steps come to, and how far they get without repeats."""
     epoch, run, repeat = plan["epoch"], plan["run"], plan["run"]["first_repeat_step"]
-    left_out = f"{epoch['left_out']:,} samples are left out" if epoch["left_out"] else "nothing is left out"
     fits = {True: "no sample twice", False: "some samples more than once", None: "repeats were not looked for"}
     epochs = "" if run["epochs"] is None else f"{run['epochs']:.3g} epochs: "
-    records = [
-        epoch | {"name": "epoch", "note": left_out},
-        run | {"name": "training.steps", "note": epochs + fits[run["fits"]]},
-    ]
+    records = [run | {"name": "training.steps", "note": epochs + fits[run["fits"]]}]
+    if epoch:
+        left_out = f"{epoch['left_out']:,} samples are left out" if epoch["left_out"] else "nothing is left out"
+        records.insert(0, epoch | {"name": "epoch", "note": left_out})
     if repeat:
         again = ", which goes through the streams again" if run["first_repeat_epoch"] else ""
-        exact = f"until the first repeat, in step {repeat:,}, of epoch {run['first_repeat_epoch']}{again}"
+        of_epoch = f"of epoch {run['first_repeat_epoch']}{again}" if epoch else "where a stream begins again"
+        exact = f"until the first repeat, in step {repeat:,}, {of_epoch}"
         note = exact if run["first_repeat_is_exact"] else "at least, until the first repeat"
         amounts = {unit: run[f"first_repeat_{unit}"] for unit in ("samples", "tokens")}
         records.append({"name": "without repeats", "steps": repeat - 1, "note": note} | amounts)
     columns = {"": ("name", ""), **{key: (key, ",.0f") for key in ("steps", "samples", "tokens")}, " ": ("note", "")}
-    out.print(records_table("Epoch and run", records, columns))
+    out.print(records_table("Epoch and run" if epoch else "Run", records, columns))
     if not repeat:
         is_refused = plan["resume"] and not plan["resume"]["order_survives"]
         unknown = "the checkpoint, of an earlier version of this code, doesn't say what was read in which step"
@@ -102,7 +103,9 @@ def print_needs(out: Console, plan: Report) -> None:
     """What each node needs."""
     needs = plan["needs"]
     parts = [needs[f"shared_memory_{part}"] for part in ("order", "shards", "batches")]
-    shared = "order {}, while an epoch begins; shards {}; batches in flight {}".format(*map(decimal, parts))
+    shared = "order {}, while an epoch begins; " if plan["epoch"] else ""
+    shared += "shards {}; batches in flight {}"
+    shared = shared.format(*map(decimal, parts if plan["epoch"] else parts[1:]))
     limit = f"at most {needs['cache_limit']} (dataset.cache_limit)" if needs["cache_limit"] else "no limit is set"
     ordering, hashed = needs["memory_to_order_an_epoch"], needs["hashed_at_a_start"]
     rows = [
@@ -111,6 +114,8 @@ def print_needs(out: Console, plan: Report) -> None:
         ("cache", decimal(needs["cache"]), f"of disk for what is fetched; {limit}"),
         ("to hash", decimal(hashed), "at each start, and what the caches hold by then"),
     ]
+    if not plan["epoch"]:
+        rows.pop(1)
     out.print(plain_table("Each machine needs", rows))
 
 
@@ -120,15 +125,17 @@ def print_settings(out: Console, plan: Report) -> None:
     out.print(plain_table("Settings", rows, ["setting", "value", "set by"]))
 
 
-def print_resume(out: Console, resume: Report) -> None:
+def print_resume(out: Console, plan: Report) -> None:
     """Where a checkpoint's run stands, and what has changed since."""
+    resume = plan["resume"]
     restarts = resume["steps_done"] != resume["step"]
     from_1 = ", counted from 1 again (checkpoint.exclude_from_loading)" if restarts else ""
     left = f"{resume['steps_left']} more to training.steps{from_1}"
     out.print(f"  {resume['checkpoint']}: after step {resume['step']}, {left}")
     steps = resume["steps_left_in_epoch"]
     follow = "" if steps is None else f", of which {steps:,} steps follow"
-    out.print(f"  The next sample is {resume['sample_in_epoch']:,} of epoch {resume['epoch']}{follow}.")
+    place = f"epoch {resume['epoch']}" if plan["epoch"] else "the run"
+    out.print(f"  The next sample is {resume['sample_in_epoch']:,} of {place}{follow}.")
     if not resume["order_survives"]:
         rows = [(f"  {one['setting']}", one["checkpoint"], one["now"]) for one in resume["differences"]]
         table = plain_table("  The order does not survive:", rows, ["  setting", "checkpoint", "now"])

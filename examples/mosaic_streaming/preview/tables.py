@@ -116,7 +116,8 @@ def print_steps(out: Console, report: Report, full: bool, found: bool) -> None:
     if report["segments"] != [Segment.at_beginning(report["global_batch_size"])._asdict()]:
         for segment in report["segments"]:
             first, batch = segment["step"] + 1, plural(segment["global_batch_size"], "sample")
-            begin = f"sample {segment['sample_in_epoch']:,} of epoch {segment['epoch']}"
+            place = f"epoch {segment['epoch']}" if report["has_epochs"] else "the run"
+            begin = f"sample {segment['sample_in_epoch']:,} of {place}"
             out.print(f"From step {first:,} on, global batches of {batch}, from {begin}.")
     if report["packed"]:
         out.print("A batch's samples are packed into its rows; what finds no room is left out (`show` has the rows).")
@@ -145,7 +146,8 @@ def print_ledger(out: Console, ledger: Report) -> None:
     columns = {"stream": ("stream", ""), f"{unit} asked": (f"{unit}_asked", ",.0f"), f"{unit} read": (unit, ",.0f")}
     columns |= {"difference": (f"{unit}_difference", "+,.0f"), "asked": ("share_asked", ".2%")}
     columns |= {"share": ("share", ".2%"), "passes": ("passes", ".3f")}
-    title = f"After step {ledger['step']:,}: {ledger['sample_in_epoch']:,} samples into epoch {ledger['epoch']}"
+    place = f" into epoch {ledger['epoch']}" if ledger["has_epochs"] else ""
+    title = f"After step {ledger['step']:,}: {ledger['sample_in_epoch']:,} samples{place}"
     out.print(records_table(title, ledger["streams"], columns))
     if unit == "samples":
         out.print("Samples differ in length, so only they are counted: shares are of samples.")

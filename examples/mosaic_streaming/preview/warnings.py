@@ -35,7 +35,7 @@ def plan_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
 
 def order_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
     """What an epoch leaves out, and in which order the rest comes."""
-    left_out, samples = plan["epoch"]["left_out"], data.opened.dataset.epoch_size
+    left_out, samples = plan["epoch"]["left_out"] if plan["epoch"] else 0, data.opened.dataset.epoch_size
     batch, ranges = data.opened.order.global_batch_size, int(data.opened.dataset.num_canonical_nodes or 1)
     if left_out > DROP_WARN_FRACTION * samples:
         yield (
@@ -58,7 +58,7 @@ def order_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 def stream_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
     """What is read too often, or unchecked."""
     for number, stream in enumerate(plan["streams"]):
-        passes = stream["passes"] * (plan["run"]["epochs"] or 0)
+        passes = stream["passes_of_run"] or (stream["passes"] or 0) * (plan["run"]["epochs"] or 0)
         if passes > MANY_PASSES:
             yield (
                 f"{stream['name']} is read {passes:.1f} times: beyond about {MANY_PASSES} passes, the same text "
@@ -84,7 +84,8 @@ def cache_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
     if nodes > 1 and method in ("stratified", "device_per_stream"):
         yield f"dataset.batching_method = {method!r}: each of {nodes} machines fetches shards of all ranges."
     limit = bytes_to_int(data.config.dataset.get("cache_limit") or 0)
-    block = min(int(dataset.shuffle_block_size or 1), -(-dataset.epoch_size // ranges))
+    sizes = dataset.samples_per_stream.tolist() if data.opened.order.blend else [dataset.epoch_size]
+    block = sum(min(int(dataset.shuffle_block_size or 1), -(-size // ranges)) for size in sizes)
     total = sum(stream["bytes"] for stream in plan["streams"])
     in_use = max(1, ranges // nodes) * block * total // dataset.num_samples if dataset.shuffle else 0
     if limit and limit < min(in_use, cache):

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.sampling.order import Order
 
 ORDER_BYTES = 47
 """Bytes of a node's memory per sample of an epoch, measured with 100 million samples."""
@@ -13,18 +14,23 @@ CGROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory
 """Where cgroups lie and which file has the limit, by controller; version 2 has "" (Linux, admin-guide/cgroup*)."""
 
 
-def check_memory(epoch_size: int, source: str) -> None:
+def check_memory(order: Order, epoch_size: int, source: str) -> None:
     """Raise ConfigError unless this process may use the memory that ordering an epoch of so many samples takes.
 
     Args:
         source: file that configures the loader.
     """
-    if (needed := epoch_size * ORDER_BYTES) > (memory := memory_limit()):
+    if (needed := ordering_bytes(order, epoch_size)) > (memory := memory_limit()):
         raise ConfigError(
             f"An epoch of {epoch_size:,} samples takes about {needed / 1e9:,.1f} GB of each node's memory to "
-            f"put in order, of {memory / 1e9:,.1f} GB that a process may use. Lower `epoch_size`, `repeat` or `choose` "
-            f"in {source}."
+            f"put in order, of {memory / 1e9:,.1f} GB that a process may use. In {source}, set dataset.batching_method "
+            "= 'blend', which has no epochs, or lower `epoch_size`, `repeat` or `choose`."
         )
+
+
+def ordering_bytes(order: Order, epoch_size: int) -> int:
+    """Bytes of a node's memory that ordering an epoch of so many samples takes."""
+    return 0 if order.blend else epoch_size * ORDER_BYTES
 
 
 def memory_limit(root: str = "/") -> int:

@@ -1,6 +1,6 @@
-"""How much of an epoch each stream of a mixture is, and how much was asked for."""
+"""How much of the samples each stream of a mixture is, how much was asked for, and how often it has been read."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from streaming import StreamingDataset
@@ -11,20 +11,20 @@ from examples.mosaic_streaming.sampling.order import Order
 
 
 class StreamShare(NamedTuple):
-    """A stream's size and its share of an epoch."""
+    """A stream's size and its share of an epoch, or of all samples where there are no epochs."""
 
     name: str
     samples: int  # of the stream
     tokens: int | None  # of the stream that the model gets; None where samples differ in length
     share_asked: float  # what `proportion`, `repeat` or `choose` comes to
     share: float  # in effect, after what the batching method leaves out
-    passes: float  # over the stream in an epoch
+    passes: float | None  # over the stream in an epoch; None where there are no epochs
 
 
 def stream_shares(
     names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None
 ) -> list[StreamShare]:
-    """Return each stream's size and its share of an epoch.
+    """Return each stream's size and its share.
 
     Args:
         seq_len: tokens that the model gets of a sample; None where samples differ in length.
@@ -33,7 +33,8 @@ def stream_shares(
     for name, stream, size, share in zip(names, dataset.streams, dataset.samples_per_stream, order.shares, strict=True):
         samples = int(size)
         tokens, passes = samples * seq_len if seq_len else None, share * order.remaining(0) / samples
-        found.append(StreamShare(name, samples, tokens, float(stream.proportion), share, passes))
+        asked = float(stream.proportion)
+        found.append(StreamShare(name, samples, tokens, asked, share, None if order.blend else passes))
     return found
 
 
@@ -42,6 +43,23 @@ def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, s
     rows = []
     for name, samples, tokens, asked, share, passes in stream_shares(names, dataset, order, seq_len):
         shown_tokens = "-" if tokens is None else f"{tokens:,}"
-        rows.append([name, f"{samples:,}", shown_tokens, f"{asked:.2%}", f"{share:.2%}", f"{passes:.3f}"])
-    head = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"]
-    logger.info(f"Streams, and their part of an epoch:\n{text_table(head, rows)}")
+        row = [name, f"{samples:,}", shown_tokens, f"{asked:.2%}"]
+        if passes is None:
+            rows.append([*row, f"{samples / share:,.0f}" if share else "-"])
+        else:
+            rows.append([*row, f"{share:.2%}", f"{passes:.3f}"])
+    head, of = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"], "an epoch"
+    if order.blend:
+        head, of = [*head[:3], "share", "samples of all in a pass"], "all samples"
+    logger.info(f"Streams, and their part of {of}:\n{text_table(head, rows)}")
+
+
+def passes_of(names: Sequence[str], dataset: StreamingDataset, order: Order, position: int) -> dict[str, float]:
+    """Return how often each stream of a blend has been read at a position."""
+    passes = order.counts(dataset, 0, 0, position) / dataset.samples_per_stream
+    return dict(zip(names, passes.tolist(), strict=True))
+
+
+def passes_text(passes: Mapping[str, float]) -> str:
+    """Say how often each stream has been read."""
+    return ", ".join(f"{name} {times:.2f}" for name, times in passes.items())

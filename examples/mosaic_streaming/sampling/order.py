@@ -1,11 +1,12 @@
-"""The order of an epoch's samples: `Order` for training, `ValidationOrder` for validation.
+"""The order of samples: `Order` for training, `ValidationOrder` for validation.
 
-Both let streaming order an epoch for a single reader, and then assign the samples to those who read them.
+streaming puts a whole epoch in order, for a single reader. Then, as with "blend", the samples are assigned to those who
+read them.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,18 +14,29 @@ from streaming import StreamingDataset
 from streaming.base.world import World
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.sampling.blend import ENDLESS, Blend, Stream
 from examples.mosaic_streaming.sampling.placement import assign_to_ranks
 from examples.mosaic_streaming.upstream.sample_order import ONE_READER, epoch_in_order, install_order
 
 BLOCK_ALGOS = ("py1e", "py1br")
 """The shuffle algorithms that use `shuffle_block_size`."""
 
+MAX_CANONICAL_NODES = 64
+"""Default of `num_canonical_nodes`, unless the data is small. streaming's own is the machines of the first run."""
+
+MAX_LEFT_OUT = 0.01
+"""Share of an epoch's samples that the default of `num_canonical_nodes` may leave out."""
+
 
 @dataclass(frozen=True)
 class Order:
-    """The order of each epoch's samples, and who reads which; streaming calls it as a batching method."""
+    """Which sample is at which position, and which samples stay together.
 
-    batching_method: str  # streaming's: "random", "per_stream", "stratified" or "device_per_stream"
+    A blend tells the samples at any positions, and its only epoch never ends. Otherwise, streaming puts an epoch in
+    order, and calls this as a batching method.
+    """
+
+    batching_method: str  # "blend", or streaming's: "random", "per_stream", "stratified" or "device_per_stream"
     global_batch_size: int  # samples per optimizer step
     local_batch_size: int  # samples per dp rank and micro-batch
     epoch_samples: int  # that an epoch has without repeats; the rest of the streams' epoch is left out
@@ -32,6 +44,8 @@ class Order:
     first_epoch: int = 0  # to start in
     first_sample: int = 0  # samples of that epoch that have been read already
     shares: tuple[float, ...] = ()  # of each stream in an epoch
+    blend: Blend | None = field(default=None, repr=False, compare=False)
+    _last: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def group_size(self) -> int:
@@ -50,9 +64,24 @@ class Order:
         assert samples.size == self.remaining(begin) and samples.min(initial=0) >= 0
         return assign_to_ranks(samples, world, self.local_batch_size, self.group_size)
 
-    def in_sequence(self, dataset: StreamingDataset, epoch: int) -> NDArray[np.int64]:
-        """Return the samples of an epoch in order, as a single reader gets them: int64 [samples]."""
-        return self(dataset, ONE_READER, epoch, 0).reshape(-1)
+    def samples(self, dataset: StreamingDataset, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the ids of the samples at positions in an epoch, int64 [positions].
+
+        Without a blend, the whole epoch is put in order, and kept until another one is.
+        """
+        if self.blend:
+            return self.blend.samples(positions)
+        if epoch not in self._last:
+            self._last.clear()
+            self._last[epoch] = epoch_in_order(dataset, self.batching_method, epoch)[: self.epoch_samples]
+        return self._last[epoch][positions]
+
+    def counts(self, dataset: StreamingDataset, epoch: int, begin: int, end: int) -> NDArray[np.int64]:
+        """Return how many samples of each stream are between two positions in an epoch, int64 [streams]."""
+        if self.blend:
+            return self.blend.counts(end) - self.blend.counts(begin)
+        samples = self.samples(dataset, epoch, np.arange(begin, end))
+        return np.bincount(stream_numbers(dataset, samples), minlength=len(dataset.streams))
 
 
 @dataclass(frozen=True)
@@ -71,23 +100,53 @@ class ValidationOrder:
         return assign_to_ranks(np.pad(samples, (0, missing), constant_values=-1), world, self.local_batch_size)
 
 
-def set_order(dataset: StreamingDataset, local_batch_size: int, global_batch_size: int, packed: bool = False) -> Order:
+def set_order(
+    dataset: StreamingDataset, method: str, local_batch_size: int, global_batch_size: int, packed: bool = False
+) -> Order:
     """Make a dataset read its samples in an order that no rank, node, worker or micro-batch changes.
 
-    The arguments are explained in `Order`.
+    Fills in `num_canonical_nodes` where the dataset has none. The arguments are explained in `Order`.
 
     Source: batching methods fill batches of `dataset.batch_size` (streaming 0.13.0, base/batching).
     """
-    assert dataset.num_canonical_nodes is not None
-    method = dataset.batching_method
     choose = [int(stream.choose) for stream in dataset.streams]
-    proportions = [float(stream.proportion) for stream in dataset.streams]
+    proportions = tuple(float(stream.proportion) for stream in dataset.streams)
     sizes = (global_batch_size, local_batch_size)
-    samples, shares = samples_of_epoch(method, choose, proportions, dataset.num_canonical_nodes, *sizes)
+    if dataset.num_canonical_nodes is None:
+        dataset.num_canonical_nodes = default_canonical_nodes(method, choose)
+    dataset._set_shuffle_block_size(ONE_READER)  # as the first iteration does, but that may be a worker's
+    samples, shares, blend = ENDLESS, proportions, None
+    if method == "blend":
+        blend = make_blend(dataset, proportions)
+    else:
+        samples, shares = samples_of_epoch(method, choose, proportions, dataset.num_canonical_nodes, *sizes)
     dataset.batch_size = local_batch_size if method == "device_per_stream" else global_batch_size
-    order = Order(method, *sizes, samples, packed, shares=shares)
-    install_order(dataset, order)
-    return order
+    return start_at(dataset, Order(method, *sizes, samples, packed, shares=shares, blend=blend), 0, 0)
+
+
+def make_blend(dataset: StreamingDataset, proportions: Sequence[float]) -> Blend:
+    """Make the blend of a dataset's streams in the given proportions."""
+    streams = []
+    for number, share in enumerate(proportions):
+        begin, first = int(dataset.shard_offset_per_stream[number]), int(dataset.sample_offset_per_stream[number])
+        shards = dataset.samples_per_shard[begin : begin + int(dataset.shards_per_stream[number])]
+        streams.append(Stream(first, shards, round(share * 2**53)))
+    assert dataset.num_canonical_nodes is not None
+    block_size = dataset.shuffle * int(dataset.shuffle_block_size or 0)
+    return Blend(streams, dataset.num_canonical_nodes, dataset.shuffle_seed, block_size)
+
+
+def default_canonical_nodes(method: str, choose: Sequence[int]) -> int:
+    """Return the largest power of two up to 64 that leaves out less than 1 % of an epoch; "blend" leaves nothing out.
+
+    Args:
+        choose: samples of each stream in an epoch.
+    """
+    groups = [sum(choose)] if method == "random" else choose
+    nodes = MAX_CANONICAL_NODES
+    while method != "blend" and sum(samples % nodes for samples in groups) >= MAX_LEFT_OUT * sum(choose) and nodes > 1:
+        nodes //= 2
+    return nodes
 
 
 def set_validation_order(
@@ -114,17 +173,10 @@ def start_at(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoc
     """
     dataset.next_epoch = epoch
     order = dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch)
-    install_order(dataset, order)
+    if not order.blend:
+        install_order(dataset, order)
+    dataset.order = order  # type: ignore[attr-defined]  # where `CheckedDataset` looks
     return order
-
-
-def global_batch(dataset: StreamingDataset, order: Order, epoch: int, sample_in_epoch: int) -> NDArray[np.int64]:
-    """Return the samples of the global batch at a position, in order, int64 [global_batch_size].
-
-    The whole epoch is put in order for it, which takes a while where it is long.
-    """
-    order = dataclasses.replace(order, first_epoch=epoch, first_sample=sample_in_epoch)
-    return order.in_sequence(dataset, epoch)[: order.global_batch_size]
 
 
 def stream_numbers(dataset: StreamingDataset, samples: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -193,7 +245,8 @@ def check_order(order: Order, dataset: StreamingDataset, names: Sequence[str], s
             "batch size or num_canonical_nodes."
         )
     block = dataset.shuffle_block_size
-    by_stream = order.batching_method != "random" and dataset.shuffle and dataset.shuffle_algo in BLOCK_ALGOS
+    by_stream = order.batching_method not in ("random", "blend")
+    by_stream &= dataset.shuffle and dataset.shuffle_algo in BLOCK_ALGOS
     for name, stream in streams if by_stream else []:
         if block is not None and int(block * stream.proportion) < 2:
             raise ConfigError(

@@ -1,11 +1,17 @@
 """Which rank reads which samples. Who leads a node, barriers and shared memory remain those of the machine."""
 
-from collections.abc import Mapping
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from streaming.base.world import World
+
+PIECE = 16_384
+"""Positions that `WorkerSamples` works out at a time, at least."""
 
 
 @dataclass(frozen=True)
@@ -82,3 +88,50 @@ def assign_to_ranks(
     if missing := -batches.shape[2] % workers:
         batches = np.pad(batches, ((0, 0), (0, 0), (0, missing), (0, 0)), constant_values=-1)
     return batches.reshape(nodes, ranks, -1, workers, local_batch_size).transpose(0, 1, 3, 2, 4)
+
+
+class WorkerSamples:
+    """The samples of one worker in an order without end, worked out in pieces; it is what streaming uses of an array.
+
+    Args:
+        samples: tells the ids of the samples at positions, both int64 [positions].
+        begin: first position.
+        length: of the array.
+
+    The others are those of `assign_to_ranks`.
+    """
+
+    def __init__(
+        self,
+        samples: Callable[[NDArray[np.int64]], NDArray[np.int64]],
+        begin: int,
+        length: int,
+        world: World,
+        local_batch_size: int,
+        group_size: int,
+    ) -> None:
+        readers = world.num_ranks * world.workers_per_rank
+        self._size = -(-PIECE // (readers * local_batch_size)) * local_batch_size  # of a worker's piece
+        self._length = length
+
+        @functools.lru_cache(4)
+        def piece(number: int) -> NDArray[np.int64]:
+            first = begin + number * self._size * readers
+            positions = np.arange(first, first + self._size * readers)
+            assigned = assign_to_ranks(positions, world, local_batch_size, group_size)
+            return samples(assigned[world.node, world.rank_of_node, world.worker_of_rank].reshape(-1))
+
+        self._piece = piece
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self._piece(number).tolist() for number in range(self._length))
+
+    def __getitem__(self, at: Any) -> Any:
+        if not isinstance(at, slice):
+            return self._piece(at // self._size)[at % self._size]
+        first, last = at.start // self._size, max(at.start, at.stop) // self._size
+        pieces = [self._piece(number) for number in range(first, last + 1)]
+        return np.concatenate(pieces)[at.start - first * self._size : max(at.start, at.stop) - first * self._size]

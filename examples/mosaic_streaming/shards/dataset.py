@@ -27,6 +27,7 @@ from torch.utils.data import get_worker_info
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.errors import DataError, is_rank_0
+from examples.mosaic_streaming.sampling import Order, WorkerSamples
 from examples.mosaic_streaming.shards.fetch_stats import fetch_stats_file
 from examples.mosaic_streaming.shards.index import FileError
 from examples.mosaic_streaming.shards.reader import CheckedReader
@@ -63,6 +64,7 @@ class CheckedDataset(StreamingDataset):
 
     keep_dtype = False
     may_cut = False
+    order: Order | None = None
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -112,10 +114,13 @@ class CheckedDataset(StreamingDataset):
         """
         if self._cache_filelock.is_locked:
             self._cache_filelock.release(force=True)
+        self._record_failure(error)
+        self._shard_states[shard_id] = _ShardState.LOCAL
+
+    def _record_failure(self, error: Exception) -> None:
         part = Path(f"{self._failure_file()}.{os.getpid()}-{threading.get_ident()}")
         part.write_text(str(error) if isinstance(error, DataError) else describe(error))
         part.rename(self._failure_file())
-        self._shard_states[shard_id] = _ShardState.LOCAL
 
     def bytes_in_cache(self) -> int:
         """Bytes of the shards in this node's caches.
@@ -134,6 +139,14 @@ class CheckedDataset(StreamingDataset):
             for shard, stream in zip(self.shards, streams, strict=True)
         ]
         return np.array(sizes, np.int64)
+
+    def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
+        """Return this worker's samples; those of an order without end are worked out as they are needed."""
+        order, world = self.order, self._parallel_worker_world
+        if not order or not order.blend:
+            return super()._get_work(epoch, sample_in_epoch)
+        begin, length, sizes = order.first_sample, order.epoch_samples, (order.local_batch_size, order.group_size)
+        return WorkerSamples(order.blend.samples, begin, length, world, *sizes)
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is None:
@@ -221,7 +234,9 @@ class CheckedDataset(StreamingDataset):
 
     def on_exception(self, future: "Future[None]") -> None:
         """Stop reading when a thread fails; streaming raises the error where nothing catches it."""
-        if future.exception():
+        if error := future.exception():
+            if not self.failure_reason() and isinstance(error, Exception):
+                self._record_failure(error)
             self._event.set()
 
     def _prepare_thread(self, it: _Iterator) -> None:

@@ -12,6 +12,8 @@ from streaming.base.format.mds.encodings import is_mds_encoding, is_mds_encoding
 FILES = {"mds": ("data",), "json": ("data", "meta"), "csv": ("data", "meta"), "tsv": ("data", "meta")}
 """The files of a shard by its format; the index adds `raw_` and `zip_` in front (streaming 0.13.0, base/format)."""
 
+COLUMNS = ("column_names", "column_encodings", "column_sizes")
+
 MAX_BYTES = 1 << 62
 
 ADD_HASHES = "python -m examples.mosaic_streaming.shards.add_hashes FOLDER"
@@ -50,7 +52,8 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
         raise FileError("it is not a streaming index of version 2 with a list of shards")
     if not shards:
         raise FileError("it has no samples: write some, or leave the stream out")
-    files = [file for number, shard in enumerate(shards) for file in read_shard(f"shards[{number}]", shard)]
+    columns: set[str] = set()  # that have been checked
+    files = [file for number, shard in enumerate(shards) for file in read_shard(f"shards[{number}]", shard, columns)]
     names: set[str] = set()
     for file in files:
         expect(file.raw.basename not in names, "basename", file.raw.basename, "one entry for each file")
@@ -66,8 +69,8 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
     return files
 
 
-def read_shard(name: str, shard: Any) -> list[ShardFile]:
-    """Validate one shard's entry and return its files."""
+def read_shard(name: str, shard: Any, checked: set[str]) -> list[ShardFile]:
+    """Validate one shard's entry and return its files; `checked` are the columns of those before, which are valid."""
     expect(isinstance(shard, dict), name, shard, "a section")
     kind, samples = str(shard.get("format")), shard.get("samples")
     expect(kind in FILES and shard.get("version") == 2, f"{name}.format", kind, f"one of {', '.join(FILES)}, version 2")
@@ -75,8 +78,9 @@ def read_shard(name: str, shard: Any) -> list[ShardFile]:
     compression = shard.get("compression")
     known = compression is None or (isinstance(compression, str) and compression in get_compressions())
     expect(known, f"{name}.compression", compression, "none, or one that streaming knows")
-    if kind == "mds":
+    if kind == "mds" and (columns := str([shard.get(key) for key in COLUMNS])) not in checked:
         check_columns(name, shard)
+        checked.add(columns)
     files = []
     for suffix in FILES[kind]:
         raw, entry = read_file(f"{name}.raw_{suffix}", shard.get(f"raw_{suffix}")), shard.get(f"zip_{suffix}")
@@ -108,7 +112,7 @@ def is_inside(basename: Any) -> bool:
 
 def check_columns(name: str, shard: dict[str, Any]) -> None:
     """Raise FileError unless each column has a name, a known encoding, and a valid size or none."""
-    columns = [shard.get(f"column_{kind}") for kind in ("names", "encodings", "sizes")]
+    columns = [shard.get(key) for key in COLUMNS]
     right = all(isinstance(column, list) for column in columns) and len({len(column or []) for column in columns}) == 1
     expect(right, f"{name}.column_names, _encodings, _sizes", columns, "three lists of one length")
     for column, encoding, size in zip(*map(list, columns), strict=True):  # type: ignore[arg-type]

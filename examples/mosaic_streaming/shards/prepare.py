@@ -58,12 +58,13 @@ def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFi
         DataError: the index is missing or invalid.
     """
     index = stream.path(get_index_basename())
+    fetched: list[ShardFile] = []
 
     def read(path: str) -> list[ShardFile]:
         return read_index(path, allow_unsafe_types, stream.validate_hash)
 
     def store(path: str, folder: str) -> None:
-        read(path)
+        fetched[:] = read(path)
         os.replace(path, index)
 
     try:
@@ -76,7 +77,7 @@ def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFi
         logger.warning(f"{index} in the cache of {stream.label} is fetched again: {describe(fault)}")
         os.remove(index)
     stream.fetch(get_index_basename(), 0, store)
-    return read(index)
+    return fetched or read(index)
 
 
 def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
@@ -85,6 +86,11 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     Damaged files in a cache are removed, to be fetched again. DataError for a file that has no remote.
     """
     start = time.monotonic()
+    if stream.is_cache:  # which mostly has few of the files
+        folder = stream.path("")
+        found = {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+        of_file = [(file, [info for info in (file.raw, file.packed) if info]) for file in files]
+        files = [file for file, infos in of_file if any(os.path.join(folder, one.basename) in found for one in infos)]
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         checked = list(pool.map(functools.partial(verify_file, stream), files))
     size = sum(found for found, _ in checked)

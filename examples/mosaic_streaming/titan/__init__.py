@@ -17,6 +17,7 @@ from examples.mosaic_streaming.titan import checkpoints, checks, refusals
 from examples.mosaic_streaming.titan.checkpoints import own_checkpoints, steps_with
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 from examples.mosaic_streaming.titan.versions import ON_CPU, generation, names_as_given
+from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 
 def _of_generation(module: str) -> Any:
@@ -98,4 +99,5 @@ def settings_of(job: LoadedJob) -> list[dict[str, Any]]:
 
 def mosaic(config: Any, train: str, validation: str | None = None) -> Any:
     """Make a config of TorchTitan 0.3 read Mosaic streams; arguments and errors are those of `v0_3.trainer.mosaic`."""
+    import_llm_foundry()  # which the module imports
     return _of_generation("trainer").mosaic(config, train, validation)

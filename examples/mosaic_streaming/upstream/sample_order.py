@@ -30,11 +30,7 @@ class BatchingMethod(Protocol):
 
 
 def install_order(dataset: StreamingDataset, order: BatchingMethod) -> None:
-    """Make a dataset read its epochs in an order, whose `repr` becomes its name in streaming's table.
-
-    Source: streaming fills in the default of `shuffle_block_size` when a dataset is first iterated (base/dataset.py).
-    """
-    dataset._set_shuffle_block_size(ONE_READER)  # as the first iteration does, but that may be a worker's
+    """Make a dataset read its epochs in an order, whose `repr` becomes its name in streaming's table."""
     algos[PARTITION_ALGO] = partition_without_repeats
     batching_methods[repr(order)] = order
     replace(dataset, "partition_algo", PARTITION_ALGO)

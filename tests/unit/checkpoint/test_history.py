@@ -285,8 +285,8 @@ def test_start_that_would_be_refused_has_no_run(wider: tuple[Path, Samples], tmp
     files, _ = wider
     shutil.copy(files / "job.toml", tmp_path)
     write_loader(tmp_path, write_stream(tmp_path / "stream", 20))
-    with open(tmp_path / "loader.toml", "a") as loader:
-        loader.write("num_canonical_nodes = 1\n")
+    loader = tmp_path / "loader.toml"
+    loader.write_text(loader.read_text().replace("num_canonical_nodes = 64", "num_canonical_nodes = 1"))
     said, new, first = look(
         tmp_path,
         says("plan", saved(files, 6), titan=SAVE, code=1),

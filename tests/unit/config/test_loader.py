@@ -40,7 +40,7 @@ def test_derived_keys_are_filled_in_a_copy(config: dict[str, Any]) -> None:
     given = copy.deepcopy(config)
     complete = resolved(config)
     assert config == given
-    derived = {"max_seq_len": 17, "replication": 4, "num_canonical_nodes": 64}
+    derived = {"max_seq_len": 17, "replication": 4}
     assert complete["dataset"] == {**given["dataset"], **derived}
     assert complete["drop_last"] is True
 
@@ -106,7 +106,7 @@ def test_streams_that_are_no_sections_are_refused(config: dict[str, Any], stream
     [
         ("shuffle_algo", "py1br, py1e, py1s, py2s, naive"),
         ("partition_algo", "orig, relaxed"),
-        ("batching_method", "random, stratified, per_stream, device_per_stream"),
+        ("batching_method", "random, stratified, per_stream, device_per_stream, blend"),
         ("sampling_method", "balanced, fixed"),
     ],
 )

@@ -133,7 +133,7 @@ def test_plan_of_a_checkpoint_minds_how_the_job_loads_it(stopped: Path, request:
 def test_ledger_of_a_checkpoint_counts_earlier_epochs_as_they_were_read(files: Path) -> None:
     """An epoch of 100 has 25 steps of 4 samples, or 16 of 6, which leave out 4."""
     loader = files / "loader.toml"
-    loader.write_text(loader.read_text() + "num_canonical_nodes = 1\n")
+    loader.write_text(loader.read_text().replace("num_canonical_nodes = 64", "num_canonical_nodes = 1"))
     train(files, "--training.steps=26", "--checkpoint.enable", "--checkpoint.interval=26")
     checkpoint = f"--checkpoint={files}/outputs/checkpoint/step-26"
     wider = ("--training.global_batch_size=6",)

@@ -18,8 +18,8 @@ from tests.support.looking import with_job_data
 from tests.support.ranks import can_make_nodes, run_rank_values
 from tests.support.reading import write_turns
 from tests.support.streams import (
-    BATCHING,
     FIRST_ID,
+    METHODS,
     build_loader,
     job,
     loader_config,
@@ -31,7 +31,7 @@ from tests.support.titan import loaded
 
 STEPS = 13
 """Of 8 samples: more than an epoch of 83."""
-QUICK = [("random", "tp 2"), ("device_per_stream", "dp 4")]
+QUICK = [("random", "tp 2"), ("device_per_stream", "dp 4"), ("blend", "pp 2")]
 NEEDS_NODES = pytest.mark.skipif(not can_make_nodes(), reason="nodes need namespaces, of root or of users")
 
 
@@ -95,7 +95,7 @@ def looked_up(
     ("batching_method", "layout"),
     [
         pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.long)
-        for pair in itertools.product(BATCHING, ("dp 4", "pp 2", "tp 2"))
+        for pair in itertools.product(METHODS, ("dp 4", "pp 2", "tp 2"))
     ],
 )
 def test_each_dp_ranks_batches_are_those_of_a_job_also_after_an_epochs_end_and_a_resume(
@@ -197,6 +197,6 @@ def test_shuffle_block_that_has_nothing_of_a_stream_is_refused(
         settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo, "shuffle_block_size": size}
         return mixture(streams, 0, **settings)
 
-    assert with_job_data(with_block(6), lambda opened: len(opened.samples_of_epoch(0))) > 0
+    assert with_job_data(with_block(6), lambda opened: opened.global_batch(1).size) > 0
     with pytest.raises(AssertionError, match=r"shuffle_block_size = 4 in loader\.toml leaves stream b a block of less"):
         with_job_data(with_block(4), lambda opened: None)

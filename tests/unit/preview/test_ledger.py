@@ -11,13 +11,13 @@ from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
 from examples.mosaic_streaming.preview.plots import plot_shares
 from tests.support.looking import preview, with_job_data
-from tests.support.streams import BATCHING, SEQ_LEN, WEIGHTS, job, mixture, read_steps
+from tests.support.streams import METHODS, SEQ_LEN, WEIGHTS, job, mixture, read_steps
 
 STEPS = 25
 """Of 8 samples: more than two epochs."""
 
 
-@pytest.mark.parametrize("batching_method", BATCHING)
+@pytest.mark.parametrize("batching_method", METHODS)
 @pytest.mark.parametrize("weights", ["unweighted", "proportion", "repeat"])
 def test_ledger_counts_what_is_delivered(
     streams: dict[str, dict[str, Any]], batching_method: str, weights: str

@@ -35,7 +35,7 @@ from tests.support.streams import (
 from tests.support.titan import only_0_2
 
 
-@pytest.mark.parametrize("batching_method", ["random", "device_per_stream"])
+@pytest.mark.parametrize("batching_method", ["random", "device_per_stream", "blend"])
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
     streams: dict[str, dict[str, Any]], weights: str, batching_method: str
@@ -51,6 +51,9 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
         expected,
         True,
     )
+
+    if batching_method == "blend":  # which tells it for any size
+        return
 
     def bound(opened: JobData) -> Any:
         planning.EXACT = 0
@@ -89,11 +92,31 @@ def test_plan_of_a_stream(files: Path) -> None:
     assert preview(files, "plan", titan=("--training.steps=16",))["run"]["fits"]
 
 
+def test_plan_of_a_blend_speaks_of_passes(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = files / "loader.toml"
+    loader.write_text(loader.read_text() + 'batching_method = "blend"\n')
+    plan = preview(files, "plan", titan=("--training.steps=40",))
+    [stream] = plan["streams"]
+    assert (stream["passes"], stream["passes_of_run"]) == (None, 1.6)
+    assert plan["epoch"] is None
+    run = plan["run"]
+    assert (run["samples"], run["epochs"], run["passes"]) == (160, None, [1.6])
+    assert (run["first_repeat_step"], run["first_repeat_is_exact"], run["fits"]) == (26, True, False)
+    assert preview(files, "plan", titan=("--training.steps=25",))["run"]["fits"]
+    needs = plan["needs"]
+    assert needs["shared_memory_order"] == needs["memory_to_order_an_epoch"] == 0
+    said = printed(files, "plan", titan=("--training.steps=40",))
+    assert "until the first repeat, in step 26, where a stream begins again" in said
+    assert "passes/run" in said and "passes/epoch" not in said
+    assert "epoch" not in said.replace("num_epochs", "").replace("epoch_size", ""), said
+
+
 def test_each_setting_has_the_owner_that_set_it(files: Path) -> None:
     settings = preview(files, "plan", titan=("--training.steps=3", "--checkpoint.no-enable"))["settings"]
     owners = {setting["setting"]: (setting["value"], setting["owner"]) for setting in settings}
     assert owners["dataset.shuffle"] == (True, f"{files}/loader.toml")
-    assert owners["dataset.num_canonical_nodes"] == (64, "this project's default")
+    assert owners["dataset.num_canonical_nodes"] == (64, f"{files}/loader.toml")
+    assert owners["dataset.batching_method"] == ("random", "streaming's default")
     assert owners["dataset.max_seq_len"] == (SEQ_LEN + 1, "derived from training.seq_len")
     assert owners["dataset.shuffle_seed"] == (9176, "streaming's default")
     assert owners["training.seq_len"] == (SEQ_LEN, f"{files}/job.toml")

@@ -3,11 +3,14 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling import memory
+from examples.mosaic_streaming.sampling.blend import ENDLESS, Blend, Stream
 from examples.mosaic_streaming.sampling.memory import memory_limit
+from examples.mosaic_streaming.sampling.order import Order
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NONE_V1 = 9223372036854771712
@@ -51,8 +54,11 @@ def test_without_cgroups_it_is_the_machines(tmp_path: Path) -> None:
 def test_epoch_that_the_limit_has_no_room_for_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bytes_free = limit(tmp_path, "0::/", {"sys/fs/cgroup/memory.max": 4_700_000_000})
     monkeypatch.setattr(memory, "memory_limit", lambda: bytes_free)
-    memory.check_memory(100_000_000, "loader.toml")
+    order = Order("random", 8, 8, 100_000_000)
+    memory.check_memory(order, 100_000_000, "loader.toml")
     with pytest.raises(
         ConfigError, match=r"An epoch of 200,000,000 samples takes about 9\.4 GB .* of 4\.7 GB that a process may use"
     ):
-        memory.check_memory(200_000_000, "loader.toml")
+        memory.check_memory(order, 200_000_000, "loader.toml")
+    blend = Blend([Stream(0, np.array([10**12]), 1)], 64, 1, 1 << 18)
+    memory.check_memory(Order("blend", 8, 8, ENDLESS, blend=blend), 10**12, "loader.toml")

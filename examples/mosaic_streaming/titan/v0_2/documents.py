@@ -1,15 +1,15 @@
 """Keeps attention within documents: llm-foundry's `sequence_id` becomes TorchTitan's attention masks."""
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.protocols.model import BaseModelArgs, ModelProtocol
 
-from examples.mosaic_streaming.batch import SEQUENCE_ID, ends
-from examples.mosaic_streaming.sampling import Layout
+if TYPE_CHECKING:
+    from examples.mosaic_streaming.sampling import Layout
 
 
 def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
@@ -19,6 +19,7 @@ def within_documents(model_cls: type[ModelProtocol]) -> type[ModelProtocol]:
     prompts have anywhere. It is given marks instead of tokens, and makes the same kind of mask from them. TorchTitan's
     validator asks every model for masks, and takes a TypeError for an answer (components/validate.py).
     """
+    from examples.mosaic_streaming.batch import SEQUENCE_ID, ends  # which imports llm-foundry
 
     def get_attention_masks(
         self: Any, input_batch: Tensor, tokenizer: BaseTokenizer, extra_inputs: dict[str, Tensor] | None = None
@@ -44,7 +45,7 @@ def masks_documents(model_args: BaseModelArgs) -> bool:
     return takes_masks(model_args) and getattr(model_args, "attn_mask_type", "") == "block_causal"
 
 
-def takes_positions(model_cls: type[ModelProtocol], layout: Layout) -> bool:
+def takes_positions(model_cls: type[ModelProtocol], layout: "Layout") -> bool:
     """Whether a model can be given positions.
 
     Where it can't, positions continue through the whole row. With rotary embeddings, which know distances alone, that

@@ -3,7 +3,6 @@
 from torchtitan.config import JobConfig
 
 from examples.mosaic_streaming.config import BatchShape, Job
-from examples.mosaic_streaming.sampling import Layout
 from examples.mosaic_streaming.titan.checkpoints import checkpoints_of
 from examples.mosaic_streaming.titan.checks import global_batch_size, validation_of
 from examples.mosaic_streaming.titan.v0_2.checks import check_job as check_job
@@ -28,6 +27,8 @@ def make_job(job_config: JobConfig, world_size: int, ranks_per_node: int) -> Job
     Raises:
         ConfigError: TorchTitan would refuse it, or not do what it says.
     """
+    from examples.mosaic_streaming.sampling import Layout  # which imports streaming, and so much of llm-foundry
+
     check_model(job_config)
     check_training(job_config, world_size)
     model, training = job_config.model, job_config.training

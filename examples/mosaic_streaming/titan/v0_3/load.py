@@ -10,6 +10,7 @@ from examples.mosaic_streaming.titan.job_values import leaves, refuse, wrong_job
 from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
 from examples.mosaic_streaming.upstream import cpu
+from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
@@ -27,6 +28,7 @@ def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
     cpu.prepare_torchtitan()
     from torchtitan.tools.logging import init_logger, logger
 
+    import_llm_foundry()  # which the modules below import
     from examples.mosaic_streaming.titan.v0_3.job import checkpoint_folder
     from examples.mosaic_streaming.titan.v0_3.trainer import mosaic
     from examples.mosaic_streaming.titan.v0_3.translate import translate

@@ -1,0 +1,144 @@
+"""The order "blend" once more, by its definition: plain, slow, and without a line of the package."""
+
+import itertools
+from collections import Counter
+from fractions import Fraction
+from math import floor
+
+BITS = 2**64 - 1
+SHARDS, SPANS, SAMPLES, PATTERN = range(4)
+
+Stream = tuple[int, list[int], int]
+"""Id of the first sample, samples of each shard, weight."""
+
+
+def mix(*parts: int) -> int:
+    """A hash of 64 bits."""
+    mixed = 0
+    for part in parts:
+        mixed = (mixed ^ part) + 0x9E3779B97F4A7C15 & BITS
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & BITS
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & BITS
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Where an index goes in a permutation of so many."""
+    if size <= 16:
+        return sorted(range(size), key=lambda one: mix(key, one)).index(index)
+    bits = (size - 1).bit_length()
+    low = bits - bits // 2
+    while True:
+        left, right = index >> low, index % 2**low
+        for number in range(8):
+            noise = (right ^ key) * 0xD6E8FEB86659FD93 + number * key & BITS
+            noise = (noise ^ noise >> 32) * 0xD6E8FEB86659FD93 & BITS
+            left, right = right, left ^ noise >> 64 - [bits // 2, low][number % 2]
+        index = left << low | right
+        if index < size:
+            return index
+
+
+def counts(streams: list[Stream], position: int, block: int) -> list[int]:
+    """Samples of each stream before a block that begins at a position."""
+    total = sum(weight for *_, weight in streams)
+    shares = [Fraction(weight, total) for *_, weight in streams]
+    ascending = sorted(range(len(streams)), key=lambda number: (shares[number], number))
+    found, summed = {}, Fraction(0)
+    for number in ascending[:-1]:
+        if shares[number] * block < 1:
+            found[number] = floor(shares[number] * position + Fraction(1, 2))
+        else:
+            found[number] = floor((summed + shares[number]) * position + Fraction(1, 2))
+            found[number] -= floor(summed * position + Fraction(1, 2))
+            summed += shares[number]
+    found[ascending[-1]] = position - sum(found.values())
+    return [found[number] for number in range(len(streams))]
+
+
+def dealt(streams: list[Stream], nodes: int, position: int, block: int) -> list[list[int]]:
+    """The same by node: the samples of all streams but the largest go round, each from another node on."""
+    largest = max(range(len(streams)), key=lambda number: (streams[number][2], number))
+    table = [[0] * len(streams) for _ in range(nodes)]
+    for number, count in enumerate(counts(streams, position, block)):
+        for sample in range(count) if number != largest else []:
+            table[(number * nodes // len(streams) + sample) % nodes][number] += 1
+    for row in table:
+        row[largest] = position // nodes - sum(row)
+    return table
+
+
+def pattern(streams: list[Stream], nodes: int, seed: int, shuffle: bool, positions: int) -> list[int]:
+    """The stream of each position, for at least so many."""
+    slots = max(-(-65536 // nodes), 3 * len(streams) ** 2)
+    found: list[int] = []
+    for block in range(-(-positions // (slots * nodes))):
+        before, after = (dealt(streams, nodes, (block + more) * slots * nodes, slots * nodes) for more in (0, 1))
+        rows = []
+        for node in range(nodes):
+            times = []
+            for number in range(len(streams)):
+                count = after[node][number] - before[node][number]
+                for sample in range(count):
+                    moved = mix(mix(seed, PATTERN, block), node, number, sample) / 2**64 if shuffle else 0.5
+                    times.append(((sample + moved) / count, number))
+            rows.append([number for _, number in sorted(times)])
+        found += itertools.chain.from_iterable(zip(*rows, strict=True))
+    return found
+
+
+def read_pass(stream: Stream, number: int, which: int, seed: int, block: int, nodes: list[int]) -> list[int]:
+    """The ids of a pass over a stream, given the node of each place in it, and the stream's block (0: no shuffle)."""
+    first, shards, _ = stream
+    ids, begins = list(range(first, first + sum(shards))), [0, *itertools.accumulate(shards)]
+    order = list(range(len(shards)))
+    if block:
+        order.sort(key=lambda shard: (mix(seed, SHARDS, number, shard) >> len(shards).bit_length(), shard))
+    line = [(shard, sample) for shard in order for sample in ids[begins[shard] : begins[shard + 1]]]
+    size, lists, begin, pieces = Counter(nodes), {}, 0, {}
+    for node in sorted(size):
+        mine, line = line[: size[node]], line[size[node] :]
+        for _, span in itertools.groupby(mine, key=lambda pair: pair[0]):
+            samples = [sample for _, sample in span]
+            pieces[begin] = node, samples
+            begin += len(samples)
+    for node in sorted(size):
+        spans = []
+        for place, (begin, (of, samples)) in enumerate(pieces.items()):
+            if of == node:
+                hashed = mix(seed, SPANS, number, which, begin) >> len(pieces).bit_length()
+                spans.append((hashed if block else 0, place, samples))
+        flat = [sample for *_, span in sorted(spans) for sample in span]
+        if not block:
+            lists[node] = flat
+            continue
+        key = mix(seed, SAMPLES, number, which)
+        shift = mix(key, node) % block if len(flat) > block else 0
+        lists[node] = []
+        for place in range(len(flat)):
+            part = (place + shift) // block
+            low, high = max(part * block - shift, 0), min((part + 1) * block - shift, len(flat))
+            lists[node].append(flat[low + permute(place - low, high - low, mix(key, node, part))])
+    taken = {node: iter(samples) for node, samples in lists.items()}
+    return [next(taken[node]) for node in nodes]
+
+
+def blend(streams: list[Stream], nodes: int, seed: int, block: int, positions: int) -> list[int]:
+    """The ids of the first samples; without shuffle, the block is 0."""
+    longest = max(Fraction(sum(shards), weight) for _, shards, weight in streams if weight)
+    more = floor(longest * sum(weight for *_, weight in streams)) + 65536  # until the passes end that are under way
+    numbers = pattern(streams, nodes, seed, bool(block), positions + more)
+    found = [-1] * len(numbers)
+    total = sum(weight for *_, weight in streams)
+    for number, stream in enumerate(streams):
+        of_stream = block and max(int(block * (stream[2] / total)), -(-sum(stream[1]) // len(stream[1])))
+        places, length = [place for place, one in enumerate(numbers) if one == number], sum(stream[1])
+        for begin in range(0, len(places) - length + 1, length):
+            if places[begin] >= positions:
+                break
+            mine = places[begin : begin + length]
+            ids = read_pass(stream, number, begin // length, seed, of_stream, [place % nodes for place in mine])
+            for place, sample in zip(mine, ids, strict=True):
+                found[place] = sample
+    return found[:positions]
