@@ -139,8 +139,8 @@ class Blend:
 
     def __init__(self, streams: Sequence[Stream], nodes: int, seed: int, shuffle_block: int) -> None:
         self.streams, self.nodes, self._seed = streams, nodes, seed
-        self._is_shuffled, total = shuffle_block > 0, sum(stream.weight for stream in streams)
-        shares = [stream.weight / max(1, total) for stream in streams]
+        self._is_shuffled, self._total = shuffle_block > 0, sum(stream.weight for stream in streams)
+        shares = [stream.weight / max(1, self._total) for stream in streams]
         self._shuffle_blocks = [
             max(int(shuffle_block * share), -(-stream.size // stream.shards.size), 1)
             for stream, share in zip(streams, shares, strict=True)
@@ -187,7 +187,7 @@ class Blend:
         could take one back from a stream with less than one sample in a block, so its share is rounded by itself. The
         largest stream takes what is left.
         """
-        total, position = sum(stream.weight for stream in self.streams), block * self._block_size
+        total, position = self._total, block * self._block_size
         counts, weights, rounded = [0] * len(self.streams), 0, 0
         for number in self._by_weight[:-1]:
             weight = self.streams[number].weight
@@ -232,7 +232,7 @@ class Blend:
 
     def position(self, stream: int, count: int) -> int:
         """Return the position at which a stream, whose weight isn't 0 and which was read so often, is read next."""
-        total, scale = sum(stream.weight for stream in self.streams), self.streams[stream].weight * self._block_size
+        total, scale = self._total, self.streams[stream].weight * self._block_size
         low, high = ((count + off) * total // scale for off in (-len(self.streams) - 1, len(self.streams) + 1))
         blocks = range(max(0, low), high + 2)  # among which it is, as counts are so close to the shares
         number = blocks[bisect.bisect_right(blocks, count, key=lambda block: self._counts(block)[stream]) - 1]

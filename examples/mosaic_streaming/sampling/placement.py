@@ -132,6 +132,6 @@ class WorkerSamples:
     def __getitem__(self, at: Any) -> Any:
         if not isinstance(at, slice):
             return self._piece(at // self._size)[at % self._size]
-        first, last = at.start // self._size, max(at.start, at.stop) // self._size
-        pieces = [self._piece(number) for number in range(first, last + 1)]
-        return np.concatenate(pieces)[at.start - first * self._size : max(at.start, at.stop) - first * self._size]
+        first, stop = at.start // self._size, max(at.start, at.stop)
+        pieces = [self._piece(number) for number in range(first, stop // self._size + 1)]
+        return np.concatenate(pieces)[at.start - first * self._size : stop - first * self._size]

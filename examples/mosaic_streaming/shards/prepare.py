@@ -89,8 +89,12 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     if stream.is_cache:  # which mostly has few of the files
         folder = stream.path("")
         found = {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
-        of_file = [(file, [info for info in (file.raw, file.packed) if info]) for file in files]
-        files = [file for file, infos in of_file if any(os.path.join(folder, one.basename) in found for one in infos)]
+
+        def is_to_check(file: ShardFile) -> bool:
+            names = [info.basename for info in (file.raw, file.packed) if info]
+            return any(stream.path(name) in found or os.path.islink(stream.source(name)) for name in names)
+
+        files = list(filter(is_to_check, files))
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         checked = list(pool.map(functools.partial(verify_file, stream), files))
     size = sum(found for found, _ in checked)

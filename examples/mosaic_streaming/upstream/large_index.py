@@ -56,4 +56,5 @@ def without_collection() -> Iterator[None]:
     try:
         yield
     finally:
-        gc.enable() if was_enabled else None
+        if was_enabled:
+            gc.enable()
