@@ -156,7 +156,7 @@ def wait_for_threads() -> None:
             return
 
 
-def read_in_turns(loaders: dict[str, Epochs], workers: int, repeats: int = REPEATS) -> dict[str, list[float]]:
+def read_in_turns(loaders: dict[str, Epochs], workers: int, repeats: int) -> dict[str, list[float]]:
     """Batches a second of each loader in each turn; they live in one process, and one is read at a time."""
     torch.set_num_threads(1)
     turns = {name: Turns(build, workers) for name, build in loaders.items()}
@@ -191,10 +191,10 @@ def compare_shards(tokens: Tokens) -> list[Comparison]:
 
 
 def in_turns(
-    what: str, name: str, one: Epochs, other: Epochs, workers: int, aim: float | None, repeats: int = REPEATS
+    what: str, name: str, one: Epochs, other: Epochs, workers: int, aim: float | None, repeats: int | None = None
 ) -> Comparison:
     """Our loader and one other, alone in a process: the threads of any other would take turns, too."""
-    read = functools.partial(read_in_turns, {"ours": one, name: other}, workers, repeats)
+    read = functools.partial(read_in_turns, {"ours": one, name: other}, workers, repeats or REPEATS)
     [rates] = run_rank_values(read, timeout=300)
     return Comparison(what, name, rates["ours"], rates[name], "batches/s", at_least=aim)
 
