@@ -30,17 +30,10 @@ BLOCK = 1 << 16
 ENDLESS = 1 << 40
 """Positions that an order has, so to speak; no run reads as many."""
 
-MASK = (1 << 64) - 1
-"""Hashes have 64 bits, also where Python's numbers have more."""
-
-FEW = 16
-"""Numbers that are permuted by their hashes alone."""
-
-ROUNDS = 8
-"""Of a Feistel network, an even number."""
-
-SHARDS, SPANS, SAMPLES, PATTERN = range(4)
-"""What a hash is for."""
+MASK = (1 << 64) - 1  # hashes have 64 bits, also where Python's numbers have more
+FEW = 16  # numbers that are permuted by their hashes alone
+ROUNDS = 8  # of a Feistel network, an even number
+SHARDS, SPANS, SAMPLES, PATTERN = range(4)  # what a hash is for
 
 
 def mix(*parts: "Ints | Hashes | int") -> Hashes:
@@ -98,11 +91,6 @@ class Stream(NamedTuple):
     shards: Ints  # samples of each shard, int64 [shards]
     weight: int  # its share is this, of the sum of all weights
 
-    @property
-    def size(self) -> int:
-        """Samples of the stream."""
-        return int(self.shards.sum())
-
 
 class Block(NamedTuple):
     """The pattern of a block, by position: int64 [positions]."""
@@ -140,17 +128,15 @@ class Blend:
     def __init__(self, streams: Sequence[Stream], nodes: int, seed: int, shuffle_block: int) -> None:
         self.streams, self.nodes, self._seed = streams, nodes, seed
         self._is_shuffled, self._total = shuffle_block > 0, sum(stream.weight for stream in streams)
-        shares = [stream.weight / max(1, self._total) for stream in streams]
+        self._sizes = np.array([stream.shards.sum() for stream in streams])
         self._shuffle_blocks = [
-            max(int(shuffle_block * share), -(-stream.size // stream.shards.size), 1)
-            for stream, share in zip(streams, shares, strict=True)
+            max(int(shuffle_block * (stream.weight / self._total)), -(-size // stream.shards.size))
+            for stream, size in zip(streams, self._sizes.tolist(), strict=True)
         ]
-        self.sizes = np.array([stream.size for stream in streams])
         # So many slots that the largest stream, which takes those that the others leave, has some on each node.
         self._slots = max(-(-BLOCK // nodes), 3 * len(streams) ** 2)
         self._block_size = nodes * self._slots
         self._by_weight = sorted(range(len(streams)), key=lambda number: (streams[number].weight, number))
-        self._lines = [self._line(number) for number in range(len(streams))]
         self._block = functools.lru_cache(4)(self._block)  # type: ignore[method-assign]
         self._read_before = functools.lru_cache(2 * len(streams))(self._read_before)  # type: ignore[method-assign]
         self._pass = functools.lru_cache(2 * len(streams))(self._pass)  # type: ignore[method-assign]
@@ -163,7 +149,7 @@ class Blend:
             chosen = np.flatnonzero(numbers == number)
             slots, block = positions[chosen] % self._block_size, self._block(number)
             streams = block.stream[slots]
-            passes = block.read[slots] // self.sizes[streams]
+            passes = block.read[slots] // self._sizes[streams]
             nodes, read = slots % self.nodes, block.read_by_node[slots]
             for stream in np.unique(streams).tolist():
                 of_stream = np.flatnonzero(streams == stream)
@@ -245,16 +231,13 @@ class Blend:
         nodes = slots[: np.searchsorted(slots, slot)] % self.nodes
         return self._counts_of_nodes(number)[stream] + np.bincount(nodes, minlength=self.nodes)
 
-    def _line(self, stream: int) -> tuple[Ints, Ints]:
-        """The shards of a stream in their order for the whole run, and the samples up to the end of each."""
-        shards = np.arange(self.streams[stream].shards.size)
-        if self._is_shuffled:
-            shards = by_hash(mix(self._seed, SHARDS, stream, shards))
-        return shards, self.streams[stream].shards[shards].cumsum()
-
     def _pass(self, stream: int, number: int) -> Pass:
         """Divide a stream among the nodes for a pass, which has the given number."""
-        size, (shards, line) = self.streams[stream].size, self._lines[stream]
+        size, sizes = int(self._sizes[stream]), self.streams[stream].shards
+        shards = np.arange(sizes.size)  # in their order for the whole run
+        if self._is_shuffled:
+            shards = by_hash(mix(self._seed, SHARDS, stream, shards))
+        line = sizes[shards].cumsum()
         before = self._read_before(stream, number * size)
         counts = self._read_before(stream, (number + 1) * size) - before
         node_ends = counts.cumsum()
@@ -262,16 +245,16 @@ class Blend:
         ends = ends[np.diff(ends, prepend=0) > 0]
         begins = np.concatenate([[0], ends[:-1]])
         shard = np.searchsorted(line, begins, "right")
-        offsets = np.concatenate([[0], self.streams[stream].shards.cumsum()[:-1]])
-        ids = self.streams[stream].first + offsets[shards[shard]] + begins - np.concatenate([[0], line[:-1]])[shard]
+        offsets = self.streams[stream].first + sizes.cumsum() - sizes
+        ids = begins + (offsets[shards] - line + sizes[shards])[shard]
         if self._is_shuffled:
             nodes = np.searchsorted(node_ends, begins, "right")
             order = by_hash(mix(self._seed, SPANS, stream, number, begins))
             of_node = nodes[order].astype(np.min_scalar_type(self.nodes))  # small numbers are sorted faster
             order = order[np.argsort(of_node, kind="stable")]
-            ids, sizes = ids[order], (ends - begins)[order]
-            ends = sizes.cumsum()
-            begins = ends - sizes
+            ids, lengths = ids[order], (ends - begins)[order]
+            ends = lengths.cumsum()
+            begins = ends - lengths
         return Pass(before, counts, node_ends - counts, ends, ids - begins)
 
     def _samples_of_pass(self, stream: int, number: int, nodes: Ints, read: Ints) -> Ints:

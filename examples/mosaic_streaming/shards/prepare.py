@@ -87,14 +87,12 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     """
     start = time.monotonic()
     if stream.is_cache:  # which mostly has few of the files
-        folder = stream.path("")
-        found = {os.path.join(place, name) for place, _, names in os.walk(folder) for name in names}
+        found = {os.path.join(place, name) for place, _, names in os.walk(stream.path("")) for name in names}
 
-        def is_to_check(file: ShardFile) -> bool:
-            names = [info.basename for info in (file.raw, file.packed) if info]
-            return any(stream.path(name) in found or os.path.islink(stream.source(name)) for name in names)
+        def may_be_wrong(name: str) -> bool:
+            return stream.path(name) in found or os.path.islink(stream.source(name))
 
-        files = list(filter(is_to_check, files))
+        files = [one for one in files if any(may_be_wrong(info.basename) for info in (one.raw, one.packed) if info)]
     with ThreadPoolExecutor(VERIFY_THREADS) as pool:
         checked = list(pool.map(functools.partial(verify_file, stream), files))
     size = sum(found for found, _ in checked)
