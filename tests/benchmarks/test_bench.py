@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from streaming.base import shuffle
 
-from tests.benchmarks import data, epochs, loaders, scale, starts, training
+from tests.benchmarks import blend, data, epochs, loaders, scale, starts, training
 from tests.benchmarks.__main__ import show
 from tests.benchmarks.measure import Comparison, Figure, number, table
 
@@ -104,6 +104,26 @@ def test_starts_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(starts, "REPEATS", 1)
     compared = starts.compare_first_steps(tmp_path, data.write_text(tmp_path / "text", 256))
     assert len(compared.ours) == len(compared.theirs) == 1 and min(*compared.ours, *compared.theirs) > 5
+
+
+@pytest.mark.long
+def test_blend_is_measured(tokens: data.Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SIZES": (100_000, 200_000),
+        "STEP": 2000,
+        "MIXED": 80_000,
+        "SHUFFLE_BLOCK": 2000,
+        "TURNS": 2,
+    }.items():
+        monkeypatch.setattr(blend, name, value)
+    monkeypatch.setattr(loaders, "SECONDS", 0.01)
+    begins, opening = blend.measure_positions(), blend.measure_opening(tmp_path / "index")
+    assert [figure.values["samples"] for figure in begins] == 3 * ["100,000"] + 3 * ["200,000"]
+    assert opening.values["shards"] == "100" and float(opening.values["preview step 2,000, s"]) > 0
+    used = {figure.values["order"]: figure.values for figure in blend.measure_shards(tmp_path / "shards")}
+    assert used.keys() == {"blend", "py1e", "py1br"}
+    assert all(0 < float(one["in use at once, mean"]) <= float(one["most"]) <= 80 for one in used.values())
+    assert all(len(one.ours) == len(one.theirs) == 2 for one in blend.compare_rates(tokens))
 
 
 @pytest.mark.long
