@@ -29,11 +29,11 @@ from examples.mosaic_streaming.upstream.large_index import large_indexes, withou
 from examples.mosaic_streaming.upstream.sample_order import reader_world, set_reader_world
 from examples.mosaic_streaming.upstream.shared_memory import keep_locks_together, shared_memory
 
-DROP_WARN_FRACTION = 0.01
-"""The log warns if a larger share of the data is left out."""
-
 DROP_LOG_STEPS = {10**digits for digits in range(10)}
 """Steps after a start (1, 10, 100, …) at which the log says how much packing has dropped, as at each epoch's end."""
+
+DROP_WARN_FRACTION = 0.01
+"""The log warns if a larger share of the data is left out."""
 
 
 @without_collection()
