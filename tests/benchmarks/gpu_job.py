@@ -28,7 +28,7 @@ from torchtitan.train import Trainer
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 from examples.mosaic_streaming.titan.loaders import Loaders
 from examples.mosaic_streaming.titan.v0_2.models import base_spec
-from examples.mosaic_streaming.titan.v0_2.spec import mosaic_spec
+from examples.mosaic_streaming.titan.v0_2.trainer import mosaic_spec
 from examples.mosaic_streaming.train import run
 from tests.benchmarks.jsonl import name_jsonl
 

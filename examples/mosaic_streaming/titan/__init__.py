@@ -26,22 +26,18 @@ def _of_generation(module: str) -> Any:
 
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
-    """Read the files that the command line names.
-
-    Args:
-        flags: ours, as `parse_flags` returns them.
-        titan_flags: TorchTitan's.
+    """Read the files that the command line names; flags are those that `parse_flags` returns.
 
     Raises:
         ConfigError: a file or a flag is wrong, also if TorchTitan would find that later.
     """
-    job: LoadedJob = _of_generation("load").load_job(flags, titan_flags)
+    job = _of_generation("load").load_job(flags, titan_flags)
     return dataclasses.replace(job, position=getattr(flags, "mosaic_position", None))
 
 
 def check_job(job: LoadedJob, world_size: int) -> None:
     """Raise ConfigError for a job that would not start on so many ranks, or not do what its config says."""
-    checks.check_start(job.job_config, job.validates, job.validation is not None, world_size)
+    checks.check_start(job, world_size)
     _of_generation("job").check_job(job.job_config, world_size)
 
 
@@ -50,17 +46,11 @@ def warnings_of_job(job: LoadedJob) -> list[str]:
     from examples.mosaic_streaming.upstream import cpu
 
     told = "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests."
-    warnings = checks.warnings_of_start(job.job_config, job.validates, job.validation is not None)
-    return [*([f"{told} {ON_CPU[generation()]}"] if cpu.ACTIVE else []), *warnings]
+    return [*([f"{told} {ON_CPU[generation()]}"] if cpu.ACTIVE else []), *checks.warnings_of_start(job)]
 
 
 def build_trainer(job: LoadedJob, channel: AbortChannel) -> Any:
-    """Build TorchTitan's Trainer, with the loaders of the job. All ranks call it together.
-
-    Args:
-        job: what is trained.
-        channel: tells all ranks why one of them stops.
-    """
+    """Build TorchTitan's Trainer, with the loaders of the job, which use the channel. All ranks call it together."""
     from examples.mosaic_streaming.titan.loaders import Loaders
 
     job.import_custom()
@@ -79,22 +69,14 @@ def next_start(job: LoadedJob, step: int) -> str:
 
 
 def make_job(job: LoadedJob, world_size: int, ranks_per_node: int) -> Job:
-    """Make the `Job` that TorchTitan's config describes; a ConfigError says what is wrong with it.
-
-    Args:
-        job: as it was loaded.
-        world_size: processes.
-        ranks_per_node: processes on each machine.
-    """
+    """Make the `Job` that TorchTitan's config describes, on so many ranks; a ConfigError says what is wrong with it."""
     job.import_custom()
-    made: Job = _of_generation("job").make_job(job.job_config, world_size, ranks_per_node)
-    return made
+    return _of_generation("job").make_job(job.job_config, world_size, ranks_per_node)
 
 
 def settings_of(job: LoadedJob) -> list[dict[str, Any]]:
     """List the settings that decide what is read and how, as `LoadedJob.settings` does."""
-    settings: list[dict[str, Any]] = _of_generation("load").settings_of(job)
-    return settings
+    return _of_generation("load").settings_of(job)
 
 
 def mosaic(config: Any, train: str, validation: str | None = None) -> Any:

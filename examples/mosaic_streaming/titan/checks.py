@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config import BatchShape, Validation
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.loaded import LoadedJob
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -15,38 +16,32 @@ if TYPE_CHECKING:
 DEGREES = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel", "pipeline_parallel")
 
 
-def check_start(job_config: Any, validates: bool, has_streams: bool, world_size: int) -> None:
-    """Raise ConfigError for a job that would not start on Mosaic streams.
-
-    Args:
-        job_config: TorchTitan's job config.
-        validates: whether it asks for validation.
-        has_streams: whether there is a configuration of the validation loader.
-        world_size: processes.
-    """
-    if validates and not has_streams:
+def check_start(job: LoadedJob, world_size: int) -> None:
+    """Raise ConfigError for a job that would not start on Mosaic streams, on so many ranks."""
+    comm, checkpoint = job.job_config.comm, job.job_config.checkpoint
+    if job.validates and not job.validation:
         raise ConfigError(
             "validation.enable = true, but no validation streams are given. Name their file with "
             "--mosaic-validation-config PATH, before the `--`, or set validation.enable to false."
         )
-    if job_config.comm.mode != "default":
-        raise ConfigError(f"comm.mode = {job_config.comm.mode!r} has no real ranks, which Mosaic streams need.")
-    if job_config.checkpoint.create_seed_checkpoint:
+    if comm.mode != "default":
+        raise ConfigError(f"comm.mode = {comm.mode!r} has no real ranks, which Mosaic streams need.")
+    if checkpoint.create_seed_checkpoint:
         if world_size != 1:
             raise ConfigError(
                 f"checkpoint.create_seed_checkpoint on {world_size} ranks, but one has to save it, unsharded. "
                 "Start with --nproc_per_node=1."
             )
-        if not job_config.checkpoint.enable:
+        if not checkpoint.enable:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
 
 
-def warnings_of_start(job_config: Any, validates: bool, has_streams: bool) -> list[str]:
-    """What the log has to warn of before a start; the arguments are those of `check_start`."""
+def warnings_of_start(job: LoadedJob) -> list[str]:
+    """What the log has to warn of before a start."""
     warnings = []
-    if has_streams and not validates:
+    if job.validation and not job.validates:
         warnings.append("validation.enable = false: the validation streams are not read.")
-    if "dataloader" in job_config.checkpoint.exclude_from_loading:
+    if "dataloader" in job.job_config.checkpoint.exclude_from_loading:
         warnings.append(
             "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
             "samples, tokens and targets are counted from there."
@@ -54,10 +49,10 @@ def warnings_of_start(job_config: Any, validates: bool, has_streams: bool) -> li
     return warnings
 
 
-def explain_degrees(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":
+def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":
     """Call TorchTitan to compute the degrees of parallelism; a ConfigError says why they don't fit the ranks."""
     try:
-        return make()
+        dims = make()
     except AssertionError as error:
         degrees = {f"{name}_degree": getattr(parallelism, f"{name}_degree") for name in DEGREES}
         given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree not in (1, -1))
@@ -65,16 +60,14 @@ def explain_degrees(make: Callable[[], "ParallelDims"], parallelism: Any, world_
         raise ConfigError(
             f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."
         ) from error
-
-
-def check_experts(dims: "ParallelDims", expert_tensor_parallel: int = 1) -> None:
-    """Raise ConfigError if the expert-parallel ranks don't share out the others."""
+    expert_tensor_parallel = getattr(dims, "etp", 1)  # 0.3 has none
     if dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp % (dims.ep * expert_tensor_parallel):
         raise ConfigError(
             f"parallelism.expert_parallel_degree = {dims.ep} (x expert_tensor_parallel_degree = "
             f"{expert_tensor_parallel}) does not divide dp_shard({dims.dp_shard}) * cp({dims.cp}) * tp({dims.tp}), the "
             "ranks that share out the experts."
         )
+    return dims
 
 
 def check_seq_len(seq_len: int, divisor: int, why: str) -> None:
@@ -105,12 +98,7 @@ def global_batch_size(training: Any, dp_world_size: int) -> int:
 
 
 def validation_of(settings: Any, training: Any, pipeline: int) -> Validation | None:
-    """How a job validates, if it does.
-
-    Args:
-        settings: the section for validation. A shape that is None is that of training.
-        training: the section for training.
-        pipeline: the pipeline-parallel degree.
+    """How a job validates, if it does: two sections of its config, and its pipeline-parallel degree.
 
     Raises:
         ConfigError: a model which is built for training can't take the batches.

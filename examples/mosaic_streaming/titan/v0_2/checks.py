@@ -17,11 +17,7 @@ OPTIMIZERS = ("Adam", "AdamW")
 
 
 def check_job(job_config: "JobConfig", world_size: int) -> None:
-    """Raise ConfigError for a job that would not start on Mosaic streams, or not do what its config says.
-
-    Args:
-        job_config: TorchTitan's job config.
-        world_size: processes.
+    """Raise ConfigError for a job that would not start on so many ranks, or not do what its config says.
 
     Source: TorchTitan doesn't look at `initial_load_path` where the checkpoint's folder exists, also without a finished
     step in it, as a job leaves it that is killed while it saves its first (torchtitan 0.2.2, components/checkpoint.py).
@@ -47,7 +43,7 @@ def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
     from torchtitan.distributed import ParallelDims
 
     parallelism = job_config.parallelism
-    dims = checks.explain_degrees(
+    return checks.parallel_dims(
         lambda: ParallelDims(
             dp_replicate=parallelism.data_parallel_replicate_degree,
             dp_shard=parallelism.data_parallel_shard_degree,
@@ -61,8 +57,6 @@ def parallel_dims(job_config: "JobConfig", world_size: int) -> "ParallelDims":
         parallelism,
         world_size,
     )
-    checks.check_experts(dims, dims.etp)
-    return dims
 
 
 def check_model(job_config: "JobConfig") -> None:
@@ -99,9 +93,6 @@ def check_training(job_config: "JobConfig", world_size: int) -> None:
     if model.removesuffix(SUFFIX) in model_names():
         divisor = parallel_dims(job_config, world_size).seq_len_divisor
         checks.check_seq_len(seq_len, divisor, "2 x tensor-parallel x context-parallel degree")
-    is_titans = base_spec(model).build_optimizers_fn in (
-        build_optimizers,
-        build_optimizers_with_moe_load_balancing,
-    )
-    if is_titans and job_config.optimizer.name not in OPTIMIZERS:
+    titans = (build_optimizers, build_optimizers_with_moe_load_balancing)
+    if base_spec(model).build_optimizers_fn in titans and job_config.optimizer.name not in OPTIMIZERS:
         raise ConfigError(f"optimizer.name = {job_config.optimizer.name!r}, expected one of: {', '.join(OPTIMIZERS)}.")

@@ -6,23 +6,13 @@ from examples.mosaic_streaming.config import BatchShape, Job
 from examples.mosaic_streaming.titan.checkpoints import checkpoints_of
 from examples.mosaic_streaming.titan.checks import global_batch_size, validation_of
 from examples.mosaic_streaming.titan.v0_2.checks import check_job as check_job
-from examples.mosaic_streaming.titan.v0_2.checks import (
-    check_model,
-    check_training,
-    checkpoint_folder,
-    parallel_dims,
-)
+from examples.mosaic_streaming.titan.v0_2.checks import check_model, check_training, checkpoint_folder, parallel_dims
 from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.titan.v0_2.models import base_spec
 
 
 def make_job(job_config: JobConfig, world_size: int, ranks_per_node: int) -> Job:
     """Make the `Job` that a job config describes.
-
-    Args:
-        job_config: TorchTitan's job config.
-        world_size: processes.
-        ranks_per_node: processes on each machine.
 
     Raises:
         ConfigError: TorchTitan would refuse it, or not do what it says.

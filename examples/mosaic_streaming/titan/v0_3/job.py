@@ -31,20 +31,14 @@ def parallel_dims(config: Any, world_size: int) -> ParallelDims:
         ConfigError: they don't fit the ranks, or the length of rows doesn't fit them (torchtitan 0.3.0, trainer.py).
     """
     parallelism = config.parallelism
-    dims = checks.explain_degrees(lambda: ParallelDims.from_config(parallelism, world_size), parallelism, world_size)
-    checks.check_experts(dims)
+    dims = checks.parallel_dims(lambda: ParallelDims.from_config(parallelism, world_size), parallelism, world_size)
     divisor = (dims.tp if parallelism.enable_sequence_parallel else 1) * (2 * dims.cp if dims.cp > 1 else 1)
     checks.check_seq_len(config.training.seq_len, divisor, "tensor-parallel x twice the context-parallel degree")
     return dims
 
 
 def make_job(config: Any, world_size: int, ranks_per_node: int) -> Job:
-    """Make the `Job` that a config describes.
-
-    Args:
-        config: TorchTitan's, made by `mosaic`.
-        world_size: processes.
-        ranks_per_node: processes on each machine.
+    """Make the `Job` that a config, made by `mosaic`, describes.
 
     Raises:
         ConfigError: TorchTitan would refuse it, or not do what it says.
