@@ -13,14 +13,12 @@ from examples.mosaic_streaming.checkpoint.state import STATE_KEY, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
+FLAG = "--mosaic-position"
+"""Names the folder whose position is read."""
+
 
 def read_checkpoint(folder: str, content: dict[str, Any], flag: str) -> None:
-    """Fill in the keys of `content` from a checkpoint.
-
-    Args:
-        folder: of one step.
-        content: states by their keys, with values of the right types.
-        flag: names the folder, for messages.
+    """Fill in `content`, states by their keys with values of the right types, from the folder of one step.
 
     Raises:
         ConfigError: a key is missing, or can't be read.
@@ -38,21 +36,17 @@ def read_checkpoint(folder: str, content: dict[str, Any], flag: str) -> None:
         logging.disable(logging.NOTSET)
 
 
-def read_position(folder: str, flag: str) -> dict[str, str]:
-    """The state of the loader in a checkpoint of one step, as a run has it that begins there.
-
-    Args:
-        folder: of the step.
-        flag: names it, for messages.
+def read_position(folder: str) -> dict[str, str]:
+    """The state of the loader in the folder of one step, as a run has it that begins there.
 
     Raises:
         ConfigError: there is no such checkpoint, or no such state in it.
         DataError: the state is damaged.
     """
     if not os.path.isfile(os.path.join(folder, ".metadata")):
-        raise ConfigError(f"{flag} {folder} is no finished checkpoint. Expected a step's folder, such as step-500.")
+        raise ConfigError(f"{FLAG} {folder} is no finished checkpoint. Expected a step's folder, such as step-500.")
     content = {"dataloader": {STATE_KEY: ""}}
-    read_checkpoint(folder, content, flag)
+    read_checkpoint(folder, content, FLAG)
     state = unpack(content["dataloader"])
     begin = Segment(0, state.epoch, state.sample_in_epoch, state.global_batch_size)
     return pack(state._replace(steps=0, segments=(begin,)))

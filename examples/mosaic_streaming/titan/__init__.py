@@ -13,9 +13,10 @@ from typing import Any
 
 from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.distributed import AbortChannel
-from examples.mosaic_streaming.titan import checkpoints, checks, refusals
-from examples.mosaic_streaming.titan.checkpoints import own_checkpoints, steps_with
+from examples.mosaic_streaming.titan import checks
+from examples.mosaic_streaming.titan.checkpoints import next_start, own_checkpoints, steps_with
 from examples.mosaic_streaming.titan.loaded import LoadedJob
+from examples.mosaic_streaming.titan.refusals import refusal
 from examples.mosaic_streaming.titan.versions import ON_CPU, generation, names_as_given
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
@@ -55,17 +56,6 @@ def build_trainer(job: LoadedJob, channel: AbortChannel) -> Any:
 
     job.import_custom()
     return _of_generation("trainer").build_trainer(job.job_config, Loaders(job, channel))
-
-
-def refusal(error: BaseException, job: LoadedJob) -> str | None:
-    """Explain an error before the first step as `refusals.refusal` does."""
-    return refusals.refusal(error, job.job_config, job.dump_folder)
-
-
-def next_start(job: LoadedJob, step: int) -> str:
-    """Say what the same command would do after a run that ends too early, with `step` as its last."""
-    config = job.job_config
-    return checkpoints.next_start(config.checkpoint, job.checkpoint_folder, config.training.steps, step)
 
 
 def make_job(job: LoadedJob, world_size: int, ranks_per_node: int) -> Job:

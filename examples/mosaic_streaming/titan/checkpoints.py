@@ -6,6 +6,7 @@ from typing import Any
 
 from examples.mosaic_streaming.config import Checkpoints, is_url
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.loaded import LoadedJob
 
 STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
 """TorchTitan's names for the parts of a checkpoint (torchtitan 0.2.2 and 0.3.0, components/checkpoint.py)."""
@@ -14,12 +15,7 @@ STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
 def check_checkpoints(checkpoint: Any, folder: str, assets: str) -> None:
     """Raise ConfigError for checkpoints that TorchTitan would fail to load or to save, or would not load.
 
-    Folders in a remote store are not looked at.
-
-    Args:
-        checkpoint: the section of the job config.
-        folder: of all checkpoints of the job.
-        assets: folder of the model's assets.
+    Folders in a remote store are not looked at: neither that of all checkpoints, nor that of the model's assets.
 
     Source: TorchTitan 0.2.2 doesn't look at `load_step` where there is no folder. Both generations count a last step in
     Hugging Face's form among those to go on from, and can't (components/checkpoint.py, components/checkpointer/dcp.py).
@@ -109,16 +105,10 @@ def own_checkpoints(checkpoints: Checkpoints) -> str | None:
     return checkpoints.folder if checkpoints.enable and steps_with(checkpoints.folder, ".metadata") else None
 
 
-def next_start(checkpoint: Any, folder: str, steps: int, step: int) -> str:
-    """Say what the same command would do after a run that ends too early.
-
-    Args:
-        checkpoint: the section of the job config.
-        folder: of all checkpoints of the job.
-        steps: of the whole run.
-        step: the last step that was trained.
-    """
-    if step >= steps:
+def next_start(job: LoadedJob, step: int) -> str:
+    """Say what the same command would do after a run that ends too early, with `step` as its last."""
+    checkpoint, folder = job.job_config.checkpoint, job.checkpoint_folder
+    if step >= job.job_config.training.steps:
         return "that was the last"
     if not checkpoint.enable:
         return "without checkpoints (checkpoint.enable), the same command begins anew"

@@ -51,15 +51,11 @@ def problem_of(error: BaseException | None) -> str:
     return next(iter(text.splitlines()), repr(error)).rstrip(".")
 
 
-def spell_booleans(titan_flags: list[str], job_config: Any) -> list[str]:
+def spell_boolean(flag: str, job_config: Any) -> str:
     """Respell `--section.key=true` and `=false` as `--section.key` and `--section.no-key`, as TorchTitan wants them.
 
     A key that `job_config`, with TorchTitan's defaults, has and that isn't boolean is left alone.
     """
-    return [_spell_boolean(flag, job_config) for flag in titan_flags]
-
-
-def _spell_boolean(flag: str, job_config: Any) -> str:
     name, _, value = flag.partition("=")
     if not name.startswith("--") or value.lower() not in ("true", "false"):
         return flag

@@ -23,10 +23,7 @@ AT_LEAST: dict[str, int] = {
 
 def wrong_job_values(job_config: Any) -> list[str]:
     """Name the values of a job config that have the wrong type, or are smaller than makes sense."""
-    wrong = []
-    for key, value, hint, is_read in leaves(job_config):
-        wrong.append(wrong_job_value(key, value, hint, is_read))
-    return list(filter(None, wrong))
+    return list(filter(None, (wrong_job_value(*leaf) for leaf in leaves(job_config))))
 
 
 def wrong_job_value(key: str, value: Any, hint: Any, is_read: bool) -> str:
@@ -49,13 +46,7 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool
 
 
 def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], path: str) -> Any:
-    """Set values of a job's file in a config of dataclasses.
-
-    Args:
-        config: is left as it is.
-        values: by their keys in the file.
-        names: what the config calls keys that have another name there.
-        path: of the file, for messages.
+    """Return a config of dataclasses with the values of a job's file; it calls some keys by other `names`.
 
     Raises:
         ConfigError: keys are unknown, or values of a wrong type.

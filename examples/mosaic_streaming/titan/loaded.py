@@ -44,9 +44,7 @@ class LoadedJob:
     def settings(self, values: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
         """List the settings that decide what is read: `setting`, `value`, and the `owner` who has set it.
 
-        Args:
-            values: of TorchTitan's config, by their names there.
-            names: what it calls settings that have another name in a job's file.
+        `values` are those of TorchTitan's config, which calls some settings by other `names` than a job's file does.
         """
         rows = []
         for setting in DATA_SETTINGS:
@@ -57,13 +55,7 @@ class LoadedJob:
 
 
 def owners_of(keys: Mapping[str, Any], path: str, titan_flags: list[str]) -> dict[str, str]:
-    """Who has set each setting.
-
-    Args:
-        keys: those that the job's file sets.
-        path: of the file.
-        titan_flags: TorchTitan's flags on the command line.
-    """
+    """Who has set each setting: the job's file with these keys, or TorchTitan's flags on the command line."""
     names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in titan_flags]
     given = [re.sub(r"(^|\.)no_", r"\1", name) for name in names]  # `section.no_key`
     return dict.fromkeys(keys, path) | dict.fromkeys(given, "command line")
@@ -79,11 +71,7 @@ def read_sections(path: str) -> dict[str, Any]:
 
 
 def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
-    """Import the first module of these that there is.
-
-    Args:
-        candidates: names of modules; the last is the one that was given.
-        setting: names the module, for messages.
+    """Import the first module of these that there is. The last is the one that `setting` names, for messages.
 
     Raises:
         ConfigError: there is none. What fails within a module is raised as it is.

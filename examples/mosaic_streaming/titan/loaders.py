@@ -18,23 +18,14 @@ class Loaders:
     """The training loader of a job and, where it validates, the validation loader.
 
     TorchTitan doesn't show the training loader to what it builds later, so it is kept here.
-
-    Args:
-        loaded: the job.
-        channel: tells all ranks why one of them stops.
-
-    Attributes:
-        owners: who has set each of TorchTitan's settings; others are defaults.
-        job: what is trained, once the training loader is built.
-        train: the training loader, once it is built.
     """
 
-    job: Job
-    train: MosaicDataLoader
+    job: Job  # once the training loader is built
+    train: MosaicDataLoader  # once it is built
 
     def __init__(self, loaded: LoadedJob, channel: AbortChannel) -> None:
         self._loaded, self._channel = loaded, channel
-        self.owners = loaded.owners
+        self.owners = loaded.owners  # of TorchTitan's settings; others are defaults
 
     def build(self, job: Job, dp_rank: int, tokenizer: Any) -> MosaicDataLoader:
         """Build the training loader. Errors in the configuration of the validation loader are found here, early."""
@@ -52,9 +43,7 @@ class Loaders:
         own = self.job.checkpoints
         if "dataloader" not in own.exclude_from_loading and own_checkpoints(own):
             return
-        content = distributed.on_rank_0(
-            distributed.draw_number(), lambda: checkpoint.read_position(folder, "--mosaic-position")
-        )
+        content = distributed.on_rank_0(distributed.draw_number(), lambda: checkpoint.read_position(folder))
         self.train.load_state_dict(content)
         if is_rank_0():
             logger.info(f"The streams go on from the position in {folder}, a checkpoint of another run.")

@@ -8,13 +8,7 @@ SUFFIX = "_mosaic"
 
 
 def check_model(name: str, reads_text: Callable[[str], bool], models: Iterable[str]) -> str:
-    """TorchTitan's name of a Mosaic model; a ConfigError says which models there are.
-
-    Args:
-        name: `model.name`.
-        reads_text: tells whether TorchTitan has a model of a name that uses its text loader.
-        models: TorchTitan's own.
-    """
+    """TorchTitan's name of a Mosaic model; a ConfigError says which `models` there are that read text."""
     base = name.removesuffix(SUFFIX)
     if base != name and reads_text(base):
         return base

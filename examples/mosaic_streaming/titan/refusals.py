@@ -14,6 +14,7 @@ from typing import Any
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.titan.job_values import leaves
+from examples.mosaic_streaming.titan.loaded import LoadedJob
 
 KINDS: tuple[type[Exception], ...] = (
     *(ValueError, TypeError, AssertionError, NotImplementedError, LookupError, AttributeError, ArithmeticError),
@@ -29,16 +30,12 @@ Call = tuple[FrameType, int]
 """A frame of a traceback, and the number of its line."""
 
 
-def refusal(error: BaseException, job_config: Any, folder: str) -> str | None:
+def refusal(error: BaseException, job: LoadedJob) -> str | None:
     """Explain an error before the first step; return None if TorchTitan doesn't refuse a setting with it.
 
     It does if all calls below the innermost of ours are TorchTitan's or a library's, and the error has one of the types
-    with which settings are refused. A device, a collective, our own code and the user's code fail in other ways.
-
-    Args:
-        error: the error, with its traceback.
-        job_config: TorchTitan's job config.
-        folder: where the job writes; the whole traceback, too.
+    with which settings are refused. A device, a collective, our own code and the user's code fail in other ways. The
+    whole traceback is written to the folder of the job.
     """
     if isinstance(error, ConfigError | DataError):
         return None
@@ -49,9 +46,9 @@ def refusal(error: BaseException, job_config: Any, folder: str) -> str | None:
     if not isinstance(error, KINDS) and not (type(error) is RuntimeError and is_raised_by(calls[-1])):
         return None
     frame, _ = titan[-1]
-    keys = keys_named(str(error), job_config) or keys_read(titan, str(error), job_config)
+    keys = keys_named(str(error), job.job_config) or keys_read(titan, str(error), job.job_config)
     settings = f" Look at {', '.join(keys)} in the job config." if keys else ""
-    file = keep_traceback(error, folder)
+    file = keep_traceback(error, job.dump_folder)
     return (
         f"TorchTitan refuses this job: {first_line(error, statement(calls[-1]))} ({frame.f_globals['__name__']}, "
         f"{frame.f_code.co_qualname}).{settings} The whole traceback is in {file}."
@@ -103,14 +100,10 @@ def statement(call: Call) -> str:
     """The statement that failed, in one line, with the conditions around it."""
     frame, line = call
     tree = ast.parse("".join(linecache.getlines(frame.f_code.co_filename)))
-    around = [node for node in ast.walk(tree) if isinstance(node, ast.stmt) and node.lineno <= line <= last(node)]
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+    around = [node for node in statements if node.lineno <= line <= (node.end_lineno or node.lineno)]
     conditions = [ast.unparse(node.test) for node in around if isinstance(node, ast.If)]
     return ", if ".join([ast.unparse(around[-1]).splitlines()[0], *conditions]) if around else ""
-
-
-def last(node: ast.stmt) -> int:
-    """The last line of a statement."""
-    return node.end_lineno or node.lineno
 
 
 def keys_named(message: str, job_config: Any) -> list[str]:

@@ -20,11 +20,7 @@ RENAMED = {
     "job.save_config_file": "debug.save_config_file",
     "model.hf_assets_path": "hf_assets_path",
     "parallelism.enable_async_tensor_parallel": "compile.enable_async_tensor_parallel",
-    "validation.enable": "validator.enable",
-    "validation.freq": "validator.freq",
-    "validation.steps": "validator.steps",
-    "validation.local_batch_size": "validator.local_batch_size",
-    "validation.seq_len": "validator.seq_len",
+    **{f"validation.{key}": f"validator.{key}" for key in ("enable", "freq", "steps", "local_batch_size", "seq_len")},
     **{
         f"profiling.{key}": f"profiler.{key}"
         for key in (
@@ -55,13 +51,10 @@ GONE: dict[str, tuple[Any, str]] = {
     "parallelism.context_parallel_rotate_method": ("allgather", "It always gathers."),
     "parallelism.pipeline_parallel_expert_parallel_overlap": (True, "The schedule decides."),
     "training.dataset": ("c4_test", STREAMS),
-    "training.dataset_path": (None, STREAMS),
-    "training.dataloader": (None, STREAMS),
     "validation.dataset": ("c4_validation", STREAMS),
-    "validation.dataset_path": (None, STREAMS),
-    "validation.dataloader": (None, STREAMS),
-    "dataloader": (None, STREAMS),
-    "validator.dataloader": (None, STREAMS),
+    **dict.fromkeys(("training.dataset_path", "training.dataloader"), (None, STREAMS)),
+    **dict.fromkeys(("validation.dataset_path", "validation.dataloader"), (None, STREAMS)),
+    **dict.fromkeys(("dataloader", "validator.dataloader"), (None, STREAMS)),
     "quantize": (None, f"Its converters are arguments of a model's `model_registry`. {OWN_FUNCTION}"),
     "experimental.custom_args_module": ("", OWN_FUNCTION),
     "fault_tolerance": (None, "Checkpoints and torchrun's restarts are what there is."),
@@ -103,9 +96,7 @@ def check_flags(flags: Iterable[str], names: dict[str, str], installed: str, rea
     """Raise ConfigError for a flag of the other generation, with its spelling in the one that is installed.
 
     Args:
-        flags: TorchTitan's flags.
         names: settings of the other generation, and what the installed one calls them.
-        installed: the installed generation, for the message.
         reasons: settings, or their sections, of the other generation that have no other name, and what to do instead.
     """
     for flag in flags:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config import flat, read_loaders, read_toml
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.titan.flags import explain_parsing, spell_booleans
+from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import refuse, wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
 from examples.mosaic_streaming.titan.v0_2.checks import checkpoint_folder
@@ -25,11 +25,7 @@ NOT_HERE = {
 
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
-    """Read the files that the command line names.
-
-    Raises:
-        ConfigError: a file or a flag is wrong, also if TorchTitan would find that later.
-    """
+    """Read the files that the command line names; a ConfigError says what is wrong with a file or a flag."""
     if flags.module:
         raise ConfigError(f"--module {flags.module}: not a flag of TorchTitan 0.2. {NOT_HERE['module']}")
     check_flags(titan_flags, {new: old for old, new in RENAMED.items()}, "0.2", NOT_HERE)
@@ -72,7 +68,7 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
 
     init_logger()
     with explain_parsing(titan_flags[0]):
-        job_config = Manager().parse_args(spell_booleans(titan_flags, JobConfig()))
+        job_config = Manager().parse_args([spell_boolean(flag, JobConfig()) for flag in titan_flags])
     refuse(wrong_job_values(job_config))
     return job_config
 

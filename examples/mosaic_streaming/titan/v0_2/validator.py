@@ -13,13 +13,7 @@ from examples.mosaic_streaming.validator import ValidationLoader
 
 
 class MosaicValidator(MeanOverTokens, Validator):
-    """The mean loss of a model over the validation streams.
-
-    Args:
-        job_config: the whole job.
-        loader: of the validation streams.
-        arguments: the rest of what TorchTitan gives a validator.
-    """
+    """The mean loss of a model over the validation streams; `arguments` are what TorchTitan gives a validator."""
 
     def __init__(self, job_config: JobConfig, loader: ValidationLoader, **arguments: Any) -> None:
         BaseValidator.__init__(self, job_config)  # TorchTitan's `Validator` would build a loader of its own
@@ -36,8 +30,7 @@ class MosaicValidator(MeanOverTokens, Validator):
         with self.validation_context():
             if self.pp_schedule is None:
                 with self.maybe_enable_amp:
-                    loss: Tensor = self.loss_fn(model_parts[0](tokens, **extra_inputs, **extra_kwargs), labels)
-                    return loss
+                    return self.loss_fn(model_parts[0](tokens, **extra_inputs, **extra_kwargs), labels)
             losses: list[Tensor] | None = [] if self.pp_has_last_stage else None
             first = ((tokens,), extra_inputs) if self.pp_has_first_stage else ((), {})
             target = labels if self.pp_has_last_stage else None

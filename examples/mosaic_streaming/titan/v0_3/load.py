@@ -5,7 +5,7 @@ from typing import Any
 
 from examples.mosaic_streaming.config import flat, read_loaders
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.titan.flags import explain_parsing, spell_booleans
+from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import leaves, refuse, wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
@@ -14,11 +14,7 @@ from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
-    """Read the files that the command line names, and call the function that it names.
-
-    Raises:
-        ConfigError: a file or a flag is wrong, also if TorchTitan would find that later.
-    """
+    """Read the files that the command line names, or call its function; a ConfigError says what is wrong with them."""
     check_flags(titan_flags, RENAMED, "0.3", {key: reason for key, (_, reason) in GONE.items()} | IN_FILE)
     in_file, paths = {}, (flags.mosaic_config, flags.mosaic_validation_config)
     source, owner = flags.config, "TorchTitan's default"
@@ -80,7 +76,7 @@ def parse(config: Any, titan_flags: list[str], source: str) -> Any:
             return config, args
 
     with explain_parsing(source):
-        return Manager().parse_args(spell_booleans(titan_flags, config))
+        return Manager().parse_args([spell_boolean(flag, config) for flag in titan_flags])
 
 
 def settings_of(loaded: LoadedJob) -> list[dict[str, Any]]:

@@ -108,5 +108,4 @@ def build_trainer(config: Any, loaders: Any) -> Trainer:
     structured_logger.init_structured_logger(
         source="training", output_dir=config.dump_folder, enable=config.debug.enable_structured_logging
     )
-    trainer: Trainer = config.build(loaders=loaders)
-    return trainer
+    return config.build(loaders=loaders)

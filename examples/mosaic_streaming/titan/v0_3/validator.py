@@ -55,8 +55,7 @@ class MosaicValidator(MeanOverTokens, Validator):
         if self.pp_schedule is None:
             tokens, labels, kwargs = self.post_dataloading_process(inputs, labels, model_parts)
             with self.validation_context():
-                loss: Tensor = self.loss_fn(model_parts[0](tokens, **kwargs), labels)[0]
-            return loss
+                return self.loss_fn(model_parts[0](tokens, **kwargs), labels)[0]
         count = len(labels) // self.parallelism.pipeline_parallel_microbatch_size
         parts = split_rows((inputs, labels), count)
         processed = [self.post_dataloading_process(*part, model_parts) for part in parts]
