@@ -13,5 +13,5 @@ from examples.mosaic_streaming.config.job import BatchShape, Checkpoints, Job, V
 from examples.mosaic_streaming.config.keys import MAX_RATIO
 from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, ResolvedLoader, resolve, without_token_ids
 from examples.mosaic_streaming.config.streams import is_local, stream_defaults, streams_of
-from examples.mosaic_streaming.config.values import flat, wrong_value
+from examples.mosaic_streaming.config.values import flat, refuse, wrong_value
 from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation

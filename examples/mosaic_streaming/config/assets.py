@@ -21,12 +21,7 @@ LFS_POINTER = "version https://git-lfs.github.com"
 
 @contextlib.contextmanager
 def explain_asset_errors(path: str, reader: str) -> Iterator[None]:
-    """Turn what a library raises over tokenizer assets into a ConfigError that says what to change.
-
-    Args:
-        path: folder with the assets, `model.hf_assets_path`.
-        reader: name of the library.
-    """
+    """Turn what a library, `reader`, raises over the assets in `path` into a ConfigError that says what to change."""
     check_folder(path)
     try:
         yield
@@ -53,17 +48,16 @@ def check_folder(path: str) -> None:
     )
 
 
-def tokenizer_config(path: str) -> dict[str, Any]:
+def tokenizer_config(path: str | Path) -> dict[str, Any]:
     """Read the tokenizer_config.json of a folder with assets."""
-    found: dict[str, Any] = json.loads(Path(path, CONFIG).read_text("utf-8"))
-    return found
+    return json.loads(Path(path, CONFIG).read_text("utf-8"))
 
 
 def explain(folder: Path, reader: str, error: Exception) -> str:
     """What is wrong with assets that a library has failed to read, and what to do."""
     if fault := file_fault(folder):
         return fault
-    config = json.loads((folder / CONFIG).read_text("utf-8"))
+    config = tokenizer_config(folder)
     if "trust_remote_code" in str(error):
         file = CONFIG if "auto_map" in config else "config.json"
         return (

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from examples.mosaic_streaming.config.streams import Config
-from examples.mosaic_streaming.config.values import LIMITS, hints_of, wrong_value
+from examples.mosaic_streaming.config.values import LIMITS, hints_of, refuse, wrong_value
 from examples.mosaic_streaming.errors import ConfigError
 
 TOKEN_IDS = [f"{name}_token_id" for name in ("eos", "bos")]
@@ -41,8 +41,7 @@ def check_keys(config: Config, path: str) -> None:
                 wrong.append(wrong_value(f"{prefix}{key}", value, hints[key], path, LIMITS.get(key)))
     if unknown:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(unknown)}.")
-    if any(wrong):
-        raise ConfigError(" ".join(filter(None, wrong)))
+    refuse(wrong)
     check_packing(name, dataset, path)
     for key, reason in NOT_WITH_BLEND.items() if dataset.get("batching_method") == "blend" else []:
         if dataset.get(key) is not None:

@@ -8,6 +8,8 @@ import types
 import typing
 from typing import Any
 
+from examples.mosaic_streaming.errors import ConfigError
+
 Limits = tuple[float, float]  # the smallest and the largest value of a number
 
 LIMITS: dict[str, Limits] = {
@@ -45,6 +47,12 @@ def wrong_value(name: str, value: Any, hint: Any, source: str, limits: Limits | 
         low, high = limits
         expected += f", from {low:,} on" if high == math.inf else f", from {low:,} to {high:,}"
     return f"{name} = {value!r} in {source}, expected {expected}."
+
+
+def refuse(wrong: list[str]) -> None:
+    """Raise ConfigError if a line says that something is wrong."""
+    if lines := list(filter(None, wrong)):
+        raise ConfigError(" ".join(lines))
 
 
 def is_within(value: Any, limits: Limits, key: str) -> bool:

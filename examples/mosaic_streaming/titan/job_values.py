@@ -7,8 +7,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from examples.mosaic_streaming.config import wrong_value
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.config import refuse, wrong_value
 
 AT_LEAST: dict[str, int] = {
     **{"training.seq_len": 1, "training.steps": 1, "training.gc_freq": 1, "training.max_norm": 0},
@@ -68,12 +67,6 @@ def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], p
     for section, of_section in sections.items():
         changes[section] = dataclasses.replace(getattr(config, section), **of_section)
     return dataclasses.replace(config, **changes)
-
-
-def refuse(wrong: list[str]) -> None:
-    """Raise ConfigError if a line says that something is wrong."""
-    if lines := list(filter(None, wrong)):
-        raise ConfigError(" ".join(lines))
 
 
 def nearest(key: str, known: Iterable[str]) -> str:

@@ -4,10 +4,10 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming.config import flat, read_loaders, read_toml
+from examples.mosaic_streaming.config import flat, read_loaders, read_toml, refuse
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
-from examples.mosaic_streaming.titan.job_values import refuse, wrong_job_values
+from examples.mosaic_streaming.titan.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
 from examples.mosaic_streaming.titan.v0_2.checks import checkpoint_folder
 from examples.mosaic_streaming.titan.versions import RENAMED, check_flags

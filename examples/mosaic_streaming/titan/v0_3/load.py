@@ -3,10 +3,10 @@
 import argparse
 from typing import Any
 
-from examples.mosaic_streaming.config import flat, read_loaders
+from examples.mosaic_streaming.config import flat, read_loaders, refuse
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
-from examples.mosaic_streaming.titan.job_values import leaves, refuse, wrong_job_values
+from examples.mosaic_streaming.titan.job_values import leaves, wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
 from examples.mosaic_streaming.upstream import cpu

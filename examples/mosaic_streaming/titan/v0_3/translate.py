@@ -12,9 +12,9 @@ from torchtitan.distributed.activation_checkpoint import FullAC, MemoryBudgetAC,
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
-from examples.mosaic_streaming.config import is_url, wrong_value
+from examples.mosaic_streaming.config import is_url, refuse, wrong_value
 from examples.mosaic_streaming.errors import ConfigError
-from examples.mosaic_streaming.titan.job_values import refuse, with_values
+from examples.mosaic_streaming.titan.job_values import with_values
 from examples.mosaic_streaming.titan.models import check_model
 from examples.mosaic_streaming.titan.v0_3.trainer import check_text_model
 from examples.mosaic_streaming.titan.v0_3.validator import MosaicValidator
@@ -26,12 +26,7 @@ ADAM = {"name": "AdamW", "lr": 8e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "
 DEFAULTS = {"training.disable_cuda_graphs": True, "validation.local_batch_size": 8, "validation.seq_len": 2048}
 """What 0.2 has by itself, and 0.3 hasn't: the rest has the same defaults."""
 EXPERTS = "parallelism.expert_parallel_comm_backend"
-POLICIES: dict[str, Any] = {
-    "none": None,
-    "full": FullAC,
-    "selective": SelectiveAC,
-    "memory_budget": MemoryBudgetAC,
-}
+POLICIES: dict[str, Any] = {"none": None, "full": FullAC, "selective": SelectiveAC, "memory_budget": MemoryBudgetAC}
 """Values of activation_checkpoint.mode."""
 
 
