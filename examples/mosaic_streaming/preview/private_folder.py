@@ -21,28 +21,21 @@ LOCK = "in_use"
 
 @contextlib.contextmanager
 def private_folder(channel: AbortChannel) -> Iterator[str]:
-    """Make a temporary folder for this process, and remove those that this user's killed processes have left.
-
-    Raises:
-        ConfigError: no folder can be made.
-    """
+    """Make a folder, and remove those that this user's killed processes have left; ConfigError if none can be made."""
     try:
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
                 remove_stale_folder(folder)
-        own = tempfile.mkdtemp(prefix=PREFIX)
+        own = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     except OSError as error:
         raise ConfigError(f"No temporary folder can be made ({error}): set TMPDIR to a folder with space.") from error
-    with open(f"{own}/{LOCK}.part", "wb") as lock:
+    with own as mine, open(f"{mine}/{LOCK}.part", "wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)
-        os.rename(lock.name, f"{own}/{LOCK}")  # so that nobody sees it unlocked
+        os.rename(lock.name, f"{mine}/{LOCK}")  # so that nobody sees it unlocked
         try:
-            try:
-                yield own
-            finally:
-                channel.begin_shutdown()
+            yield mine
         finally:
-            shutil.rmtree(own, ignore_errors=True)
+            channel.begin_shutdown()
 
 
 def remove_stale_folder(folder: Path) -> None:
