@@ -15,13 +15,9 @@ MAX_POINTS = 200
 
 
 def count_samples(data: JobData, history: History, until: int) -> tuple[list[int], NDArray[np.int64]]:
-    """What a run has read of each stream after some steps: before the first that is known, and up to the last.
+    """Some steps, and what a run has read of each stream after them, int64 [steps, streams]; ConfigError if unknown.
 
-    Returns:
-        the steps, and int64 [steps, streams].
-
-    Raises:
-        ConfigError: what was read is not known.
+    The first is the one before those that are known, the last is `until`.
     """
     history.segment(until + 1)
     first = history.segments[0]
@@ -46,22 +42,17 @@ def count_samples(data: JobData, history: History, until: int) -> tuple[list[int
 def ledger_report(data: JobData, history: History, until: int, counts: NDArray[np.int64]) -> dict[str, Any]:
     """What was asked of each stream and what it has given, up to a step.
 
-    Shares are of samples, as `proportion` and the like are. Tokens are those that the model gets; there are none where
-    samples differ in length.
-
-    Args:
-        counts: samples that each stream has given, int64 [streams].
+    `counts` are the samples that each stream has given, int64 [streams]. Shares are of samples, as `proportion` and the
+    like are. Tokens are those that the model gets; there are none where samples differ in length.
     """
     tokens, total, dataset = data.opened.tokens_of_a_sample, int(counts.sum()), data.opened.dataset
-    streams = []
+    units, streams = {"samples": 1} | ({"tokens": tokens} if tokens else {}), []
     for number, name in enumerate(data.opened.names):
         share, samples = float(dataset.streams[number].proportion), int(counts[number])
-        amounts = {"samples": (share * total, samples)}
-        if tokens:
-            amounts["tokens"] = (share * total * tokens, samples * tokens)
         section = {"stream": name, "share_asked": share, "share": samples / max(1, total)}
         section["passes"] = samples / int(dataset.samples_per_stream[number])
-        for unit, (asked, given) in amounts.items():
+        for unit, size in units.items():
+            asked, given = share * total * size, samples * size
             section |= {f"{unit}_asked": asked, unit: given, f"{unit}_difference": given - asked}
         streams.append(section)
     since = history.segments[0].step if history.begins_anew else 0

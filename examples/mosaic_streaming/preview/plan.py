@@ -58,11 +58,9 @@ def files_of(data: JobData, stream: int) -> dict[str, Any]:
 
 def amounts(data: JobData, samples: int | None, prefix: str = "") -> dict[str, int | None]:
     """A number of samples and of their tokens, as far as these are known."""
-    tokens = data.opened.tokens_of_a_sample
-    return {
-        f"{prefix}samples": samples,
-        f"{prefix}tokens": samples * tokens if samples is not None and tokens else None,
-    }
+    size = data.opened.tokens_of_a_sample
+    tokens = samples * size if samples is not None and size else None
+    return {f"{prefix}samples": samples, f"{prefix}tokens": tokens}
 
 
 def run_section(data: JobData, history: History | None) -> dict[str, Any]:
@@ -71,9 +69,7 @@ def run_section(data: JobData, history: History | None) -> dict[str, Any]:
     repeat, exact = first_repeat(data, history) if history else (None, False)
     samples = history.samples(steps) if history else None
     unrepeated = history.samples(repeat - 1) if history and repeat else None
-    fits = None
-    if repeat is not None and (exact or steps < repeat):
-        fits = steps < repeat
+    fits = steps < repeat if repeat and (exact or steps < repeat) else None
     if order.blend and samples is not None:
         passes = list(passes_of(data.opened.names, data.opened.dataset, order, samples).values())
     return {
@@ -92,10 +88,7 @@ def run_section(data: JobData, history: History | None) -> dict[str, Any]:
 
 
 def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
-    """The first step that reads a sample again, and whether that is exact; otherwise no earlier step reads one again.
-
-    The step is None if it isn't known what was read before.
-    """
+    """The first step that reads a sample again, None if unknown, and whether that is exact; no earlier step does."""
     if not history.begins_anew:
         return None, False
     dataset, order = data.opened.dataset, data.opened.order
@@ -205,37 +198,32 @@ def stored_bytes(data: JobData, cached: bool) -> int:
 
 def settings_section(data: JobData) -> list[dict[str, Any]]:
     """Each setting that decides what is read and how, its value, and who has set it."""
-    given, resolved = flat(data.file.config), flat(data.config.config)
-    found = [
-        (key, value, data.config.source if key in given else DERIVED.get(key, "this project's default"))
-        for key, value in resolved.items()
-    ]
-    for key, value in data.opened.fingerprint.items():
-        if key.startswith("dataset.") and key not in resolved:
-            found.append((key, value, DERIVED.get(key, "streaming's default")))
-    return [{"setting": key, "value": value, "owner": owner} for key, value, owner in found] + data.job_settings
+    resolved, recorded = flat(data.config.config), data.opened.fingerprint
+    owners = dict.fromkeys(resolved, "this project's default") | DERIVED
+    owners |= dict.fromkeys(flat(data.file.config), data.config.source)
+    more = {key: value for key, value in recorded.items() if key.startswith("dataset.") and key not in resolved}
+    rows = [(key, value, owners.get(key, "streaming's default")) for key, value in (resolved | more).items()]
+    return [dict(zip(("setting", "value", "owner"), row, strict=True)) for row in rows] + data.job_settings
 
 
 def checks_section(data: JobData) -> dict[str, list[str]]:
     """What has been checked just now, as at each start, and what a job checks while it reads."""
-    spec, layout = data.opened.spec, data.job.layout
+    spec = data.opened.spec
     hashes = "".join(f", {name}" for name in sorted(filter(None, set(data.config.hashes))))
     now = [
         "tokenizer: TorchTitan and transformers read the same ids from the same assets",
         "index of each stream: its form, files inside of its folder, no pickled columns, columns that a batch can have",
         "first samples of each stream, if they are ids: their type, their length, text of this tokenizer",
     ]
-    later = [
-        f"shards, when fetched and at each start: bytes, samples{hashes}",
-        f"each batch: shape [{spec.rows}, {spec.max_seq_len}], ids 0 to {spec.vocab_size - 1:,}",
-    ]
-    if not data.opened.order.blend:
-        later.append("each epoch: as many samples as the index says")
-    if layout.world_size > 1:
-        later.append(f"first batch after a start: settings of all {layout.world_size} ranks; equal batches of peers")
-    if data.job.checkpoints.enable:
-        later.append("checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with")
-    return {"now": now, "later": later}
+    ranks, checkpoints = data.job.layout.world_size, data.job.checkpoints.enable
+    later = {
+        f"shards, when fetched and at each start: bytes, samples{hashes}": True,
+        f"each batch: shape [{spec.rows}, {spec.max_seq_len}], ids 0 to {spec.vocab_size - 1:,}": True,
+        "each epoch: as many samples as the index says": not data.opened.order.blend,
+        f"first batch after a start: settings of all {ranks} ranks; equal batches of peers": ranks > 1,
+        "checkpoint, when loaded: streams, order, lengths and tokenizer are those it was written with": checkpoints,
+    }
+    return {"now": now, "later": [check for check, is_made in later.items() if is_made]}
 
 
 def resume_section(data: JobData, checkpoint: Checkpoint, history: History | None) -> dict[str, Any]:

@@ -102,21 +102,18 @@ def print_layout(out: Console, plan: Report) -> None:
 def print_needs(out: Console, plan: Report) -> None:
     """What each node needs."""
     needs = plan["needs"]
-    parts = [needs[f"shared_memory_{part}"] for part in ("order", "shards", "batches")]
-    shared = "order {}, while an epoch begins; " if plan["epoch"] else ""
-    shared += "shards {}; batches in flight {}"
-    shared = shared.format(*map(decimal, parts if plan["epoch"] else parts[1:]))
+    order, shards, batches = (needs[f"shared_memory_{part}"] for part in ("order", "shards", "batches"))
+    ordering = f"order {decimal(order)}, while an epoch begins; " if plan["epoch"] else ""
+    shared = f"{ordering}shards {decimal(shards)}; batches in flight {decimal(batches)}"
     limit = f"at most {needs['cache_limit']} (dataset.cache_limit)" if needs["cache_limit"] else "no limit is set"
-    ordering, hashed = needs["memory_to_order_an_epoch"], needs["hashed_at_a_start"]
-    rows = [
-        ("shared memory", decimal(sum(parts)), shared),
-        ("memory", decimal(ordering), "in one process, while an epoch is put in order"),
-        ("cache", decimal(needs["cache"]), f"of disk for what is fetched; {limit}"),
-        ("to hash", decimal(hashed), "at each start, and what the caches hold by then"),
-    ]
-    if not plan["epoch"]:
-        rows.pop(1)
-    out.print(plain_table("Each machine needs", rows))
+    rows = {
+        "shared memory": (order + shards + batches, shared),
+        "memory": (needs["memory_to_order_an_epoch"], "in one process, while an epoch is put in order"),
+        "cache": (needs["cache"], f"of disk for what is fetched; {limit}"),
+        "to hash": (needs["hashed_at_a_start"], "at each start, and what the caches hold by then"),
+    }
+    shown = [(name, decimal(size), note) for name, (size, note) in rows.items() if plan["epoch"] or name != "memory"]
+    out.print(plain_table("Each machine needs", shown))
 
 
 def print_settings(out: Console, plan: Report) -> None:
