@@ -53,9 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         from examples.mosaic_streaming.preview.open_data import open_job_data
         from examples.mosaic_streaming.preview.progress import STDERR
 
-        layout = (flags.world_size, flags.ranks_per_node)
         with STDERR.status("Opening the streams"):
-            data = stack.enter_context(open_job_data(job, *layout, channel))
+            data = stack.enter_context(open_job_data(job, flags.world_size, flags.ranks_per_node, channel))
         try:
             getattr(commands, flags.command)(data, flags)
             sys.stdout.flush()
@@ -64,10 +63,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def log_warnings_to_stderr() -> None:
-    """Log only warnings, and keep them apart from reports.
-
-    Source: TorchTitan logs to stdout (0.2.2, tools/logging.py).
-    """
+    """Log only warnings, apart from reports. TorchTitan logs to stdout (0.2.2, tools/logging.py)."""
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("llmfoundry").setLevel(logging.ERROR)
     for handler in logging.getLogger().handlers:
@@ -80,19 +76,17 @@ def build_parser() -> Parser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(prog="python -m examples.mosaic_streaming.preview", description=USAGE, formatter_class=raw)
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
-    commands = {
-        name: subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
-        for name, text in COMMANDS.items()
-    }
+    commands: dict[str, Parser] = {}
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
-    for name, command in commands.items():
+    for name, text in COMMANDS.items():
+        command = commands[name] = subparsers.add_parser(name, help=text, description=text, allow_abbrev=False)
         command.add_files(required=True)
         command.add_argument("--world-size", default=1, help="processes of the job (default: 1)", **number)
         command.add_argument("--ranks-per-node", help="of them on a machine (default: up to 8)", **number)
         command.add_argument("--json", action="store_true", help="for scripts")
         if name != "show":
-            text = "of the run: a step's folder, or that of all steps for the one that a start loads"
-            command.add_argument("--checkpoint", metavar="PATH", help=text)
+            of_run = "of the run: a step's folder, or that of all steps for the one that a start loads"
+            command.add_argument("--checkpoint", metavar="PATH", help=of_run)
 
     show, step, ledger = commands["show"], commands["step"], commands["ledger"]
     show.add_argument("--rows", default=2, help="of each stream (default: 2)", **number)

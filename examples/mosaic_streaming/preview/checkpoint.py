@@ -40,11 +40,7 @@ class Checkpoint(NamedTuple):
             check_same_data(self.state.data, data.opened.fingerprint, data.opened.config.source)
 
     def history(self, data: JobData) -> History | None:
-        """What its run has read up to its step; None if that was other data, or isn't known.
-
-        Raises:
-            DataError: the state is damaged.
-        """
+        """What its run has read up to its step; None if that was other data, or isn't known. DataError if damaged."""
         if not self.state or self.differences(data):
             return None
         state = self.state
@@ -67,13 +63,10 @@ def moved(segments: tuple[Segment, ...], steps: int) -> tuple[Segment, ...]:
 
 
 def history_of_start(data: JobData, checkpoint: Checkpoint | None) -> History | None:
-    """What a run has read and will read that a start with the job's settings begins or goes on with.
+    """What a run has read and will read that a start with the job's settings begins, or goes on with.
 
-    Args:
-        checkpoint: what the start loads, even if `checkpoint.enable` is false; None for a new run.
-
-    Returns:
-        None if the start would be refused, because the checkpoint was written on other data.
+    A given checkpoint is loaded even if `checkpoint.enable` is false. None if it was written on other data, so that the
+    start would be refused.
     """
     if checkpoint is None:
         return data.new_run()
@@ -97,11 +90,7 @@ def history_of_start(data: JobData, checkpoint: Checkpoint | None) -> History | 
 
 
 def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = True) -> History:
-    """What a run has read and, if it goes on with the job's settings, will read.
-
-    Raises:
-        ConfigError: that is not known, or the checkpoint was written on other data.
-    """
+    """What a run has read and, if it goes on with the job's settings, will read; ConfigError if that isn't known."""
     history = history_of_start(data, checkpoint) if goes_on or not checkpoint else checkpoint.history(data)
     if history:
         return history
@@ -113,9 +102,7 @@ def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = 
 def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
     """The checkpoint that a start loads: the one at `path` or, if the job's settings say how to load one, its own.
 
-    Raises:
-        ConfigError: there is none, or none with what a start loads.
-        DataError: the state is damaged.
+    ConfigError if there is none, or none with what a start loads; DataError if its state is damaged.
     """
     settings, excluded = job.checkpoints, set(job.checkpoints.exclude_from_loading)
     if not path and (settings.load_step != -1 or excluded & {"dataloader", "train_state"}):

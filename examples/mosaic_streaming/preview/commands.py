@@ -12,12 +12,7 @@ from rich.console import Console
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview import plots, tables
-from examples.mosaic_streaming.preview.checkpoint import (
-    Checkpoint,
-    checkpoint_of_start,
-    history_of_start,
-    known_history,
-)
+from examples.mosaic_streaming.preview.checkpoint import checkpoint_of_start, history_of_start, known_history
 from examples.mosaic_streaming.preview.job_data import JobData, NoRowError
 from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
 from examples.mosaic_streaming.preview.open_data import open_validation
@@ -92,14 +87,14 @@ def plan(data: JobData, flags: Namespace) -> None:
         checkpoint.check_same_data(data)
 
 
-def scope(data: JobData, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def scope(data: JobData, reads_checkpoint: bool) -> dict[str, Any]:
     """What a report is true for."""
     return {
         "world_size": data.job.layout.world_size,
         "dp_world_size": data.job.layout.dp_world_size,
         "global_batch_size": data.opened.order.global_batch_size,
         "has_epochs": not data.opened.order.blend,
-        "warnings": list(checkpoint_warnings(data.job, checkpoint is not None)),
+        "warnings": list(checkpoint_warnings(data.job, reads_checkpoint)),
     }
 
 
@@ -117,7 +112,7 @@ def step(data: JobData, flags: Namespace) -> None:
                 if not flags.find or flags.find in content.get("text", ""):
                     place = {"step": number, "dp_rank": dp_rank, "batch": batch}
                     samples.append(place | data.locate(int(sample)) | content)
-    report = scope(data, checkpoint) | {
+    report = scope(data, checkpoint is not None) | {
         "global_batch_size_before": checkpoint.state.global_batch_size if checkpoint and checkpoint.state else None,
         "segments": [segment._asdict() for segment in history.segments],
         "packed": data.opened.order.packed,
@@ -141,7 +136,7 @@ def ledger(data: JobData, flags: Namespace) -> None:
     history = known_history(data, checkpoint, goes_on=not ended)
     until = ended.step if ended else flags.step or data.job.steps
     steps, counts = count_samples(data, history, until)
-    report = scope(data, checkpoint) | ledger_report(data, history, until, counts[-1])
+    report = scope(data, checkpoint is not None) | ledger_report(data, history, until, counts[-1])
     report["global_batch_size"] = history.segment(max(until, history.segments[0].step + 1)).global_batch_size
     seen = checkpoint.state.seen if checkpoint and checkpoint.state else None
     report["samples_by_checkpoint"] = seen.samples if seen else None

@@ -22,25 +22,17 @@ class NoRowError(DataError):
 
 @dataclass
 class JobData:
-    """The streams of a job that isn't running.
-
-    Attributes:
-        job_settings: of the job config, with their owners.
-        file: the loader's configuration as it was read.
-        config: the loader's configuration as the job would have it; `opened` has other caches.
-        folder: of this process, for what it fetches.
-        validation: the file and the configuration of the validation loader, if the job has one.
-    """
+    """The streams of a job that isn't running."""
 
     job: Job
-    job_settings: list[dict[str, Any]]
-    file: LoaderFile
-    config: ResolvedLoader
+    job_settings: list[dict[str, Any]]  # of the job config, with their owners
+    file: LoaderFile  # the loader's configuration as it was read
+    config: ResolvedLoader  # as the job would have it; `opened` has other caches
     opened: OpenLoader
     tokenizer: PreTrainedTokenizerBase
-    folder: str
+    folder: str  # of this process, for what it fetches
     shape: BatchShape
-    validation: tuple[LoaderFile, ResolvedLoader] | None
+    validation: tuple[LoaderFile, ResolvedLoader] | None  # those of the validation loader, if the job has one
 
     @property
     def first_samples(self) -> NDArray[np.int64]:
@@ -100,12 +92,7 @@ class JobData:
         }
 
     def collate(self, samples: Sequence[int]) -> Mapping[str, Any]:
-        """The batch that llm-foundry's collator makes of samples.
-
-        Raises:
-            DataError: a sample can't be read.
-            NoRowError: a sample makes no row.
-        """
+        """The batch that llm-foundry's collator makes of samples; raises what `read` does."""
         collate: Any = self.opened.loader.collate_fn
         read = [self.read(sample) for sample in samples]
         try:

@@ -42,16 +42,9 @@ GPUS_OF_A_NODE = 8
 
 @contextlib.contextmanager
 def open_job_data(
-    loaded: titan.LoadedJob,
-    world_size: int,
-    ranks_per_node: int | None,
-    channel: AbortChannel,
+    loaded: titan.LoadedJob, world_size: int, ranks_per_node: int | None, channel: AbortChannel
 ) -> Iterator[JobData]:
-    """A context in which the streams of a job can be read.
-
-    Args:
-        loaded: the job.
-        ranks_per_node: if None, up to 8.
+    """A context in which the streams of a job can be read; nodes are as in `check_ranks`.
 
     Raises:
         ConfigError: the job would not start with this configuration, or not on this many ranks.
@@ -81,12 +74,7 @@ def open_job_data(
 
 
 def open_validation(data: JobData) -> JobData | None:
-    """The validation streams of a job, if it has any. Their samples have ids of their own.
-
-    Raises:
-        ConfigError: llm-foundry or streaming refuses them.
-        DataError: an index can't be read, or is damaged.
-    """
+    """The validation streams of a job, if it has any, with ids of their own; raises as `open_job_data` does."""
     if not data.validation:
         return None
     assert data.job.validation

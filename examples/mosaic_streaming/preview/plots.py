@@ -33,9 +33,7 @@ def plot_lengths(path: str, rows: Sequence[dict[str, Any]]) -> None:
 def plot_shares(path: str, steps: Sequence[int], counts: NDArray[np.int64], streams: Sequence[dict[str, Any]]) -> None:
     """Draw each stream's share of the samples read so far, over steps, and the share asked for.
 
-    Args:
-        counts: samples read up to each step, int64 [steps, streams].
-        streams: of the report of `ledger`.
+    `counts` are the samples read up to each step, int64 [steps, streams]; `streams` are those of `ledger_report`.
     """
     read = counts.sum(axis=1)
     steps, shares = np.array(steps)[read > 0], counts[read > 0] / read[read > 0, None]

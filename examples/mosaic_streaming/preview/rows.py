@@ -24,12 +24,8 @@ Document = dict[str, Any]
 def rows_of(data: JobData, samples: Sequence[int]) -> list[dict[str, Any]]:
     """The rows that llm-foundry's collator and ours make of samples, as `show` reports them.
 
-    Args:
-        samples: ids; with packing, those of a batch, in which some may find no room.
-
-    Raises:
-        DataError: a sample can't be read.
-        NoRowError: a sample makes no row, or none for the model.
+    With packing, the samples are those of a batch, and some may find no room. Raises what `JobData.collate` does, and
+    NoRowError also where a row is none for the model.
     """
     batch = data.collate(samples)
     ids = batch["input_ids"]

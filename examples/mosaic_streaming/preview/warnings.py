@@ -13,10 +13,7 @@ from examples.mosaic_streaming.shards import ADD_HASHES
 from examples.mosaic_streaming.titan import own_checkpoints
 
 MANY_PASSES = 4
-"""Over the same text; one more teaches next to nothing.
-
-Source: Muennighoff et al., Scaling Data-Constrained Language Models, arXiv 2305.16264.
-"""
+"""Over the same text; one more teaches next to nothing (Scaling Data-Constrained Language Models, arXiv 2305.16264)."""
 
 
 def plan_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
