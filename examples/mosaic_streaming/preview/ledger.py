@@ -1,5 +1,6 @@
 """What a run has read of each stream, against the shares that were asked for."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -28,15 +29,11 @@ def count_samples(data: JobData, history: History, until: int) -> tuple[list[int
             "whose global batch has never changed."
         )
     points = np.linspace(first.step, until, min(MAX_POINTS, until - first.step) + 1)
-    steps, counts = list(map(round, points.tolist())), []
+    steps = list(map(round, points.tolist()))
     unrecorded = Slice(first.step, 0, 0, first.sample_in_epoch, first.global_batch_size)
-    total = np.zeros(len(data.opened.names), np.int64)
-    for number in progress_bar(range(len(steps)), "Counting samples"):
-        read = history.slices(steps[number - 1], steps[number]) if number else [unrecorded]
-        for piece in read:
-            total = total + data.counts(piece)
-        counts.append(total)
-    return steps, np.array(counts)
+    reads = [[unrecorded], *(history.slices(*pair) for pair in itertools.pairwise(steps))]
+    counts = [np.sum(list(map(data.counts, read)), axis=0) for read in progress_bar(reads, "Counting samples")]
+    return steps, np.cumsum(counts, axis=0)
 
 
 def ledger_report(data: JobData, history: History, until: int, counts: NDArray[np.int64]) -> dict[str, Any]:
