@@ -104,9 +104,7 @@ def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
         pairs = itertools.pairwise(history.slices())
         return next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end)) + 1, False
     seen = np.zeros(dataset.num_samples, bool)
-    slices = history.slices()
-    for _ in progress_bar(itertools.count(), "Looking for the first repeat"):
-        piece = next(slices)
+    for piece in progress_bar(history.slices(), "Looking for the first repeat"):
         read = data.samples(piece)
         again = np.flatnonzero(seen[read] | is_repeat(read, dataset.num_samples))
         if again.size:
@@ -129,12 +127,11 @@ def validation_section(data: JobData) -> dict[str, Any] | None:
     assert data.job.validation
     settings, batch, dataset = data.job.validation, validation.opened.order.global_batch_size, validation.opened.dataset
     batches, samples = size_of_round(dataset.epoch_size, batch, settings.steps)
-    streams = [
-        {"name": name, "samples": int(dataset.samples_per_stream[number])} | files_of(validation, number)
-        for number, name in enumerate(validation.opened.names)
-    ]
     return {
-        "streams": streams,
+        "streams": [
+            {"name": name, "samples": int(dataset.samples_per_stream[number])} | files_of(validation, number)
+            for number, name in enumerate(validation.opened.names)
+        ],
         "samples": dataset.epoch_size,
         "round": {"batches": batches, "samples": samples, "global_batch_size": batch},
         "seq_len": settings.shape.seq_len,
