@@ -58,7 +58,7 @@ def show(data: JobData, flags: Namespace) -> None:
 
 def samples_to_show(data: JobData, flags: Namespace) -> Iterator[tuple[list[int], int]]:
     """Samples to make rows of, and how many of these rows to show. Packed rows are those of the run's first batches."""
-    names = data.opened.names
+    names, dataset = data.opened.names, data.opened.dataset
     if flags.sample:
         yield from (([sample], 1) for sample in flags.sample if data.locate(sample))
     elif data.opened.order.packed:
@@ -71,7 +71,7 @@ def samples_to_show(data: JobData, flags: Namespace) -> Iterator[tuple[list[int]
             raise ConfigError(f"--stream {flags.stream}, but {data.opened.config.source} has: {', '.join(names)}.")
         numbers = [names.index(flags.stream)] if flags.stream else range(len(names))
         for number in progress_bar(numbers, "Reading streams"):
-            begin, size = int(data.first_samples[number]), int(data.opened.dataset.samples_per_stream[number])
+            begin, size = int(dataset.sample_offset_per_stream[number]), int(dataset.samples_per_stream[number])
             yield from (([sample], 1) for sample in range(begin, begin + min(size, flags.rows)))
 
 

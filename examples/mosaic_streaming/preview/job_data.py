@@ -34,11 +34,6 @@ class JobData:
     shape: BatchShape
     validation: tuple[LoaderFile, ResolvedLoader] | None  # those of the validation loader, if the job has one
 
-    @property
-    def first_samples(self) -> NDArray[np.int64]:
-        """The id of each stream's first sample, int64 [streams]."""
-        return self.opened.dataset.sample_offset_per_stream
-
     def new_run(self) -> History:
         """What a run reads that begins with the present settings and keeps them."""
         order = self.opened.order
@@ -86,7 +81,7 @@ class JobData:
         return {
             "sample": sample,
             "stream": self.opened.names[stream],
-            "sample_of_stream": sample - int(self.first_samples[stream]),
+            "sample_of_stream": sample - int(dataset.sample_offset_per_stream[stream]),
             "shard": next(name for name in files if not name.endswith(".meta")),  # which JSON and CSV have, too
             "sample_of_shard": sample_of_shard,
         }

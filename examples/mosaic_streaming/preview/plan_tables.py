@@ -13,14 +13,12 @@ SHOWN_RANKS = 4
 
 def print_plan(out: Console, plan: Report) -> None:
     """All sections of a plan."""
+    sections = [print_run, print_layout, print_needs, print_settings]
     print_streams(out, "Streams", plan["streams"])
-    out.print()
-    for print_section in (print_run, print_layout, print_needs, print_settings):
+    for print_section in [*sections, print_validation] if plan["validation"] else sections:
+        out.print()
         print_section(out, plan)
-        out.print()
-    if plan["validation"]:
-        print_validation(out, plan["validation"])
-        out.print()
+    out.print()
     for title, when, mark in (("Checked now", "now", "✓"), ("Will be checked", "later", "·")):
         out.print(title, style="bold")
         for check in plan["checks"][when]:
@@ -72,8 +70,9 @@ def print_run(out: Console, plan: Report) -> None:
         out.print(f"  Samples and tokens of {-since:,} steps before step 1 are counted, too.")
 
 
-def print_validation(out: Console, validation: Report) -> None:
+def print_validation(out: Console, plan: Report) -> None:
     """The validation streams, and what a round reads."""
+    validation = plan["validation"]
     print_streams(out, "Validation", validation["streams"])
     of_round = validation["round"]
     out.print(
