@@ -88,8 +88,7 @@ def collate_rows(collate: DataCollatorForLanguageModeling, samples: Sequence[Any
 def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
     """Give a loader this project's `Collator`, which keeps inside it what isn't llm-foundry's own.
 
-    Raises:
-        ConfigError: A loader that a user has registered packs, and carries samples over to the next batch.
+    ConfigError if a loader that a user has registered packs, and carries samples over to the next batch.
     """
     dataset, collate = loader.dataset, cast(Any, loader.collate_fn)
     assert isinstance(dataset, CheckedDataset)

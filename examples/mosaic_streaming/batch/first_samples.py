@@ -35,14 +35,8 @@ def check_first_samples(
 ) -> list[str]:
     """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
 
-    Streams that are tokenized as they are read aren't checked.
-
-    Returns:
-        warnings about streams whose tokenizer can't be told.
-
-    Raises:
-        ConfigError: Samples need another setting, or have to be written anew.
-        DataError: A sample can't be read.
+    Streams that are tokenized as they are read aren't checked. Returns warnings about those whose tokenizer can't be
+    told. ConfigError if samples need another setting or have to be written anew, DataError if one can't be read.
     """
     dataset, warnings = loader.dataset, []
     assert isinstance(dataset, CheckedDataset)

@@ -37,8 +37,7 @@ class Batches:
     def take(self, count: int) -> list[Mapping[str, Any]]:
         """Return the next `count` batches, or fewer at the end of the epoch.
 
-        Raises:
-            DataError: A sample can't be read, a batch can't be made, or a worker has died.
+        DataError if a sample can't be read, a batch can't be made, or a worker has died.
         """
         assert self._batches is not None
         try:

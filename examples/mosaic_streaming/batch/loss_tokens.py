@@ -13,11 +13,7 @@ SHOWN_SAMPLES = 8
 
 
 def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
-    """Make the error for a global batch whose labels are all -100. It names samples and streams.
-
-    Args:
-        sample_in_epoch: where the global batch begins in its epoch, in samples.
-    """
+    """Make the error for the global batch that begins at a sample of an epoch; it names samples and streams."""
     end = sample_in_epoch + order.global_batch_size
     samples = order.samples(dataset, epoch, np.arange(sample_in_epoch, end))
     told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))

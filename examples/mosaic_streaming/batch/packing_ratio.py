@@ -25,11 +25,7 @@ def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
     It depends on the streams and the batch size alone, not on ranks. llm-foundry's own search (`auto_packing_ratio`,
     0.22.0) reads other samples on each rank, and carries what doesn't fit over to the next batch.
 
-    Args:
-        rows: in a batch, per dp rank.
-
-    Raises:
-        DataError: A sample can't be read, or makes no example.
+    `rows` are those of a batch, per dp rank. DataError if a sample can't be read, or makes no example.
     """
     lengths, max_seq_len = list(read_lengths(loader, rows, config)), config.dataset["max_seq_len"]
     good, bad = 10, 10 * min(MAX_RATIO, 1 + len(lengths) // rows)  # in tenths: llm-foundry's ratios have one decimal

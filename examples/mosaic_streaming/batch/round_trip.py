@@ -31,12 +31,9 @@ this many ids differ."""
 
 
 def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: PreTrainedTokenizerBase, label: str) -> list[str]:
-    """Refuse ids that another tokenizer wrote; return a warning if that can't be told.
+    """Raise ConfigError for ids that another tokenizer than the model's wrote; return a warning if that can't be told.
 
-    Args:
-        texts: ids, int64 [tokens], each of a sample or of a part of one.
-        tokenizer: the model's.
-        label: names their stream in messages.
+    `texts` are ids, int64 [tokens], each of a sample or of a part of one; `label` names their stream in messages.
     """
     limit = max(MIN_IDS_OF_TEXT, MAX_IDS // max(1, len(texts)))
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}

@@ -7,9 +7,9 @@ stream before you upload it to a store.
 """
 
 import argparse
-import contextlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -84,18 +84,14 @@ def add_hash(entry: dict[str, Any], content: bytes, algorithm: str) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replace a file atomically, keeping its permissions."""
     path = path.resolve()  # keep a link: replace its target
-    file, part = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with open(file, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as folder:
+        part = Path(folder, "part")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
             os.fsync(file)
-        os.chmod(part, path.stat().st_mode & 0o7777)
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
+        shutil.copymode(path, part)
+        part.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,28 +13,23 @@ import shutil
 import socket
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.config import is_url, private_root
 from examples.mosaic_streaming.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from examples.mosaic_streaming.shards.stream import CheckedStream
+from examples.mosaic_streaming.shards.stream import INCOMING, CheckedStream
 
 MARKER = ".mosaic_cache"
 """The file that makes a folder a cache; it holds the source of the copies."""
 IN_USE = ".in_use"
 """The file in a cache that the job locks."""
-INCOMING = ".incoming-"
-"""Prefix of the folders in a cache that hold files being fetched."""
 
 held: list[int] = []
 """File descriptors of the locks that this process keeps until it ends."""
 
 
-def take_cache(stream: "CheckedStream", config_path: str) -> None:
+def take_cache(stream: CheckedStream, config_path: str) -> None:
     """Lock a stream's cache for this job and remove what a dead job left half fetched; `config_path` is for messages.
 
     ConfigError if it is in use or isn't a cache of this stream, DataError if it can't be written.

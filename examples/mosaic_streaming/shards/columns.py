@@ -45,14 +45,9 @@ def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
 
 
 def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
-    """Check that a loader can read all shards of all streams, and mix them in a batch.
+    """Raise ConfigError unless a loader can read all shards of all streams, and mix them in a batch.
 
-    Args:
-        labels: the streams' names in messages.
-        path: the loader's config file, for messages.
-
-    Raises:
-        ConfigError: it can't.
+    `labels` are the streams' names and `path` is the loader's config file, both for messages.
     """
     if loader not in FORMS:
         return

@@ -292,12 +292,11 @@ def make_checked_dataset(dataset: StreamingDataset, labels: list[str], may_cut: 
     """
     kind = type(dataset)
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
-    for number, (stream, label) in enumerate(zip(dataset.streams, labels, strict=True)):
-        checked = make_checked(stream, label)
-        checked.fetch_stats = fetch_stats_file(dataset._shm_prefix_int)
-        begin = int(dataset.shard_offset_per_stream[number])
-        for shard in dataset.shards[begin : begin + int(dataset.shards_per_stream[number])]:
-            if type(shard) is MDSReader:
-                shard.__class__ = CheckedReader
-                reader = cast(CheckedReader, shard)
-                reader.is_cache, reader.stays = checked.is_cache, not dataset.cache_limit
+    streams = [make_checked(stream, label) for stream, label in zip(dataset.streams, labels, strict=True)]
+    for stream in streams:
+        stream.fetch_stats = fetch_stats_file(dataset._shm_prefix_int)
+    for shard, number in zip(dataset.shards, dataset.stream_per_shard, strict=True):
+        if type(shard) is MDSReader:
+            shard.__class__ = CheckedReader
+            reader = cast(CheckedReader, shard)
+            reader.is_cache, reader.stays = streams[number].is_cache, not dataset.cache_limit

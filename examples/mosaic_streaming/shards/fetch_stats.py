@@ -1,16 +1,14 @@
 """Counts what the processes of a node have fetched, in a shared-memory file that they all append to."""
 
 import contextlib
+import functools
 import os
-import struct
 from typing import NamedTuple
 
 import numpy as np
 
-RECORD = struct.Struct("<q")
-"""One record of the file: the bytes of a fetched shard file, or RETRY."""
-
 RETRY = -1
+"""The record of a retry. The others are the bytes of a fetched shard file. Each is an int64."""
 
 
 class FetchCounts(NamedTuple):
@@ -52,9 +50,6 @@ def fetch_stats_file(number: int) -> str:
 
 def count_fetched(path: str, record: int) -> None:
     """Append a record; small appends are atomic. If shared memory is full, it isn't counted."""
-    with contextlib.suppress(OSError):
-        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(file, RECORD.pack(record))
-        finally:
-            os.close(file)
+    opener = functools.partial(os.open, mode=0o600)
+    with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=opener) as file:
+        file.write(np.int64(record).tobytes())

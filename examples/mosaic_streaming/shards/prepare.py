@@ -24,9 +24,8 @@ VERIFY_THREADS = 4
 def prepare_streams(loader: ResolvedLoader) -> None:
     """Prepare the indexes and caches of all streams on this node; only its local leader calls this.
 
-    Raises:
-        ConfigError: a cache is in use by another job, or can't be used.
-        DataError: an index is missing or invalid, or a file that can't be fetched again is damaged.
+    ConfigError if a cache is in use by another job, or can't be used; DataError if an index is missing or invalid, or a
+    file that can't be fetched again is damaged.
     """
     remove_stale()
     for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
@@ -37,11 +36,7 @@ def prepare_streams(loader: ResolvedLoader) -> None:
 
 
 def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
-    """Make a stream from its complete settings, as streaming will.
-
-    Raises:
-        ConfigError: streaming refuses the settings.
-    """
+    """Make a stream from its complete settings, as streaming will; ConfigError if it refuses them."""
     keys = ("remote", "local", *stream_defaults())
     try:
         stream = Stream(**{key: settings[key] for key in keys if key in settings})
@@ -52,16 +47,10 @@ def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
 
 
 def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFile]:
-    """Read a stream's index; an invalid one in a cache is fetched again.
-
-    Raises:
-        DataError: the index is missing or invalid.
-    """
+    """Read a stream's index, or fetch an invalid one in a cache again; DataError if it is missing or invalid."""
     index = stream.path(get_index_basename())
+    read = functools.partial(read_index, allow_unsafe_types=allow_unsafe_types, validate_hash=stream.validate_hash)
     fetched: list[ShardFile] = []
-
-    def read(path: str) -> list[ShardFile]:
-        return read_index(path, allow_unsafe_types, stream.validate_hash)
 
     def store(path: str, folder: str) -> None:
         fetched[:] = read(path)

@@ -8,7 +8,6 @@ import errno
 import os
 import random
 import shutil
-import struct
 import tempfile
 import threading
 import time
@@ -25,12 +24,13 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.config import is_copy
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.shards.cache import INCOMING
 from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched
 from examples.mosaic_streaming.shards.index import FileError, ShardFile
 
 MAX_BACKOFF = 60.0
 """Seconds, at most, between two attempts to fetch a file."""
+INCOMING = ".incoming-"
+"""Prefix of the folders in a cache that hold files being fetched."""
 
 
 class CheckedStream(Stream):
@@ -63,10 +63,12 @@ class CheckedStream(Stream):
         """Prepare one file; return by how many bytes the cache has grown."""
         if os.path.isfile(self.path(file.raw.basename)):
             return 0
+        growth = file.raw.bytes + (file.packed.bytes if file.packed and self.safe_keep_zip else 0)
         if file.packed and os.path.isfile(packed := self.path(file.packed.basename)):
             try:
                 with self.storing(file.raw.basename, file.raw.bytes) as folder:
-                    return self.store(packed, folder, file, compression) - file.packed.bytes
+                    self.store(packed, folder, file, compression)
+                return growth - file.packed.bytes
             except FileError as error:
                 if not self.is_cache:
                     raise DataError(f"{packed} of {self.label} is damaged: {describe(error)}") from error
@@ -74,23 +76,20 @@ class CheckedStream(Stream):
         needed = file.stored.bytes + (file.raw.bytes if file.packed else 0)
         self.fetch(file.stored.basename, needed, lambda path, folder: self.store(path, folder, file, compression))
         self.count(file.stored.bytes)
-        return file.raw.bytes + (file.packed.bytes if file.packed and self.safe_keep_zip else 0)
+        return growth
 
-    def store(self, path: str, folder: str, file: ShardFile, compression: str | None) -> int:
-        """Check a fetched file, unpack it in `folder` and put it in place; return the bytes that it takes there."""
-        if file.packed is None:
-            check_file(path, file.raw, self.validate_hash, file.samples)
-            os.replace(path, self.path(file.raw.basename))
-            return file.raw.bytes
-        check_file(path, file.packed, self.validate_hash, None)
-        raw = unpack_into(folder, path, compression)
-        check_file(raw, file.raw, None, file.samples)
+    def store(self, path: str, folder: str, file: ShardFile, compression: str | None) -> None:
+        """Check a fetched file, unpack it in `folder` and put it in place."""
+        check_file(path, file.stored, self.validate_hash, None if file.packed else file.samples)
+        raw = path
+        if file.packed:
+            raw = unpack_into(folder, path, compression)
+            check_file(raw, file.raw, None, file.samples)
         os.replace(raw, self.path(file.raw.basename))
-        if not self.safe_keep_zip:
+        if file.packed and self.safe_keep_zip:
+            os.replace(path, self.path(file.packed.basename))
+        elif file.packed:
             os.remove(path)
-            return file.raw.bytes
-        os.replace(path, self.path(file.packed.basename))
-        return file.raw.bytes + file.packed.bytes
 
     def fetch(self, basename: str, needed: int, store: Callable[[str, str], object]) -> None:
         """Fetch a file into the cache, whole and correct, or raise DataError after `download_retry` attempts.
@@ -131,27 +130,26 @@ class CheckedStream(Stream):
 
         streaming's downloaders have no such limit, or pass it to clients that retry internally.
         """
-        outcome: list[BaseException | None] = []
+        failed: list[BaseException] = []
         downloader = self._downloader
 
         def run() -> None:
             try:
                 downloader.download(remote, path, self.download_timeout)
-                outcome.append(None)
             except BaseException as error:
-                outcome.append(error)
+                failed.append(error)
 
         thread = threading.Thread(target=run, daemon=True)  # an executor's thread would keep the process alive
         thread.start()
         size, since = -1, time.monotonic()
-        while not outcome:
+        while thread.is_alive():
             thread.join(min(1.0, self.download_timeout / 4))
             if (now := size_of(folder)) != size:
                 size, since = now, time.monotonic()
-            elif not outcome and time.monotonic() - since > self.download_timeout:
+            elif thread.is_alive() and time.monotonic() - since > self.download_timeout:
                 raise TimeoutError(f"no progress for {self.download_timeout} s (dataset.download_timeout)")
-        if outcome[0] is not None:
-            raise outcome[0]
+        if failed:
+            raise failed[0]
 
     @contextlib.contextmanager
     def storing(self, basename: str, needed: int) -> Iterator[str]:
@@ -196,10 +194,9 @@ class CheckedStream(Stream):
 def size_of(folder: str) -> int:
     """Bytes in a folder's files; a client may be renaming some of them."""
     size = 0
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                size += entry.stat().st_size
+    for file in Path(folder).iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            size += file.stat().st_size
     return size
 
 
@@ -209,12 +206,10 @@ def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: in
         raise FileError(f"it has {size:,} bytes, expected {info.bytes:,}")
     with open(path, "rb") as file:
         if samples is not None:
-            found, *_ = struct.unpack("<I", file.read(4).ljust(4, b"\0"))
-            if found != samples:
+            if (found := int.from_bytes(file.read(4), "little")) != samples:
                 raise FileError(f"it has {found:,} samples, the index says {samples:,}")
             file.seek(4 + 4 * samples)
-            end, *_ = struct.unpack("<I", file.read(4).ljust(4, b"\0"))
-            if end != size:
+            if (end := int.from_bytes(file.read(4), "little")) != size:
                 raise FileError(f"its samples end at byte {end:,} of {size:,}")
             file.seek(0)
         if validate_hash and (hash := get_hash(validate_hash, file.read())) != info.hashes[validate_hash]:

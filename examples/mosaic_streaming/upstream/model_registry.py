@@ -1,8 +1,8 @@
-"""Lists TorchTitan 0.3's text models and their flavors.
+"""Lists TorchTitan's models, and those of 0.3 that read text, and their flavors.
 
-TorchTitan 0.3.0 has no public list of its models. Those that read text have a config with its text loader, and the
-table of a model's flavors is called after the model (models/*/config_registry.py, models/*/__init__.py). A registry
-with both makes this module needless.
+TorchTitan has no public list of its models (0.2.2 and 0.3.0). Those of 0.3.0 that read text have a config with its text
+loader, and the table of a model's flavors is called after the model (models/*/config_registry.py,
+models/*/__init__.py). A registry with all three makes this module needless.
 """
 
 import importlib

@@ -9,9 +9,8 @@ from typing import Any
 def replace(owner: Any, name: str, replacement: Any) -> Callable[[], None]:
     """Replace an attribute of a module, class or object; return a function that restores the original.
 
-    Raises:
-        RuntimeError: the attribute is missing, or is a function with other parameters than the replacement: the
-            package has another version than the patch was written for.
+    RuntimeError if the package has another version than the patch was written for: the attribute is missing, or is a
+    function with other parameters than the replacement.
     """
     place = f"{getattr(owner, '__name__', type(owner).__name__)}.{name}"
     if not hasattr(owner, name):

@@ -131,12 +131,6 @@ def is_own(file: Path) -> bool:
 
 def remove_stale() -> None:
     """Remove shared memory with our numbers that this user's dead jobs have left."""
-    numbers = set()
-    with os.scandir(SHM) as entries:
-        for entry in entries:
-            with contextlib.suppress(FileNotFoundError):
-                name = re.match(r"([1-9]\d{12})_", entry.name)
-                if name and entry.stat(follow_symlinks=False).st_uid == os.getuid():
-                    numbers.add(int(name[1]))
-    for number in numbers:
+    names = [re.match(r"([1-9]\d{12})_", file.name) for file in SHM.iterdir() if is_own(file)]
+    for number in {int(name[1]) for name in names if name}:
         remove_unused(number)

@@ -1,20 +1,16 @@
-"""Lists the models in TorchTitan's registry, and registers one again.
+"""Registers a model in TorchTitan's registry again.
 
-TorchTitan 0.2.2 has no public list of its models, and refuses to register a name twice (protocols/train_spec.py). A
-registry with both makes this module needless.
+TorchTitan 0.2.2 refuses to register a name twice (protocols/train_spec.py). A registry that allows it makes this module
+needless.
 """
 
-from torchtitan.models import _supported_models
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
+from examples.mosaic_streaming.upstream.model_registry import model_names as model_names
+
 registered: dict[str, TrainSpec] = {}
 """The specs registered here, by name."""
-
-
-def model_names() -> list[str]:
-    """The names of TorchTitan's built-in models."""
-    return sorted(_supported_models)
 
 
 def register_again(name: str, spec: TrainSpec) -> None:
