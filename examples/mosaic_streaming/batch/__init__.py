@@ -14,8 +14,7 @@ from examples.mosaic_streaming.batch.collate import (
     use_fast_collator,
 )
 from examples.mosaic_streaming.batch.first_samples import check_first_samples
-from examples.mosaic_streaming.batch.iterator import Batches
-from examples.mosaic_streaming.batch.loss_tokens import no_loss_token_error
+from examples.mosaic_streaming.batch.iterator import Batches, no_loss_token_error
 from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
 from examples.mosaic_streaming.batch.round_trip import PROBE
 from examples.mosaic_streaming.batch.titan_batch import (

@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from examples.mosaic_streaming.batch.collate import Collator, to_tensors
 from examples.mosaic_streaming.errors import DataError
-from examples.mosaic_streaming.shards import Failure
+from examples.mosaic_streaming.sampling import Order, stream_numbers
+from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream, Failure
 from examples.mosaic_streaming.upstream.torchelastic import SIGNALS
 from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down_workers
 
+SHOWN_SAMPLES = 8
+"""Samples of a global batch that a message names."""
 WORKER_EXIT_SECONDS = 1.0
 """How long to wait for the exit code of a dying worker."""
 
@@ -87,3 +91,17 @@ def read_in_workers(
         batches.begin()
         while batch := batches.take(1):
             yield batch[0]
+
+
+def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
+    """Make the error for the global batch that begins at a sample of an epoch; it names samples and streams."""
+    samples = order.samples(dataset, epoch, sample_in_epoch + np.arange(order.global_batch_size))
+    told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
+    more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
+    numbers = np.unique(stream_numbers(dataset, samples))
+    streams = [cast(CheckedStream, dataset.streams[number]).label for number in numbers]
+    return DataError(
+        f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
+        f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}` shows one. "
+        "Remove such samples, or raise training.global_batch_size, so that others are in a batch with them."
+    )

@@ -42,7 +42,6 @@ def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
     Args:
         batch: `input_ids: int32 or int64 [rows, max_seq_len]`, and optionally `labels`, `attention_mask` and
             `sequence_id` of the same shape. Other keys are dropped.
-        spec: what the batch has to look like.
 
     Returns:
         `{"input": int64 [rows, seq_len]}` and `labels: int64 [rows, seq_len]`. `labels[:, t]` is the token that follows
@@ -50,8 +49,7 @@ def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
         keeps attention within documents also gets `sequence_id`, and `positions` if it takes them, of the same shape.
         One that makes its masks of positions gets `positions` alone, and always.
 
-    Raises:
-        DataError: A tensor is missing, the shape is not `[rows, max_seq_len]`, or an id is outside the vocabulary.
+    DataError if a tensor is missing, the shape is not `[rows, max_seq_len]`, or an id is outside the vocabulary.
 
     Source: llm-foundry's labels are not shifted, TorchTitan's are (llm-foundry 0.22.0 data/text_data.py,
     torchtitan 0.2.2 hf_datasets/text_datasets.py).
