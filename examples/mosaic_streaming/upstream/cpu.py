@@ -24,31 +24,22 @@ ACTIVE = torch._utils._get_available_device_type() is None
 """Whether this process has no accelerator, so that TorchTitan runs on the CPU."""
 
 
-class CpuModule(types.ModuleType):
-    """`torch.cpu` plus the device functions that TorchTitan calls and it lacks; memory is the process's."""
+def memory_stats(device: Any = None) -> dict[str, int]:
+    """The process's peak memory, in bytes, in place of a device's."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+    return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cpu, name)
 
-    def current_device(self) -> int:
-        """An index, as `barrier(device_ids=...)` needs it; `torch.cpu` returns "cpu"."""
-        return 0
-
-    def get_device_name(self, device: Any = None) -> str:
-        return "CPU"
-
-    def get_device_properties(self, device: Any = None) -> types.SimpleNamespace:
-        return types.SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-    def memory_stats(self, device: Any = None) -> dict[str, int]:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
-        return {"active_bytes.all.peak": peak, "reserved_bytes.all.peak": peak}
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """The peak of a process can't be reset."""
-
-    def empty_cache(self) -> None:
-        """There is none."""
+MACHINE = types.SimpleNamespace(total_memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+LACKING = {
+    "current_device": lambda: 0,  # an index, as `barrier(device_ids=...)` needs it; `torch.cpu` returns "cpu"
+    "get_device_name": lambda device=None: "CPU",
+    "get_device_properties": lambda device=None: MACHINE,
+    "memory_stats": memory_stats,
+    "reset_peak_memory_stats": lambda device=None: None,  # the peak of a process can't be reset
+    "empty_cache": lambda: None,
+}
+"""The device functions that TorchTitan calls and `torch.cpu` lacks."""
 
 
 def sum_gradients_with_gloo(parallelize_fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -78,9 +69,10 @@ def prepare_torchtitan() -> None:
     """Import torchtitan so that it finds the CPU if there is no accelerator; call this before anything imports it."""
     if not ACTIVE:
         return
+    module = types.SimpleNamespace(**vars(torch.cpu) | LACKING)
     with (
         replaced(torch._utils, "_get_available_device_type", lambda: "cpu"),
-        replaced(torch._utils, "_get_device_module", lambda device_type: CpuModule("cpu")),
+        replaced(torch._utils, "_get_device_module", lambda device_type: module),
     ):
         importlib.import_module("torchtitan.tools.utils")
     if importlib.util.find_spec("torchtitan.tools.profiling") is None:  # 0.3, which asks for what there is
