@@ -6,7 +6,7 @@ canonical nodes equally long. It looks partition algorithms and batching methods
 settings alone and holds no repeats makes this module needless.
 """
 
-from typing import Protocol
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,16 +21,12 @@ ONE_READER = World(1, 1, 1, 0)
 PARTITION_ALGO = "without_repeats"
 
 
-class BatchingMethod(Protocol):
-    """Returns an epoch's samples, int64 [nodes, ranks per node, workers per rank, batches, samples]; -1 is none."""
+def install_order(dataset: StreamingDataset, order: Callable[..., NDArray[np.int64]]) -> None:
+    """Make a dataset read its epochs in an order, whose `repr` becomes its name in streaming's table.
 
-    def __call__(
-        self, dataset: StreamingDataset, world: World, epoch: int, sample_in_epoch: int
-    ) -> NDArray[np.int64]: ...
-
-
-def install_order(dataset: StreamingDataset, order: BatchingMethod) -> None:
-    """Make a dataset read its epochs in an order, whose `repr` becomes its name in streaming's table."""
+    Called with the dataset, a World, the epoch and the first sample in it, the order returns the epoch's samples:
+    int64 [nodes, ranks per node, workers per rank, batches, samples]; -1 is none.
+    """
     algos[PARTITION_ALGO] = partition_without_repeats
     batching_methods[repr(order)] = order
     replace(dataset, "partition_algo", PARTITION_ALGO)
