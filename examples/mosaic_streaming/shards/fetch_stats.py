@@ -48,8 +48,10 @@ def fetch_stats_file(number: int) -> str:
     return f"/dev/shm/{number:06}_fetched"
 
 
-def count_fetched(path: str, record: int) -> None:
-    """Append a record; small appends are atomic. If shared memory is full, it isn't counted."""
+def count_fetched(path: str | None, record: int) -> None:
+    """Append a record to a file, if there is one; small appends are atomic. If it can't be stored, it isn't counted."""
+    if not path:
+        return
     opener = functools.partial(os.open, mode=0o600)
     with contextlib.suppress(OSError), open(path, "ab", buffering=0, opener=opener) as file:
         file.write(np.int64(record).tobytes())

@@ -75,7 +75,7 @@ class CheckedStream(Stream):
                 Path(packed).unlink(missing_ok=True)
         needed = file.stored.bytes + (file.raw.bytes if file.packed else 0)
         self.fetch(file.stored.basename, needed, lambda path, folder: self.store(path, folder, file, compression))
-        self.count(file.stored.bytes)
+        count_fetched(self.fetch_stats, file.stored.bytes)
         return growth
 
     def store(self, path: str, folder: str, file: ShardFile, compression: str | None) -> None:
@@ -117,13 +117,8 @@ class CheckedStream(Stream):
                     raise DataError(f"{problem} Attempts: {attempt} (dataset.download_retry).") from error
                 pause = min(2.0 ** (attempt - 1), MAX_BACKOFF) + random.random() / 2
                 logger.warning(f"{problem} Attempt {attempt} of {self.download_retry}; next in {pause:.1f} s.")
-                self.count(RETRY)
+                count_fetched(self.fetch_stats, RETRY)
                 time.sleep(pause)
-
-    def count(self, record: int) -> None:
-        """Count a fetched file (its bytes) or a retry (RETRY)."""
-        if self.fetch_stats:
-            count_fetched(self.fetch_stats, record)
 
     def download(self, remote: str, path: str, folder: str) -> None:
         """Download a file, giving up when its folder doesn't grow for `download_timeout` seconds.
