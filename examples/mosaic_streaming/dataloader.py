@@ -258,11 +258,11 @@ class MosaicDataLoader(BaseDataLoader):
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
         self._dataset, self._spec, self._order = opened.dataset, opened.spec, order
         self._dp_rank, self._channel = dp_rank, channel
-        self._steps_of_run, self._microbatches = job.steps, job.microbatches
+        self._microbatches = job.microbatches
+        self._steps_of_run = 0 if {"dataloader", "train_state"} & {*job.checkpoints.exclude_from_loading} else job.steps
+        """`training.steps`, or 0 where the run's steps and the streams' don't begin together."""
         self._state = State.at_beginning(opened.fingerprint, order.global_batch_size)
         """The position after the last whole optimizer step; `seen` is in the counter."""
-        self._has_one_batch_size = True
-        """Whether all steps of the run have the same global batch size, as far as they are known."""
         self._counter = checkpoint.ConsumptionCounter(opened.spec, order.local_batch_size)
         self._fetch_stats = shards.FetchStats(shards.fetch_stats_file(self._dataset._shm_prefix_int))
         self._fetched_before = shards.FetchCounts()
@@ -383,7 +383,6 @@ class MosaicDataLoader(BaseDataLoader):
         self._counter.resume_from(saved.seen or self._seen_before(saved))
         self._order = opened.order
         state = self._past_epoch_end(saved)._replace(data=opened.fingerprint, global_batch_size=size)
-        self._has_one_batch_size = {segment.global_batch_size for segment in state.segments} == {size}
         if saved.global_batch_size != size:
             here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
             state = state._replace(segments=checkpoint.append_segment(state.segments, here))
@@ -431,10 +430,11 @@ class MosaicDataLoader(BaseDataLoader):
         """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
         if not is_rank_0():
             return
-        data = (self._names, self._dataset, self._order)
-        message, left_out = checkpoint.start_message(*data, self._state)
-        if self._has_one_batch_size:
-            message += checkpoint.run_message(*data, self._steps_of_run, self._counter)
+        data = (self._names, self._dataset)
+        message, left_out = checkpoint.start_message(*data, self._order, self._state)
+        if self._steps_of_run:
+            history = checkpoint.History(self._order, self._state.segments)
+            message += checkpoint.run_message(*data, history, self._steps_of_run, self._counter)
         if before := self._counter.seen().samples:
             message += f" {before:,} samples were read before this start."
         logger.log(logging.INFO if left_out < DROP_WARN_FRACTION else logging.WARNING, message)

@@ -40,8 +40,8 @@ def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> 
         )
     if (method := loader_config.dataset.get("batching_method", "random")) != "random":
         raise ConfigError(
-            f"dataset.batching_method = {method!r} in {loader_config.source}, but a validation round reads all "
-            "samples, or the first of them, in any batch. Remove the key."
+            f"dataset.batching_method = {method!r} in {loader_config.source} is for training. A validation round "
+            "has an order of its own, the same each time. Remove the key."
         )
     config.check_folders(loader_config.folders, training.folders)
     # With more canonical nodes, the last samples of an epoch would be left out.

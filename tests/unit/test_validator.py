@@ -214,7 +214,7 @@ def test_rounds_of_no_batch_are_refused_in_one_line(seeded: Path) -> None:
     ("extra", "message"),
     [
         ("packing_ratio = 2", "packing leaves samples out, and a validation round reads each once"),
-        ('batching_method = "stratified"', "a validation round reads all samples, or the first of them"),
+        ('batching_method = "stratified"', "A validation round has an order of its own"),
     ],
 )
 def test_settings_that_leave_samples_out_are_refused(seeded: Path, extra: str, message: str) -> None:

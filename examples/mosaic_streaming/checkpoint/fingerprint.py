@@ -11,12 +11,14 @@ from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from examples.mosaic_streaming.config import ResolvedLoader, explain_asset_errors, tokenizer_config
 from examples.mosaic_streaming.errors import ConfigError, text_table
-from examples.mosaic_streaming.sampling import Order
+from examples.mosaic_streaming.sampling import SHARE_DIGITS, Order
 
 Fingerprint = dict[str, Any]
 """What a checkpoint records of the data, by the setting's name; values are those of JSON."""
 
-ORDER_KEYS = ("num_canonical_nodes", "shuffle", "shuffle_seed", "sampling_method", "sampling_granularity", "epoch_size")
+ORDER_KEYS = ("num_canonical_nodes", "shuffle", "shuffle_seed")
+EPOCH_KEYS = ("sampling_method", "sampling_granularity", "epoch_size")
+METHOD = "dataset.batching_method"
 OTHER_KEYS = {
     *("streams", "stream_name", "stream_config", "batching_method", "shuffle_algo", "shuffle_block_size"),
     *("local", "remote", "split", "download_retry", "download_timeout", "validate_hash", "keep_zip"),
@@ -44,18 +46,19 @@ def fingerprint_of(
     data["model.hf_assets_path"] = f"tokenizer {digest(tokenizer_fingerprint(tokenizer))}"
     data["dataset.max_seq_len"] = loader.dataset["max_seq_len"]
     for index, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
-        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index))
-    data["dataset.batching_method"] = order.batching_method
+        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index), order)
+    data[METHOD] = order.batching_method
     if order.batching_method in ("per_stream", "stratified"):
         data["training.global_batch_size"] = order.global_batch_size
     if order.group_size > 1 or order.packed:
         data["samples packed into a batch" if order.packed else "training.local_batch_size"] = order.local_batch_size
-    data |= {f"dataset.{key}": getattr(dataset, key) for key in ORDER_KEYS}
+    keys = ORDER_KEYS if order.blend else ORDER_KEYS + EPOCH_KEYS
+    data |= {f"dataset.{key}": getattr(dataset, key) for key in keys}
     if dataset.shuffle and not order.blend:
         data["dataset.shuffle_algo"] = dataset.shuffle_algo
     if dataset.shuffle:
         data["dataset.shuffle_block_size"] = dataset.shuffle_block_size
-    rest = sorted({*loader.dataset} - OTHER_KEYS - {*ORDER_KEYS})
+    rest = sorted({*loader.dataset} - OTHER_KEYS - {*ORDER_KEYS, *EPOCH_KEYS})
     data |= {f"dataset.{key}": loader.dataset[key] for key in rest}
     return dict(json.loads(json.dumps(data)))  # as it will be read back
 
@@ -66,16 +69,16 @@ def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
     return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
 
 
-def stream_fingerprint(stream: Stream, shards: list[Reader]) -> dict[str, str]:
+def stream_fingerprint(stream: Stream, shards: list[Reader], order: Order) -> dict[str, str]:
     """Size, weight and index.json of a stream; of the last only what says which samples there are."""
     index = []
     for shard in shards:
         columns = [getattr(shard, key, None) for key in ("column_names", "column_encodings")]
         index.append([shard.samples, *columns, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]])
-    return {
-        "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
-        "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
-    }
+    described = f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}"
+    if order.blend:  # where shares alone count, whatever they are computed from
+        return {"index": described, "share": str(round(float(stream.proportion), SHARE_DIGITS))}
+    return {"index": described, "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}"}
 
 
 def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
@@ -107,13 +110,19 @@ def check_same_data(saved: Fingerprint, now: Fingerprint, source: str) -> None:
 
 
 def differences(saved: Fingerprint, now: Fingerprint) -> list[list[str]]:
-    """Return the settings that differ, each with both values, as rows of a table. Names of streams may differ."""
-    rows = []
+    """Return the settings that differ, each with both values, as rows of a table. Names of streams may differ.
+
+    Where "blend" takes another method's place, or the other way round, settings that one of them lacks are left out.
+    """
+    rows, methods = [], {saved.get(METHOD), now.get(METHOD)}
+    has_same_settings = len(methods) == 1 or "blend" not in methods
     for key in [*saved, *(key for key in now if key not in saved)]:
         old, new = without_name(saved.get(key)), without_name(now.get(key))
+        if not has_same_settings and key != METHOD and (key not in saved or key not in now):
+            continue
         if key.startswith("stream ") and isinstance(old, dict) and isinstance(new, dict):
             label = f"{key} ({now[key].get('name')})"
-            changed = [what for what in new if old.get(what) != new[what]]
+            changed = [what for what in new if old.get(what) != new[what] and (has_same_settings or what in old)]
             rows += [[f"{label}: {what}", shown(old.get(what)), shown(new[what])] for what in changed]
         elif old != new:
             rows.append([key, shown(old), shown(new)])

@@ -94,7 +94,9 @@ class History:
 
     def samples(self, until: int) -> int | None:
         """Return the samples of these streams that are read up to a step; None if unknown."""
-        known = sum(read.end - read.begin for read in self.slices(until=until))
+        ends = [*(segment.step for segment in self.segments[1:]), until]
+        steps = [max(0, min(end, until) - one.step) for one, end in zip(self.segments, ends, strict=True)]
+        known = sum(count * one.global_batch_size for one, count in zip(self.segments, steps, strict=True))
         return None if self.samples_before is None else self.samples_before + known
 
     def remaining(self, sample_in_epoch: int, global_batch_size: int) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from streaming import StreamingDataset
 
+from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.progress import ConsumptionCounter
 from examples.mosaic_streaming.checkpoint.state import State
 from examples.mosaic_streaming.sampling import Order, passes_of, passes_text
@@ -25,13 +26,13 @@ def start_message(names: Sequence[str], dataset: StreamingDataset, order: Order,
 
 
 def run_message(
-    names: Sequence[str], dataset: StreamingDataset, order: Order, steps: int, counter: ConsumptionCounter
+    names: Sequence[str], dataset: StreamingDataset, history: History, steps: int, counter: ConsumptionCounter
 ) -> str:
-    """Say what so many steps read from the streams' beginning on."""
-    samples = steps * order.global_batch_size
+    """Say what so many steps of a run read."""
+    samples, order, begin = history.samples(steps) or 0, history.order, history.segments[0].sample_in_epoch
     rounds = f"{samples / order.remaining(0):.2f} epochs"
     if order.blend:
-        rounds = f"passes {passes_text(passes_of(names, dataset, order, samples))}"
+        rounds = f"passes {passes_text(passes_of(names, dataset, order, begin + samples, begin))}"
     return (
         f" In all, {steps:,} steps (training.steps) read {samples:,} samples, {counter.tokens(samples):,} tokens, "
         f"{rounds}."

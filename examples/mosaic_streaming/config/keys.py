@@ -22,7 +22,7 @@ ELSEWHERE = {"tokenizer_name": "the tokenizer is that of model.hf_assets_path in
 NOT_WITH_BLEND = {
     "epoch_size": "its streams go on pass after pass, so there is no epoch",
     **dict.fromkeys(["sampling_method", "sampling_granularity"], "a pass reads all samples of its stream"),
-    "shuffle_algo": "it shuffles within blocks of dataset.shuffle_block_size samples",
+    "shuffle_algo": "samples are shuffled within blocks, of dataset.shuffle_block_size",
 }
 """Settings that mean nothing with `batching_method = "blend"`, and why."""
 
@@ -35,7 +35,7 @@ def check_keys(config: Config, path: str) -> None:
     sections = sections_of(config, path)
     name, dataset, unknown, wrong = config["name"], config["dataset"], [], []
     for prefix, section, known, hints in sections:
-        unknown += unknown_keys(prefix, section, known, [] if prefix else dataset_keys().get(name, []))
+        unknown += unknown_keys(prefix, section, known, [] if prefix == "dataset." else dataset_keys().get(name, []))
         for key, value in section.items():
             if key in hints:
                 wrong.append(wrong_value(f"{prefix}{key}", value, hints[key], path, LIMITS.get(key)))
@@ -43,12 +43,10 @@ def check_keys(config: Config, path: str) -> None:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(unknown)}.")
     refuse(wrong)
     check_packing(name, dataset, path)
-    for key, reason in NOT_WITH_BLEND.items() if dataset.get("batching_method") == "blend" else []:
-        if dataset.get(key) is not None:
-            raise ConfigError(
-                f"dataset.{key} = {dataset[key]!r} in {path} means nothing with dataset.batching_method = 'blend': "
-                f"{reason}. Remove the key."
-            )
+    if dataset.get("batching_method") == "blend":
+        means = f"in {path} means nothing with dataset.batching_method = 'blend'"
+        given = {key: dataset[key] for key in NOT_WITH_BLEND if dataset.get(key) is not None}
+        refuse([f"dataset.{key} = {given[key]!r} {means}: {NOT_WITH_BLEND[key]}. Remove it." for key in given])
     if name == "finetuning" and not (dataset.get("remote") or dataset.get("streams") or "hf_name" in dataset):
         raise ConfigError(
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
@@ -87,7 +85,7 @@ def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset:
     for key in sorted({*section} - {*valid}):
         near = difflib.get_close_matches(key, valid, n=1)
         hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
-        hint = "it belongs into [dataset]" if key in of_dataset else hint
+        hint = "it belongs in [dataset]" if key in of_dataset else hint
         found.append(f"{prefix}{key} ({ELSEWHERE.get(key, hint)})")
     return found
 

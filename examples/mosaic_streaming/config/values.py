@@ -18,7 +18,7 @@ LIMITS: dict[str, Limits] = {
     "timeout": (0, 10**6),
     "predownload": (1, 10**9),
     "cache_limit": (1, 10**18),
-    "num_canonical_nodes": (1, 10**9),
+    "num_canonical_nodes": (1, 1 << 16),
     "shuffle_seed": (0, 2**32 - 1),
     "shuffle_block_size": (2, 10**12),  # at 1, streaming's py1e never ends
     "sampling_granularity": (1, 10**9),

@@ -49,7 +49,7 @@ def ledger_report(data: JobData, history: History, until: int, counts: NDArray[n
         section = {"stream": name, "share_asked": share, "share": samples / max(1, total)}
         section["passes"] = samples / int(dataset.samples_per_stream[number])
         for unit, size in units.items():
-            asked, given = share * total * size, samples * size
+            asked, given = round(share * total * size, 6), samples * size
             section |= {f"{unit}_asked": asked, unit: given, f"{unit}_difference": given - asked}
         streams.append(section)
     since = history.segments[0].step if history.begins_anew else 0

@@ -20,7 +20,7 @@ EXACT = 20_000_000
 """Samples of an epoch up to which the first repeat is looked for. Beyond, only a lower bound is given."""
 
 DERIVED = {
-    "dataset.num_canonical_nodes": "chosen for the streams' size",
+    "dataset.num_canonical_nodes": "this project's default",
     "dataset.max_seq_len": "derived from training.seq_len",
     "dataset.replication": "derived from [parallelism]",
     "dataset.decoder_only_format": "derived: the models are decoders",

@@ -144,7 +144,7 @@ def print_ledger(out: Console, ledger: Report) -> None:
     print_warnings(out, ledger)
     unit = "tokens" if "tokens" in ledger["streams"][0] else "samples"
     columns = {"stream": ("stream", ""), f"{unit} asked": (f"{unit}_asked", ",.0f"), f"{unit} read": (unit, ",.0f")}
-    columns |= {"difference": (f"{unit}_difference", "+,.0f"), "asked": ("share_asked", ".2%")}
+    columns |= {"difference": (f"{unit}_difference", "+z,.0f"), "asked": ("share_asked", ".2%")}
     columns |= {"share": ("share", ".2%"), "passes": ("passes", ".3f")}
     place = f" into epoch {ledger['epoch']}" if ledger["has_epochs"] else ""
     title = f"After step {ledger['step']:,}: {ledger['sample_in_epoch']:,} samples{place}"

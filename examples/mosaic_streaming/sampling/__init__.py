@@ -11,6 +11,7 @@ from examples.mosaic_streaming.sampling.memory import check_memory, ordering_byt
 from examples.mosaic_streaming.sampling.mixture import log_mixture, passes_of, passes_text, stream_shares
 from examples.mosaic_streaming.sampling.order import (
     MAX_CANONICAL_NODES,
+    SHARE_DIGITS,
     Order,
     check_order,
     round_down,

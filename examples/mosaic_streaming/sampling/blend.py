@@ -1,9 +1,9 @@
 """The order "blend": a mixture of streams that each go on without end, told at any position from nothing but settings.
 
-- **Positions and nodes.** Position g belongs to canonical node c = g mod C. Blocks of positions are the unit in which
+- **Positions and nodes.** Position g belongs to canonical node c = g mod C. Periods of positions are the unit in which
   streams take turns.
-- **Pattern.** `_counts` says how many samples of each stream come before a block, on each canonical node. Within a
-  block, each node spreads a stream's samples evenly, each one moved at random within its own interval.
+- **Pattern.** `_counts` says how many samples of each stream come before a period, on each canonical node. Within a
+  period, each node spreads a stream's samples evenly, each one moved at random within its own interval.
 - **Passes.** The samples of a stream, in the order of their positions, are passes over it: each run of as many samples
   as it has holds each of them once. In a pass, a canonical node reads one range of the stream, as long as the pattern
   asks for. The ranges hardly change from pass to pass, so a machine keeps to its own shards.
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
-BLOCK = 1 << 16
-"""Positions of a block of the pattern, unless there are many streams."""
+PERIOD = 1 << 16
+"""Positions of a period of the pattern, unless there are many streams."""
 
 ENDLESS = 1 << 40
 """Positions that an order has, so to speak; no run reads as many."""
@@ -92,8 +92,8 @@ class Stream(NamedTuple):
     weight: int  # its share is this, of the sum of all weights
 
 
-class Block(NamedTuple):
-    """The pattern of a block, by position: int64 [positions]."""
+class Period(NamedTuple):
+    """The pattern of a period, by position: int64 [positions]."""
 
     stream: Ints  # which stream is read
     read: Ints  # how often all nodes have read it before
@@ -134,23 +134,23 @@ class Blend:
             for stream, size in zip(streams, self._sizes.tolist(), strict=True)
         ]
         # So many slots that the largest stream, which takes those that the others leave, has some on each node.
-        self._slots = max(-(-BLOCK // nodes), 3 * len(streams) ** 2)
-        self._block_size = nodes * self._slots
+        self._slots = max(-(-PERIOD // nodes), 3 * len(streams) ** 2)
+        self._period_size = nodes * self._slots
         self._by_weight = sorted(range(len(streams)), key=lambda number: (streams[number].weight, number))
-        self._block = functools.lru_cache(4)(self._block)  # type: ignore[method-assign]
+        self._period = functools.lru_cache(4)(self._period)  # type: ignore[method-assign]
         self._read_before = functools.lru_cache(2 * len(streams))(self._read_before)  # type: ignore[method-assign]
         self._pass = functools.lru_cache(2 * len(streams))(self._pass)  # type: ignore[method-assign]
 
     def samples(self, positions: Ints) -> Ints:
         """Return the ids of the samples at positions, int64 of the same shape, [positions]."""
         ids = np.empty_like(positions)
-        numbers = positions // self._block_size
+        numbers = positions // self._period_size
         for number in np.unique(numbers).tolist():
             chosen = np.flatnonzero(numbers == number)
-            slots, block = positions[chosen] % self._block_size, self._block(number)
-            streams = block.stream[slots]
-            passes = block.read[slots] // self._sizes[streams]
-            nodes, read = slots % self.nodes, block.read_by_node[slots]
+            slots, period = positions[chosen] % self._period_size, self._period(number)
+            streams = period.stream[slots]
+            passes = period.read[slots] // self._sizes[streams]
+            nodes, read = slots % self.nodes, period.read_by_node[slots]
             for stream in np.unique(streams).tolist():
                 of_stream = np.flatnonzero(streams == stream)
                 for which in np.unique(passes[of_stream]).tolist():
@@ -160,24 +160,24 @@ class Blend:
 
     def counts(self, position: int) -> Ints:
         """Return how many samples of each stream come before a position, int64 [streams]."""
-        number, slot = divmod(position, self._block_size)
+        number, slot = divmod(position, self._period_size)
         counts = np.array(self._counts(number))
         if slot:
-            counts += np.bincount(self._block(number).stream[:slot], minlength=counts.size)
+            counts += np.bincount(self._period(number).stream[:slot], minlength=counts.size)
         return counts
 
-    def _counts(self, block: int) -> list[int]:
-        """Samples of each stream before a block, on all nodes together: never less than before an earlier block.
+    def _counts(self, period: int) -> list[int]:
+        """Samples of each stream before a period, on all nodes together: never less than before an earlier period.
 
         Each is within one sample of its share: sums of shares are rounded, and a stream gets the difference. That
-        could take one back from a stream with less than one sample in a block, so its share is rounded by itself. The
+        could take one back from a stream with less than one sample in a period, so its share is rounded by itself. The
         largest stream takes what is left.
         """
-        total, position = self._total, block * self._block_size
+        total, position = self._total, period * self._period_size
         counts, weights, rounded = [0] * len(self.streams), 0, 0
         for number in self._by_weight[:-1]:
             weight = self.streams[number].weight
-            if weight * self._block_size < total:
+            if weight * self._period_size < total:
                 counts[number] = (2 * position * weight + total) // (2 * total)
             else:
                 weights, before = weights + weight, rounded
@@ -186,48 +186,51 @@ class Blend:
         counts[self._by_weight[-1]] = position - sum(counts)
         return counts
 
-    def _counts_of_nodes(self, block: int) -> Ints:
-        """Samples of each stream that each node has read before a block, int64 [streams, nodes].
+    def _counts_of_nodes(self, period: int) -> Ints:
+        """Samples of each stream that each node has read before a period, int64 [streams, nodes].
 
         A stream's samples go to the nodes in turn. The largest stream takes what is left.
         """
-        streams, counts = np.arange(len(self.streams))[:, None], np.array(self._counts(block))[:, None]
+        streams, counts = np.arange(len(self.streams))[:, None], np.array(self._counts(period))[:, None]
         turn = (np.arange(self.nodes) - streams * self.nodes // len(self.streams)) % self.nodes
         found = (counts + self.nodes - 1 - turn) // self.nodes
-        found[self._by_weight[-1]] += block * self._slots - found.sum(0)
+        found[self._by_weight[-1]] += period * self._slots - found.sum(0)
         return found
 
-    def _block(self, block: int) -> Block:
-        """Make the pattern of a block: each node spreads the samples of each stream evenly, and moves each a little."""
-        before = self._counts_of_nodes(block)
-        counts = (self._counts_of_nodes(block + 1) - before).T.ravel()  # by node, then by stream
+    def _period(self, period: int) -> Period:
+        """Make the pattern of a period: each node spreads each stream's samples evenly, and moves each a little."""
+        before = self._counts_of_nodes(period)
+        counts = (self._counts_of_nodes(period + 1) - before).T.ravel()  # by node, then by stream
         of_node = np.repeat(np.arange(self.nodes), self._slots)
         stream = np.repeat(np.tile(np.arange(len(self.streams)), self.nodes), counts)
         number = np.arange(stream.size) - np.repeat(counts.cumsum() - counts, counts)
-        moved: NDArray[np.float64] | float = 0.5
         if self._is_shuffled:
-            moved = mix(mix(self._seed, PATTERN, block), of_node, stream, number) / 2.0**64
-        when = ((number + moved) / np.repeat(counts, counts)).reshape(self.nodes, -1)
+            moved = mix(mix(self._seed, PATTERN, period), of_node, stream, number)
+        else:  # nodes don't go in step
+            moved = mix(PATTERN, of_node, stream)
+        when = ((number + moved / 2.0**64) / np.repeat(counts, counts)).reshape(self.nodes, -1)
         taken = np.argsort(when, axis=1, kind="stable") + np.arange(self.nodes)[:, None] * self._slots
         by_position = taken.T.ravel()
         stream, of_node = stream[by_position], number[by_position] + before[stream, of_node][by_position]
         slots, read = [np.flatnonzero(stream == number) for number in range(len(self.streams))], np.empty_like(stream)
-        for own, count in zip(slots, self._counts(block), strict=True):
+        for own, count in zip(slots, self._counts(period), strict=True):
             read[own] = count + np.arange(own.size)
-        return Block(stream, read, of_node, slots)
+        return Period(stream, read, of_node, slots)
 
     def position(self, stream: int, count: int) -> int:
         """Return the position at which a stream, whose weight isn't 0 and which was read so often, is read next."""
-        total, scale = self._total, self.streams[stream].weight * self._block_size
+        total, scale = self._total, self.streams[stream].weight * self._period_size
         low, high = ((count + off) * total // scale for off in (-len(self.streams) - 1, len(self.streams) + 1))
-        blocks = range(max(0, low), high + 2)  # among which it is, as counts are so close to the shares
-        number = blocks[bisect.bisect_right(blocks, count, key=lambda block: self._counts(block)[stream]) - 1]
-        return number * self._block_size + int(self._block(number).slots[stream][count - self._counts(number)[stream]])
+        periods = range(max(0, low), high + 2)  # among which it is, as counts are so close to the shares
+        number = periods[bisect.bisect_right(periods, count, key=lambda period: self._counts(period)[stream]) - 1]
+        return number * self._period_size + int(
+            self._period(number).slots[stream][count - self._counts(number)[stream]]
+        )
 
     def _read_before(self, stream: int, count: int) -> Ints:
         """How often each node has read a stream when all nodes have read it so often, int64 [nodes]."""
-        number, slot = divmod(self.position(stream, count), self._block_size)
-        slots = self._block(number).slots[stream]
+        number, slot = divmod(self.position(stream, count), self._period_size)
+        slots = self._period(number).slots[stream]
         nodes = slots[: np.searchsorted(slots, slot)] % self.nodes
         return self._counts_of_nodes(number)[stream] + np.bincount(nodes, minlength=self.nodes)
 

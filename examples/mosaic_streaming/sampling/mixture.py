@@ -54,9 +54,11 @@ def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, s
     logger.info(f"Streams, and their part of {of}:\n{text_table(head, rows)}")
 
 
-def passes_of(names: Sequence[str], dataset: StreamingDataset, order: Order, position: int) -> dict[str, float]:
-    """Return how often each stream of a blend has been read at a position."""
-    passes = order.counts(dataset, 0, 0, position) / dataset.samples_per_stream
+def passes_of(
+    names: Sequence[str], dataset: StreamingDataset, order: Order, end: int, begin: int = 0
+) -> dict[str, float]:
+    """Return how often each stream of a blend is read from one position to another."""
+    passes = order.counts(dataset, 0, begin, end) / dataset.samples_per_stream
     return dict(zip(names, passes.tolist(), strict=True))
 
 

@@ -24,6 +24,9 @@ BLOCK_ALGOS = ("py1e", "py1br")
 MAX_CANONICAL_NODES = 64
 """Default of `num_canonical_nodes`, unless the data is small. streaming's own is the machines of the first run."""
 
+SHARE_DIGITS = 12
+"""Decimal digits that count of a stream's share in a blend, so that equal shares are equal however they are given."""
+
 MAX_LEFT_OUT = 0.01
 """Share of an epoch's samples that the default of `num_canonical_nodes` may leave out."""
 
@@ -116,7 +119,7 @@ def set_order(
         dataset.num_canonical_nodes = default_canonical_nodes(method, choose)
     dataset._set_shuffle_block_size(ONE_READER)  # as the first iteration does, but that may be a worker's
     samples, shares, blend = ENDLESS, proportions, None
-    if method == "blend":
+    if method == "blend" and any(choose):
         blend = make_blend(dataset, proportions)
     else:
         samples, shares = samples_of_epoch(method, choose, proportions, dataset.num_canonical_nodes, *sizes)
@@ -130,7 +133,7 @@ def make_blend(dataset: StreamingDataset, proportions: Sequence[float]) -> Blend
     for number, share in enumerate(proportions):
         begin, first = int(dataset.shard_offset_per_stream[number]), int(dataset.sample_offset_per_stream[number])
         shards = dataset.samples_per_shard[begin : begin + int(dataset.shards_per_stream[number])]
-        streams.append(Stream(first, shards, round(share * 2**53)))
+        streams.append(Stream(first, shards, max(round(share * 10**SHARE_DIGITS), int(share > 0))))
     assert dataset.num_canonical_nodes is not None
     block_size = dataset.shuffle * int(dataset.shuffle_block_size or 0)
     return Blend(streams, dataset.num_canonical_nodes, dataset.shuffle_seed, block_size)
@@ -237,6 +240,8 @@ def check_order(order: Order, dataset: StreamingDataset, names: Sequence[str], s
     streams = list(zip(names, dataset.streams, strict=True))
     if order.remaining(0) == 0:
         samples = ", ".join(f"{name} {int(stream.choose):,}" for name, stream in streams)
+        if not any(int(stream.choose) for _, stream in streams):
+            raise ConfigError(f"The streams in {source} give no samples ({samples}). Raise `repeat` or `choose`.")
         nodes, each = dataset.num_canonical_nodes, "" if order.batching_method == "random" else " from each stream"
         raise ConfigError(
             f"An epoch fills no global batch of {order.global_batch_size} sequences. Of its samples in {source} "

@@ -57,7 +57,9 @@ def test_right_values_of_derived_keys_are_kept(config: dict[str, Any], max_seq_l
 @pytest.mark.parametrize("number", [0, -1, "many", 1.5, True])
 def test_num_canonical_nodes_that_is_no_number_is_refused(config: dict[str, Any], number: object) -> None:
     config["dataset"]["num_canonical_nodes"] = number
-    refuse(config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a whole number, from 1 to 1,0")
+    refuse(
+        config, f"dataset.num_canonical_nodes = {number!r} in loader.toml, expected a whole number, from 1 to 65,536"
+    )
 
 
 def test_proportion_that_some_streams_lack_is_told_with_their_names(config: dict[str, Any], folder: Path) -> None:
@@ -67,7 +69,7 @@ def test_proportion_that_some_streams_lack_is_told_with_their_names(config: dict
 
 
 def test_key_of_the_dataset_is_told_its_place(config: dict[str, Any]) -> None:
-    refuse(config | {"name": "finetuning", "packing_ratio": 2}, r"packing_ratio \(it belongs into \[dataset\]\)")
+    refuse(config | {"name": "finetuning", "packing_ratio": 2}, r"packing_ratio \(it belongs in \[dataset\]\)")
 
 
 def test_what_torch_refuses_without_workers_is_put_right(config: dict[str, Any]) -> None:

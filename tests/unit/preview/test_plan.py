@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
+from examples.mosaic_streaming.config.keys import NOT_WITH_BLEND
 from examples.mosaic_streaming.preview import plan as planning
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
@@ -105,6 +106,8 @@ def test_plan_of_a_blend_speaks_of_passes(files: Path, capsys: pytest.CaptureFix
     assert preview(files, "plan", titan=("--training.steps=25",))["run"]["fits"]
     needs = plan["needs"]
     assert needs["shared_memory_order"] == needs["memory_to_order_an_epoch"] == 0
+    settings = {setting["setting"] for setting in plan["settings"]}
+    assert not settings & {f"dataset.{key}" for key in NOT_WITH_BLEND} and "dataset.shuffle_block_size" in settings
     said = printed(files, "plan", titan=("--training.steps=40",))
     assert "until the first repeat, in step 26, where a stream begins again" in said
     assert "passes/run" in said and "passes/epoch" not in said

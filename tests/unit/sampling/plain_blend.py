@@ -81,8 +81,10 @@ def pattern(streams: list[Stream], nodes: int, seed: int, shuffle: bool, positio
             for number in range(len(streams)):
                 count = after[node][number] - before[node][number]
                 for sample in range(count):
-                    moved = mix(mix(seed, PATTERN, block), node, number, sample) / 2**64 if shuffle else 0.5
-                    times.append(((sample + moved) / count, number))
+                    moved = mix(PATTERN, node, number)
+                    if shuffle:
+                        moved = mix(mix(seed, PATTERN, block), node, number, sample)
+                    times.append(((sample + moved / 2**64) / count, number))
             rows.append([number for _, number in sorted(times)])
         found += itertools.chain.from_iterable(zip(*rows, strict=True))
     return found

@@ -52,9 +52,9 @@ def test_samples_are_those_of_the_definition(mixture: Mixture) -> None:
 def test_counts_are_those_of_the_definition(mixture: Mixture, number: int) -> None:
     """With rare streams, which have less than a sample in a block."""
     blend, (streams, nodes, *_) = made(mixture), mixture
-    position = number * blend._block_size
-    assert blend.counts(position).tolist() == plain_blend.counts(streams, position, blend._block_size)
-    assert blend._counts_of_nodes(number).T.tolist() == plain_blend.dealt(streams, nodes, position, blend._block_size)
+    position = number * blend._period_size
+    assert blend.counts(position).tolist() == plain_blend.counts(streams, position, blend._period_size)
+    assert blend._counts_of_nodes(number).T.tolist() == plain_blend.dealt(streams, nodes, position, blend._period_size)
 
 
 def test_a_second_block_is_that_of_the_definition() -> None:
@@ -88,7 +88,7 @@ def test_shares_are_within_the_stated_bounds(mixture: Mixture) -> None:
     """Over 50 blocks of the pattern, and within its first."""
     streams, nodes, *_ = mixture
     blend, total = made(mixture), sum(weight for *_, weight in streams)
-    block, shares = blend._block_size, np.array([weight / total for *_, weight in streams])
+    block, shares = blend._period_size, np.array([weight / total for *_, weight in streams])
     rare = sum(0 < share * block < 1 for share in shares)
     before = np.zeros(len(streams), np.int64)
     for number in (*range(50), 10**6, 10**6 + 1):
@@ -98,7 +98,7 @@ def test_shares_are_within_the_stated_bounds(mixture: Mixture) -> None:
         off = np.abs(counts - shares * number * block)
         assert off.max() < max(1, (1 + rare) / 2 + 1e-3), "whatever the nodes"
         before = counts
-    within = blend._block(0).stream
+    within = blend._period(0).stream
     for stream, share in enumerate(shares):
         off = np.abs((within == stream).cumsum() - share * np.arange(1, block + 1))
         assert off.max() < nodes * (2 + len(streams) * share)
@@ -135,6 +135,16 @@ def test_without_shuffle_a_single_node_reads_streams_in_order() -> None:
     assert ids[ids < 12].tolist() == [*range(12), *range(12), *range(6)]
     assert ids[ids >= 12].tolist() == [*range(12, 21)] * 3 + [12, 13, 14]
     assert set(map(tuple, (ids.reshape(-1, 2) < 12).tolist())) <= {(True, False), (False, True)}, "in turns"
+
+
+@pytest.mark.parametrize("nodes", [1, 4, 64])
+def test_without_shuffle_streams_take_turns_all_the_same(nodes: int) -> None:
+    streams = [Stream(0, np.array([1000]), 6), Stream(1000, np.array([900]), 3), Stream(1900, np.array([50]), 1)]
+    ids = Blend(streams, nodes, 17, 0).samples(np.arange(20_000))
+    for first, last, share in ((0, 1000, 0.6), (1000, 1900, 0.3), (1900, 1950, 0.1)):
+        at = np.flatnonzero((ids >= first) & (ids < last))
+        assert np.diff(at, prepend=-1).max() < 10 / share, "never long without any stream"
+        assert abs(at.size - share * ids.size) < nodes
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 100, 256, 257])

@@ -209,15 +209,48 @@ def test_settings_that_mean_nothing_are_refused(streams: dict[str, dict[str, Any
         "epoch_size": (100, "its streams go on pass after pass, so there is no epoch"),
         "sampling_method": ("balanced", "a pass reads all samples of its stream"),
         "sampling_granularity": (4, "a pass reads all samples of its stream"),
-        "shuffle_algo": ("py1s", "it shuffles within blocks of dataset.shuffle_block_size samples"),
+        "shuffle_algo": ("py1s", "samples are shuffled within blocks, of dataset.shuffle_block_size"),
     }
-    for key, (value, reason) in cases.items():
+    with pytest.raises(ConfigError) as error:
+        resolved(blended(streams, **{key: value for key, (value, _) in cases.items()}))
+    assert str(error.value) == " ".join(
+        f"dataset.{key} = {value!r} in loader.toml means nothing with dataset.batching_method = 'blend': {reason}. "
+        "Remove it."
+        for key, (value, reason) in cases.items()
+    )
+
+
+@pytest.mark.parametrize("method", ["blend", "random"])
+@pytest.mark.parametrize("weight", [{"choose": 0}, {"repeat": 0}, {"repeat": 0.001}])
+def test_streams_without_samples_are_refused(
+    streams: dict[str, dict[str, Any]], method: str, weight: dict[str, Any]
+) -> None:
+    config = blended({name: stream | weight for name, stream in streams.items()}, batching_method=method)
+
+    def build() -> str:
         with pytest.raises(ConfigError) as error:
-            resolved(blended(streams, **{key: value}))
-        assert str(error.value) == (
-            f"dataset.{key} = {value!r} in loader.toml means nothing with dataset.batching_method = 'blend': {reason}. "
-            "Remove the key."
-        )
+            build_loader(config)
+        return str(error.value)
+
+    [message] = run_rank_values(build)
+    assert message == "The streams in loader.toml give no samples (a 0, b 0). Raise `repeat` or `choose`."
+
+
+def test_shares_alone_count_whatever_they_are_computed_from(streams: dict[str, dict[str, Any]]) -> None:
+    """The quotient of 600 and 1000 differs from 0.6 in its last bit, as streaming computes it."""
+    ways: list[list[dict[str, float]]] = [
+        [{"proportion": 0.6}, {"proportion": 0.4}],
+        [{"choose": 600}, {"choose": 400}],
+        [{"repeat": 0.6 * 33}, {"repeat": 0.4 * 50}],
+    ]
+    configs = [
+        blended({name: stream | weight for (name, stream), weight in zip(streams.items(), way, strict=True)})
+        for way in ways
+    ]
+    whole = read_steps(configs[0], 20)
+    for config in configs[1:]:
+        rest = read_steps(config, 10, state=whole.states[9])
+        assert rest.samples == whole.samples[10:]
 
 
 def test_a_checkpoint_of_another_method_is_refused_with_the_table(streams: dict[str, dict[str, Any]]) -> None:
@@ -232,7 +265,49 @@ def test_a_checkpoint_of_another_method_is_refused_with_the_table(streams: dict[
     [message] = run_rank_values(load)
     assert message.startswith("The checkpoint was written on other data.")
     rows = [" ".join(line.split()) for line in message.splitlines()[2:-1]]
-    assert rows == ["dataset.batching_method random blend", "dataset.shuffle_algo py1e not set"]
+    assert rows == ["dataset.batching_method random blend"]
+
+
+def test_log_says_what_a_run_reads_wherever_it_begins(streams: dict[str, dict[str, Any]]) -> None:
+    """At the streams' beginning, at the position of another run, and with a global batch that has changed."""
+    whole, size = read_steps(blended(streams), 30).samples, 8
+
+    def run() -> tuple[dict[str, str], str]:
+        loader = build_loader(blended(streams), job(8, 8))
+        for _ in itertools.islice(loader, 20):
+            pass
+        return loader.state_dict(), loader.config.source
+
+    [(state, _)] = run_rank_values(run)
+    saved = json.loads(state[STATE_KEY])
+    elsewhere = {
+        STATE_KEY: json.dumps(saved | {"steps": 0, "segments": [[0, 0, 160, size]]})
+    }  # as `read_position` does
+
+    def log(begin: dict[str, str] | None, steps: int, batch: int) -> str:
+        def start() -> None:
+            init_logger()
+            settings = job(8, batch)
+            settings.training.steps = steps
+            loader = build_loader(blended(streams), settings)
+            if begin:
+                loader.load_state_dict(begin)
+            next(iter(loader))
+
+        [rank] = run_ranks(start)
+        assert rank.code == 0, rank.output
+        return re.sub(r"\s+", " ", rank.output)
+
+    for begin, steps, batch, first, last in (
+        (None, 10, size, 0, 80),
+        (elsewhere, 5, size, 160, 200),
+        (state, 25, size, 0, 200),
+        (state, 25, 16, 0, 240),
+    ):
+        read = np.array([*itertools.chain(*whole)])[first:last]
+        passes = f"passes a {(read < 50).sum() / 50:.2f}, b {(read >= 50).sum() / 33:.2f}."
+        told = f"In all, {steps} steps (training.steps) read {last - first} samples, {16 * (last - first):,} tokens, "
+        assert told + passes in log(begin, steps, batch)
 
 
 def test_log_speaks_of_passes(streams: dict[str, dict[str, Any]]) -> None:
