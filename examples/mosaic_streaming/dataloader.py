@@ -155,11 +155,13 @@ class OpenLoader:
         """
         dataset, order, settings = self.dataset, self.order, self.config.dataset
         nodes = sampling.MAX_CANONICAL_NODES
-        if "num_canonical_nodes" in settings or saved.get("dataset.num_canonical_nodes") != nodes:
+        is_default = "num_canonical_nodes" not in settings and dataset.num_canonical_nodes != nodes
+        if not is_default or saved.get("dataset.num_canonical_nodes") != nodes:
             return self
         dataset.num_canonical_nodes, dataset.shuffle_block_size = nodes, settings.get("shuffle_block_size")
         sizes = (order.local_batch_size, order.global_batch_size)
         order = sampling.set_order(dataset, order.batching_method, *sizes, order.packed)
+        sampling.check_order(order, dataset, self.names, self.config.source)
         changed = {key: getattr(dataset, key) for key in ("num_canonical_nodes", "shuffle_block_size")}
         known = {f"dataset.{key}": value for key, value in changed.items() if f"dataset.{key}" in self.fingerprint}
         return dataclasses.replace(self, order=order, fingerprint=self.fingerprint | known)
@@ -192,7 +194,8 @@ def open_loader(
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    packs, method = cast(batch.Collator, loader.collate_fn).packs, loader_config.batching_method
+    packs = cast(batch.Collator, loader.collate_fn).packs
+    method = "blend" if loader_config.is_blend else dataset.batching_method
     order = sampling.set_order(dataset, method, batch_size, global_batch_size, packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch_spec(job, job.training, loader_config, hf_tokenizer, who)
@@ -260,7 +263,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._dp_rank, self._channel = dp_rank, channel
         self._microbatches = job.microbatches
         self._steps_of_run = 0 if {"dataloader", "train_state"} & {*job.checkpoints.exclude_from_loading} else job.steps
-        """`training.steps`, or 0 where the run's steps and the streams' don't begin together."""
+        """`training.steps`, or 0 where the steps and the streams of a run may not begin together."""
         self._state = State.at_beginning(opened.fingerprint, order.global_batch_size)
         """The position after the last whole optimizer step; `seen` is in the counter."""
         self._counter = checkpoint.ConsumptionCounter(opened.spec, order.local_batch_size)
@@ -380,8 +383,8 @@ class MosaicDataLoader(BaseDataLoader):
         opened = self._opened.with_nodes_of(saved.data)
         checkpoint.check_same_data(saved.data, opened.fingerprint, self.config.source)
         checkpoint.check_position(saved, self._dataset.epoch_size, opened.order)
-        self._counter.resume_from(saved.seen or self._seen_before(saved))
         self._order = opened.order
+        self._counter.resume_from(saved.seen or self._seen_before(saved))
         state = self._past_epoch_end(saved)._replace(data=opened.fingerprint, global_batch_size=size)
         if saved.global_batch_size != size:
             here = Segment(state.steps, state.epoch, state.sample_in_epoch, size)
@@ -427,14 +430,13 @@ class MosaicDataLoader(BaseDataLoader):
         self._batches.close()
 
     def _log_start(self) -> None:
-        """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what the whole run reads."""
+        """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what a new run will read."""
         if not is_rank_0():
             return
-        data = (self._names, self._dataset)
-        message, left_out = checkpoint.start_message(*data, self._order, self._state)
-        if self._steps_of_run:
-            history = checkpoint.History(self._order, self._state.segments)
-            message += checkpoint.run_message(*data, history, self._steps_of_run, self._counter)
+        data = (self._names, self._dataset, self._order, self._state)
+        message, left_out = checkpoint.start_message(*data)
+        if self._steps_of_run and not self._state.steps:
+            message += checkpoint.run_message(*data, self._steps_of_run, self._counter)
         if before := self._counter.seen().samples:
             message += f" {before:,} samples were read before this start."
         logger.log(logging.INFO if left_out < DROP_WARN_FRACTION else logging.WARNING, message)

@@ -1,5 +1,6 @@
 """Loaders that a user has registered with llm-foundry, through a module that the job config imports."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,10 @@ def own_text(tokenizer, device_batch_size, dataset, **others):
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     return build(collate, tokenizer, device_batch_size, dataset)
 
+@registry.dataloaders.register("own_order")
+def own_order(tokenizer, device_batch_size, dataset):
+    return build(with_labels, tokenizer, device_batch_size, {**dataset, "batching_method": "per_stream"})
+
 for collate in (stacked, second_half, bare, short_labels):
     def one(tokenizer, device_batch_size, dataset, num_workers=0, collate=collate):
         return DataSpec(build(collate, tokenizer, device_batch_size, dataset, num_workers))
@@ -115,6 +120,18 @@ def test_padding_and_documents_of_a_registered_loader_are_told_by_the_padding_to
     assert labels == [[-100] * 16, [-100] * 7 + rows[1][8:]]
     assert not IS_0_2 or inputs["sequence_id"] == [[0] * 8 + [-1] * 8, [0] * 16]
     assert inputs["positions"] == [[*range(8), *range(8)], list(range(16))]
+
+
+def test_batching_method_of_a_registered_loader_is_kept_unless_the_file_says_blend(files: Path) -> None:
+    def methods() -> list[str]:
+        __import__("own_loaders")
+        dataset = {"local": f"{files}/stream", "num_canonical_nodes": 1}
+        ways: list[dict[str, str]] = [{}, {"batching_method": "blend"}]
+        loaders = [build_loader({"name": "own_order", "dataset": dataset | way}, job()) for way in ways]
+        return [loader.state_dict()["mosaic"] for loader in loaders]
+
+    [states] = run_rank_values(methods)
+    assert [json.loads(state)["data"]["dataset.batching_method"] for state in states] == ["per_stream", "blend"]
 
 
 def fails(files: Path, *flags: str) -> str:

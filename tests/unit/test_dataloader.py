@@ -269,7 +269,7 @@ def test_log_of_a_start_in_the_middle_of_an_epoch_says_what_is_its_own(stream: P
         read_samples(loader, 18)
 
     [rank] = run_ranks(read)
-    assert "read 20,000 samples, 320,000 tokens, 1000.00 epochs. 6 samples were read before this start." in rank.output
+    assert ". 6 samples were read before this start." in rank.output and "(training.steps)" not in rank.output
     ends = "Epoch 0 of the streams ends: 14 samples read since this start, at sample 6, in 7 steps, 224 tokens.\n"
     assert ends in rank.output
     assert "Epoch 1 of the streams ends: 20 samples read, in 10 steps, 320 tokens.\n" in rank.output

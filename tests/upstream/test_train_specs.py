@@ -3,7 +3,8 @@
 import pytest
 from torchtitan.protocols.train_spec import get_train_spec, register_train_spec
 
-from examples.mosaic_streaming.upstream.train_specs import model_names, register_again
+from examples.mosaic_streaming.upstream.model_registry import model_names
+from examples.mosaic_streaming.upstream.train_specs import register_again
 
 
 def test_torchtitan_refuses_a_name_that_it_has() -> None:

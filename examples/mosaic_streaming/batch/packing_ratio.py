@@ -11,7 +11,7 @@ from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.batch.iterator import read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
-from examples.mosaic_streaming.sampling import set_order
+from examples.mosaic_streaming.sampling import check_order, set_order
 
 SAMPLES = 2_000
 """The most samples that are read."""
@@ -46,7 +46,8 @@ def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
     """Tokens in each of the first epoch's first samples, without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
-    order = set_order(dataset, config.batching_method, 1, rows)
+    order = set_order(dataset, "blend" if config.is_blend else dataset.batching_method, 1, rows)
+    check_order(order, dataset, list(config.streams), config.source)
     ids = order.samples(dataset, 0, np.arange(min(SAMPLES, order.remaining(0)))).tolist()
 
     def make_batch(ids: list[int]) -> Any:

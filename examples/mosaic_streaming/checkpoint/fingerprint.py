@@ -46,7 +46,10 @@ def fingerprint_of(
     data["model.hf_assets_path"] = f"tokenizer {digest(tokenizer_fingerprint(tokenizer))}"
     data["dataset.max_seq_len"] = loader.dataset["max_seq_len"]
     for index, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
-        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index), order)
+        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index))
+        if order.blend:  # where shares alone count, whatever they are computed from
+            del data[f"stream {index + 1}"]["an epoch"]
+            data[f"stream {index + 1}"]["share"] = str(order.blend.streams[index].weight / 10**SHARE_DIGITS)
     data[METHOD] = order.batching_method
     if order.batching_method in ("per_stream", "stratified"):
         data["training.global_batch_size"] = order.global_batch_size
@@ -69,16 +72,16 @@ def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
     return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
 
 
-def stream_fingerprint(stream: Stream, shards: list[Reader], order: Order) -> dict[str, str]:
+def stream_fingerprint(stream: Stream, shards: list[Reader]) -> dict[str, str]:
     """Size, weight and index.json of a stream; of the last only what says which samples there are."""
     index = []
     for shard in shards:
         columns = [getattr(shard, key, None) for key in ("column_names", "column_encodings")]
         index.append([shard.samples, *columns, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]])
-    described = f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}"
-    if order.blend:  # where shares alone count, whatever they are computed from
-        return {"index": described, "share": str(round(float(stream.proportion), SHARE_DIGITS))}
-    return {"index": described, "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}"}
+    return {
+        "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
+        "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
+    }
 
 
 def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:
@@ -114,8 +117,8 @@ def differences(saved: Fingerprint, now: Fingerprint) -> list[list[str]]:
 
     Where "blend" takes another method's place, or the other way round, settings that one of them lacks are left out.
     """
-    rows, methods = [], {saved.get(METHOD), now.get(METHOD)}
-    has_same_settings = len(methods) == 1 or "blend" not in methods
+    rows, methods = [], [saved.get(METHOD), now.get(METHOD)]
+    has_same_settings = methods[0] == methods[1] or "blend" not in methods
     for key in [*saved, *(key for key in now if key not in saved)]:
         old, new = without_name(saved.get(key)), without_name(now.get(key))
         if not has_same_settings and key != METHOD and (key not in saved or key not in now):

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from streaming import StreamingDataset
 
-from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.progress import ConsumptionCounter
 from examples.mosaic_streaming.checkpoint.state import State
 from examples.mosaic_streaming.sampling import Order, passes_of, passes_text
@@ -26,10 +25,15 @@ def start_message(names: Sequence[str], dataset: StreamingDataset, order: Order,
 
 
 def run_message(
-    names: Sequence[str], dataset: StreamingDataset, history: History, steps: int, counter: ConsumptionCounter
+    names: Sequence[str],
+    dataset: StreamingDataset,
+    order: Order,
+    state: State,
+    steps: int,
+    counter: ConsumptionCounter,
 ) -> str:
-    """Say what so many steps of a run read."""
-    samples, order, begin = history.samples(steps) or 0, history.order, history.segments[0].sample_in_epoch
+    """Say what so many steps read from a state on."""
+    samples, begin = steps * order.global_batch_size, state.sample_in_epoch
     rounds = f"{samples / order.remaining(0):.2f} epochs"
     if order.blend:
         rounds = f"passes {passes_text(passes_of(names, dataset, order, begin + samples, begin))}"

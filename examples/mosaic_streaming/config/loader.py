@@ -54,7 +54,7 @@ class ResolvedLoader:
     def arguments(self) -> Config:
         """What `build_dataloader` gets; a user's builder may take fewer settings than llm-foundry's."""
         config = self.config
-        if self.batching_method == "blend":  # which streaming doesn't know
+        if self.is_blend:
             dataset = {key: value for key, value in self.dataset.items() if key != "batching_method"}
             config = config | {"dataset": dataset}
         return {key: value for key, value in config.items() if key == "name" or takes(self.name, key)}
@@ -65,9 +65,9 @@ class ResolvedLoader:
         return dict(self.config["dataset"])
 
     @property
-    def batching_method(self) -> str:
-        """How samples make batches."""
-        return str(self.dataset.get("batching_method", "random"))
+    def is_blend(self) -> bool:
+        """Whether the batching method is "blend", which streaming doesn't know."""
+        return self.dataset.get("batching_method") == "blend"
 
     @property
     def streams(self) -> dict[str, Config]:

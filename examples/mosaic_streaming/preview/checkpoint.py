@@ -17,7 +17,6 @@ from examples.mosaic_streaming.checkpoint import (
     read_checkpoint,
     unpack,
 )
-from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import own_checkpoints, steps_with
@@ -99,14 +98,16 @@ def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = 
     raise ConfigError(f"--checkpoint {checkpoint.folder} has no dataloader state that can be read.")
 
 
-def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
+def checkpoint_of_start(data: JobData, path: str | None) -> Checkpoint | None:
     """The checkpoint that a start loads: the one at `path` or, if the job's settings say how to load one, its own.
+
+    The job's data is given the checkpoint's canonical nodes where a start would take them.
 
     ConfigError if there is none, or none with what a start loads; DataError if its state is damaged.
     """
-    settings, excluded = job.checkpoints, set(job.checkpoints.exclude_from_loading)
+    settings, excluded = data.job.checkpoints, set(data.job.checkpoints.exclude_from_loading)
     if not path and (settings.load_step != -1 or excluded & {"dataloader", "train_state"}):
-        path = own_checkpoints(job.checkpoints)
+        path = own_checkpoints(settings)
     if not path:
         return None
     folder = step_folder(path, settings.load_step)
@@ -125,6 +126,8 @@ def checkpoint_of_start(job: Job, path: str | None) -> Checkpoint | None:
             f"--checkpoint {folder} is of step {step}, but a start loads checkpoint.load_step = {settings.load_step}. "
             "Name the same step in both, or give the folder of all steps."
         )
+    if state and "dataloader" not in excluded:
+        data.opened = data.opened.with_nodes_of(state.data)
     return Checkpoint(folder, step, state)
 
 

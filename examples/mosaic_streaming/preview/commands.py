@@ -77,7 +77,7 @@ def samples_to_show(data: JobData, flags: Namespace) -> Iterator[tuple[list[int]
 
 def plan(data: JobData, flags: Namespace) -> None:
     """What a job will read and need, and what a resume would do; raises what a start would refuse it with."""
-    checkpoint = checkpoint_of_start(data.job, flags.checkpoint)
+    checkpoint = checkpoint_of_start(data, flags.checkpoint)
     history = history_of_start(data, checkpoint)
     warnings = data.check_first_samples()
     report = plan_report(data, checkpoint, history)
@@ -100,7 +100,7 @@ def scope(data: JobData, reads_checkpoint: bool) -> dict[str, Any]:
 
 def step(data: JobData, flags: Namespace) -> None:
     """The samples of global batches, by dp rank; with a checkpoint, those of the run that goes on from it."""
-    checkpoint, dp_ranks = checkpoint_of_start(data.job, flags.checkpoint), range(data.job.layout.dp_world_size)
+    checkpoint, dp_ranks = checkpoint_of_start(data, flags.checkpoint), range(data.job.layout.dp_world_size)
     history = known_history(data, checkpoint)
     if flags.dp_rank not in [None, *dp_ranks]:
         raise ConfigError(f"--dp-rank {flags.dp_rank}, but on these ranks there are 0 to {dp_ranks[-1]}.")
@@ -131,7 +131,7 @@ def content_of(data: JobData, sample: int) -> dict[str, str]:
 
 def ledger(data: JobData, flags: Namespace) -> None:
     """What each stream was asked for and has given, up to a step or a checkpoint."""
-    checkpoint = checkpoint_of_start(data.job, flags.checkpoint)
+    checkpoint = checkpoint_of_start(data, flags.checkpoint)
     ended = checkpoint if flags.checkpoint and not flags.step else None
     history = known_history(data, checkpoint, goes_on=not ended)
     until = ended.step if ended else flags.step or data.job.steps

@@ -16,7 +16,7 @@ MAX_POINTS = 200
 
 
 def count_samples(data: JobData, history: History, until: int) -> tuple[list[int], NDArray[np.int64]]:
-    """Some steps, and what a run has read of each stream after them, int64 [steps, streams]; ConfigError if unknown.
+    """Some steps, and what a run has read of each stream up to them, int64 [steps, streams]; ConfigError if unknown.
 
     The first is the one before those that are known, the last is `until`.
     """

@@ -44,7 +44,7 @@ GPUS_OF_A_NODE = 8
 def open_job_data(
     loaded: titan.LoadedJob, world_size: int, ranks_per_node: int | None, channel: AbortChannel
 ) -> Iterator[JobData]:
-    """A context in which the streams of a job can be read; nodes are as in `check_ranks`.
+    """A context in which the streams of a job can be read; `check_ranks` explains the nodes.
 
     Raises:
         ConfigError: the job would not start with this configuration, or not on this many ranks.

@@ -88,21 +88,22 @@ def run_section(data: JobData, history: History | None) -> dict[str, Any]:
 
 
 def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
-    """The first step that reads a sample again, None if unknown, and whether that is exact; no earlier step does."""
+    """The first step that reads a sample again, None if unknown, and whether that is exact: it may be a later one."""
     if not history.begins_anew:
         return None, False
     dataset, order = data.opened.dataset, data.opened.order
+    pairs = itertools.pairwise(history.slices())
+    anew = next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end)) + 1
     if order.blend:
         sizes = enumerate(dataset.samples_per_stream.tolist())
         repeat = min(order.blend.position(number, size) for number, size in sizes if order.shares[number])
         piece = next(piece for piece in history.slices() if piece.end > repeat)
-        return piece.step + (repeat - piece.begin) // piece.global_batch_size + 1, True
+        return min(anew, piece.step + (repeat - piece.begin) // piece.global_batch_size + 1), True
     if dataset.epoch_size > EXACT:
         choices = zip(dataset.streams, dataset.samples_per_stream, strict=True)
         if any(int(stream.choose) > size for stream, size in choices):
             return history.segments[0].step + 1, False
-        pairs = itertools.pairwise(history.slices())
-        return next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end)) + 1, False
+        return anew, False
     seen = np.zeros(dataset.num_samples, bool)
     for piece in progress_bar(history.slices(), "Looking for the first repeat"):
         read = data.samples(piece)

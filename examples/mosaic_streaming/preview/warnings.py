@@ -69,7 +69,7 @@ def stream_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 
 def cache_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
     """What makes nodes fetch more than their share, or the same again."""
-    dataset, cache, method = data.opened.dataset, plan["needs"]["cache"], data.opened.order.batching_method
+    dataset, cache, order = data.opened.dataset, plan["needs"]["cache"], data.opened.order
     nodes, ranges = data.job.layout.world().num_nodes, int(dataset.num_canonical_nodes or 1)
     if not cache:
         return
@@ -78,18 +78,21 @@ def cache_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
             f"dataset.num_canonical_nodes = {ranges} is no multiple of {nodes}, the machines that share out the "
             "samples: several of them fetch the same shards. A multiple would keep each to its own."
         )
-    if nodes > 1 and method in ("stratified", "device_per_stream"):
-        yield f"dataset.batching_method = {method!r}: each of {nodes} machines fetches shards of all ranges."
+    if nodes > 1 and order.batching_method in ("stratified", "device_per_stream"):
+        method = f"dataset.batching_method = {order.batching_method!r}"
+        yield f"{method}: each of {nodes} machines fetches shards of all ranges."
     limit = bytes_to_int(data.config.dataset.get("cache_limit") or 0)
-    sizes = dataset.samples_per_stream.tolist() if data.opened.order.blend else [dataset.epoch_size]
-    block = sum(min(int(dataset.shuffle_block_size or 1), -(-size // ranges)) for size in sizes)
+    sizes, blocks = [dataset.epoch_size], [int(dataset.shuffle_block_size or 1)]
+    if order.blend:
+        sizes, blocks = dataset.samples_per_stream.tolist(), order.blend.shuffle_blocks
+    block = sum(min(size, -(-of_stream // ranges)) for size, of_stream in zip(blocks, sizes, strict=True))
     total = sum(stream["bytes"] for stream in plan["streams"])
     in_use = max(1, ranges // nodes) * block * total // dataset.num_samples if dataset.shuffle else 0
     if limit and limit < min(in_use, cache):
         yield (
             f"dataset.cache_limit = {limit:,} bytes, but a shuffle over blocks of {block:,} samples in {ranges} ranges "
-            f"keeps about {in_use:,} bytes in use on each machine: shards are evicted and fetched again within an "
-            "epoch. Raise it, or lower dataset.shuffle_block_size."
+            f"keeps about {in_use:,} bytes in use on each machine: shards are evicted and fetched again within a "
+            "pass. Raise it, or lower dataset.shuffle_block_size."
         )
 
 

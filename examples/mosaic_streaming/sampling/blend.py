@@ -10,7 +10,8 @@
 - **Shuffle.** A stream's shards are put in an order for the whole run, and each node's range is cut out of it. In each
   pass, the node permutes the shards of its range, cuts them into shuffle blocks, and permutes each block's samples.
 
-Everything is computed with 64-bit integers from a hash, so no version of a library changes it.
+Everything is computed from a hash with integers, and with single products and quotients of floats, which are the same
+on each machine. So no version of a library changes it.
 """
 
 import bisect
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 PERIOD = 1 << 16
-"""Positions of a period of the pattern, unless there are many streams."""
+"""Positions of a period of the pattern, up to a multiple of the canonical nodes."""
 
 ENDLESS = 1 << 40
 """Positions that an order has, so to speak; no run reads as many."""
@@ -98,7 +99,7 @@ class Period(NamedTuple):
     stream: Ints  # which stream is read
     read: Ints  # how often all nodes have read it before
     read_by_node: Ints  # how often this position's node has
-    slots: list[Ints]  # positions of each stream, int64 [samples]
+    places: list[Ints]  # of each stream's samples in the period, int64 [samples]
 
 
 class Pass(NamedTuple):
@@ -129,14 +130,18 @@ class Blend:
         self.streams, self.nodes, self._seed = streams, nodes, seed
         self._is_shuffled, self._total = shuffle_block > 0, sum(stream.weight for stream in streams)
         self._sizes = np.array([stream.shards.sum() for stream in streams])
-        self._shuffle_blocks = [
+        self.shuffle_blocks = [
             max(int(shuffle_block * (stream.weight / self._total)), -(-size // stream.shards.size))
             for stream, size in zip(streams, self._sizes.tolist(), strict=True)
         ]
-        # So many slots that the largest stream, which takes those that the others leave, has some on each node.
-        self._slots = max(-(-PERIOD // nodes), 3 * len(streams) ** 2)
+        self._slots = -(-PERIOD // nodes)
         self._period_size = nodes * self._slots
-        self._by_weight = sorted(range(len(streams)), key=lambda number: (streams[number].weight, number))
+        numbers = (number for number, stream in enumerate(streams) if stream.weight)
+        self._rounding = {  # Python's integers, as their products have more than 64 bits
+            number: by_hash(mix(PATTERN, turn, np.arange(nodes))).astype(object) * 2 + 1
+            for turn, number in enumerate(sorted(numbers, key=lambda number: -streams[number].weight))
+        }
+        self._counts = functools.lru_cache(8)(self._counts)  # type: ignore[method-assign]
         self._period = functools.lru_cache(4)(self._period)  # type: ignore[method-assign]
         self._read_before = functools.lru_cache(2 * len(streams))(self._read_before)  # type: ignore[method-assign]
         self._pass = functools.lru_cache(2 * len(streams))(self._pass)  # type: ignore[method-assign]
@@ -147,10 +152,10 @@ class Blend:
         numbers = positions // self._period_size
         for number in np.unique(numbers).tolist():
             chosen = np.flatnonzero(numbers == number)
-            slots, period = positions[chosen] % self._period_size, self._period(number)
-            streams = period.stream[slots]
-            passes = period.read[slots] // self._sizes[streams]
-            nodes, read = slots % self.nodes, period.read_by_node[slots]
+            places, period = positions[chosen] % self._period_size, self._period(number)
+            streams = period.stream[places]
+            passes = period.read[places] // self._sizes[streams]
+            nodes, read = places % self.nodes, period.read_by_node[places]
             for stream in np.unique(streams).tolist():
                 of_stream = np.flatnonzero(streams == stream)
                 for which in np.unique(passes[of_stream]).tolist():
@@ -160,79 +165,65 @@ class Blend:
 
     def counts(self, position: int) -> Ints:
         """Return how many samples of each stream come before a position, int64 [streams]."""
-        number, slot = divmod(position, self._period_size)
-        counts = np.array(self._counts(number))
-        if slot:
-            counts += np.bincount(self._period(number).stream[:slot], minlength=counts.size)
+        number, place = divmod(position, self._period_size)
+        counts: Ints = self._counts(number).sum(1)
+        if place:
+            counts += np.bincount(self._period(number).stream[:place], minlength=counts.size)
         return counts
 
-    def _counts(self, period: int) -> list[int]:
-        """Samples of each stream before a period, on all nodes together: never less than before an earlier period.
-
-        Each is within one sample of its share: sums of shares are rounded, and a stream gets the difference. That
-        could take one back from a stream with less than one sample in a period, so its share is rounded by itself. The
-        largest stream takes what is left.
-        """
-        total, position = self._total, period * self._period_size
-        counts, weights, rounded = [0] * len(self.streams), 0, 0
-        for number in self._by_weight[:-1]:
-            weight = self.streams[number].weight
-            if weight * self._period_size < total:
-                counts[number] = (2 * position * weight + total) // (2 * total)
-            else:
-                weights, before = weights + weight, rounded
-                rounded = (2 * position * weights + total) // (2 * total)
-                counts[number] = rounded - before
-        counts[self._by_weight[-1]] = position - sum(counts)
-        return counts
-
-    def _counts_of_nodes(self, period: int) -> Ints:
+    def _counts(self, period: int) -> Ints:
         """Samples of each stream that each node has read before a period, int64 [streams, nodes].
 
-        A stream's samples go to the nodes in turn. The largest stream takes what is left.
+        From the largest stream on, each takes its share of what is left, rounded at another fraction on each node. So
+        no count is less than before an earlier period, and each is within 2 + ln(streams) of its share.
         """
-        streams, counts = np.arange(len(self.streams))[:, None], np.array(self._counts(period))[:, None]
-        turn = (np.arange(self.nodes) - streams * self.nodes // len(self.streams)) % self.nodes
-        found = (counts + self.nodes - 1 - turn) // self.nodes
-        found[self._by_weight[-1]] += period * self._slots - found.sum(0)
+        found = np.zeros((len(self.streams), self.nodes), np.int64)
+        left: Any = period * self._slots
+        weights, parts = self._total, 2 * self.nodes
+        for number, rounding in self._rounding.items():
+            weight = self.streams[number].weight
+            taken = (left * weight * parts + rounding * weights) // (weights * parts)
+            found[number], left, weights = taken, left - taken, weights - weight
         return found
 
     def _period(self, period: int) -> Period:
         """Make the pattern of a period: each node spreads each stream's samples evenly, and moves each a little."""
-        before = self._counts_of_nodes(period)
-        counts = (self._counts_of_nodes(period + 1) - before).T.ravel()  # by node, then by stream
-        of_node = np.repeat(np.arange(self.nodes), self._slots)
+        before = self._counts(period)
+        counts = (self._counts(period + 1) - before).T.ravel()  # by node, then by stream
+        node = np.repeat(np.arange(self.nodes), self._slots)
         stream = np.repeat(np.tile(np.arange(len(self.streams)), self.nodes), counts)
         number = np.arange(stream.size) - np.repeat(counts.cumsum() - counts, counts)
         if self._is_shuffled:
-            moved = mix(mix(self._seed, PATTERN, period), of_node, stream, number)
+            moved = mix(mix(self._seed, PATTERN, period), node, stream, number)
         else:  # nodes don't go in step
-            moved = mix(PATTERN, of_node, stream)
+            moved = mix(PATTERN, node, stream)
         when = ((number + moved / 2.0**64) / np.repeat(counts, counts)).reshape(self.nodes, -1)
         taken = np.argsort(when, axis=1, kind="stable") + np.arange(self.nodes)[:, None] * self._slots
         by_position = taken.T.ravel()
-        stream, of_node = stream[by_position], number[by_position] + before[stream, of_node][by_position]
-        slots, read = [np.flatnonzero(stream == number) for number in range(len(self.streams))], np.empty_like(stream)
-        for own, count in zip(slots, self._counts(period), strict=True):
+        stream, node, number = stream[by_position], node[by_position], number[by_position]
+        places, read = [np.flatnonzero(stream == one) for one in range(len(self.streams))], np.empty_like(stream)
+        for own, count in zip(places, before.sum(1), strict=True):
             read[own] = count + np.arange(own.size)
-        return Period(stream, read, of_node, slots)
+        return Period(stream, read, number + before[stream, node], places)
 
     def position(self, stream: int, count: int) -> int:
         """Return the position at which a stream, whose weight isn't 0 and which was read so often, is read next."""
-        total, scale = self._total, self.streams[stream].weight * self._period_size
-        low, high = ((count + off) * total // scale for off in (-len(self.streams) - 1, len(self.streams) + 1))
-        periods = range(max(0, low), high + 2)  # among which it is, as counts are so close to the shares
-        number = periods[bisect.bisect_right(periods, count, key=lambda period: self._counts(period)[stream]) - 1]
-        return number * self._period_size + int(
-            self._period(number).slots[stream][count - self._counts(number)[stream]]
-        )
+        number, of_period = self._find(stream, count)
+        return number * self._period_size + int(self._period(number).places[stream][of_period])
+
+    def _find(self, stream: int, count: int) -> tuple[int, int]:
+        """Return the period in which a stream is read next, and how often it is read there before."""
+        scale, off = self.streams[stream].weight * self._period_size, self.nodes * (2 + len(self.streams).bit_length())
+        periods = range(max(0, (count - off) * self._total // scale), (count + off) * self._total // scale + 2)
+        place = bisect.bisect_right(periods, count, key=lambda period: self._counts(period)[stream].sum())
+        number = periods[place - 1]
+        return number, count - int(self._counts(number)[stream].sum())
 
     def _read_before(self, stream: int, count: int) -> Ints:
         """How often each node has read a stream when all nodes have read it so often, int64 [nodes]."""
-        number, slot = divmod(self.position(stream, count), self._period_size)
-        slots = self._period(number).slots[stream]
-        nodes = slots[: np.searchsorted(slots, slot)] % self.nodes
-        return self._counts_of_nodes(number)[stream] + np.bincount(nodes, minlength=self.nodes)
+        number, of_period = self._find(stream, count)
+        nodes = self._period(number).places[stream][:of_period] % self.nodes
+        return self._counts(number)[stream] + np.bincount(nodes, minlength=self.nodes)
 
     def _pass(self, stream: int, number: int) -> Pass:
         """Divide a stream among the nodes for a pass, which has the given number."""
@@ -272,7 +263,7 @@ class Blend:
 
     def _shuffled(self, stream: int, number: int, nodes: Ints, place: Ints, counts: Ints) -> Ints:
         """Permute places in the ranges of nodes within shuffle blocks, which begin at other places on each node."""
-        key, size = mix(self._seed, SAMPLES, stream, number), self._shuffle_blocks[stream]
+        key, size = mix(self._seed, SAMPLES, stream, number), self.shuffle_blocks[stream]
         shift = np.where(counts > size, mix(key, nodes) % np.uint64(size), 0).astype(np.int64)
         block = (place + shift) // size
         begin = np.maximum(block * size - shift, 0)

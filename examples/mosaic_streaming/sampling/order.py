@@ -46,7 +46,7 @@ class Order:
     packed: bool = False  # whether the samples of a batch are packed together: with other neighbours, rows would differ
     first_epoch: int = 0  # to start in
     first_sample: int = 0  # samples of that epoch that have been read already
-    shares: tuple[float, ...] = ()  # of each stream in an epoch
+    shares: tuple[float, ...] = ()  # of each stream, in an epoch or a blend
     blend: Blend | None = field(default=None, repr=False, compare=False)
     _last: dict[int, NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
 

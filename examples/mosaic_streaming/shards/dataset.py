@@ -60,6 +60,7 @@ class CheckedDataset(StreamingDataset):
     Attributes:
         keep_dtype: whether token samples stay arrays of their stored dtype, rather than become int64 tensors.
         may_cut: whether text samples longer than `max_seq_len` may be truncated.
+        order: in which training reads; None for validation.
     """
 
     keep_dtype = False
@@ -235,9 +236,11 @@ class CheckedDataset(StreamingDataset):
     def on_exception(self, future: "Future[None]") -> None:
         """Stop reading when a thread fails; streaming raises the error where nothing catches it."""
         if error := future.exception():
-            if not self.failure_reason() and isinstance(error, Exception):
-                self._record_failure(error)
-            self._event.set()
+            try:
+                if not self.failure_reason() and isinstance(error, Exception):
+                    self._record_failure(error)
+            finally:
+                self._event.set()
 
     def _prepare_thread(self, it: _Iterator) -> None:
         """Request the shards of the next samples, each once; the reader requests a missing shard again.

@@ -76,7 +76,11 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     """
     start = time.monotonic()
     if stream.is_cache:  # which mostly has few of the files
-        found = {os.path.join(place, name) for place, _, names in os.walk(stream.path("")) for name in names}
+        found = {
+            os.path.join(place, name)
+            for place, _, names in os.walk(stream.path(""), followlinks=True)
+            for name in names
+        }
 
         def may_be_wrong(name: str) -> bool:
             return stream.path(name) in found or os.path.islink(stream.source(name))

@@ -98,7 +98,9 @@ def global_batch_size(training: Any, dp_world_size: int) -> int:
 
 
 def validation_of(settings: Any, training: Any, pipeline: int) -> Validation | None:
-    """How a job validates, if it does: two sections of its config, and its pipeline-parallel degree.
+    """How a job validates, if it does. `settings` and `training` are sections of its config.
+
+    A shape that `settings` doesn't have is that of training. `pipeline` is the pipeline-parallel degree.
 
     Raises:
         ConfigError: a model which is built for training can't take the batches.

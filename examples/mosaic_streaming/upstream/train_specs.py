@@ -7,8 +7,6 @@ needless.
 from torchtitan.protocols import train_spec
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 
-from examples.mosaic_streaming.upstream.model_registry import model_names as model_names
-
 registered: dict[str, TrainSpec] = {}
 """The specs registered here, by name."""
 

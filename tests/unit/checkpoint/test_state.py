@@ -178,8 +178,7 @@ def test_changed_global_batch_loses_and_repeats_nothing_and_is_logged(
     assert start in rank.output
     [again] = run_ranks(lambda: load(second.states[0]))
     assert "samples were read before this start" in again.output and "The global batch changes" not in again.output
-    told = f"In all, 10,000 steps (training.steps) read {3 * 8 + 9997 * 12:,} samples, "
-    assert all(told in started.output for started in (rank, again))
+    assert not any("(training.steps) read" in started.output for started in (rank, again)), "as if of one size"
 
 
 def test_changed_global_batch_is_refused_where_it_is_part_of_the_order(streams: dict[str, dict[str, Any]]) -> None:

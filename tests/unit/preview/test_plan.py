@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
+from examples.mosaic_streaming.checkpoint import History, Segment
 from examples.mosaic_streaming.config.keys import NOT_WITH_BLEND
 from examples.mosaic_streaming.preview import plan as planning
 from examples.mosaic_streaming.preview.__main__ import main
@@ -53,6 +54,10 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
         True,
     )
 
+    def anew(opened: JobData) -> Any:
+        return first_repeat(opened, History(opened.opened.order, (Segment(0, 0, 0, 8), Segment(2, 0, 0, 8))))
+
+    assert with_job_data(config, anew, job(2, 8)) == (min(3, expected), True), "the streams begin anew after step 2"
     if batching_method == "blend":  # which tells it for any size
         return
 

@@ -1,5 +1,6 @@
 """The order "blend" once more, by its definition: plain, slow, and without a line of the package."""
 
+import functools
 import itertools
 from collections import Counter
 from fractions import Fraction
@@ -40,41 +41,34 @@ def permute(index: int, size: int, key: int) -> int:
             return index
 
 
-def counts(streams: list[Stream], position: int, block: int) -> list[int]:
-    """Samples of each stream before a block that begins at a position."""
-    total = sum(weight for *_, weight in streams)
-    shares = [Fraction(weight, total) for *_, weight in streams]
-    ascending = sorted(range(len(streams)), key=lambda number: (shares[number], number))
-    found, summed = {}, Fraction(0)
-    for number in ascending[:-1]:
-        if shares[number] * block < 1:
-            found[number] = floor(shares[number] * position + Fraction(1, 2))
-        else:
-            found[number] = floor((summed + shares[number]) * position + Fraction(1, 2))
-            found[number] -= floor(summed * position + Fraction(1, 2))
-            summed += shares[number]
-    found[ascending[-1]] = position - sum(found.values())
-    return [found[number] for number in range(len(streams))]
+@functools.cache
+def order_of_nodes(turn: int, nodes: int) -> list[int]:
+    """The nodes in the order of their hashes."""
+    return sorted(range(nodes), key=lambda node: (mix(PATTERN, turn, node) >> nodes.bit_length(), node))
 
 
-def dealt(streams: list[Stream], nodes: int, position: int, block: int) -> list[list[int]]:
-    """The same by node: the samples of all streams but the largest go round, each from another node on."""
-    largest = max(range(len(streams)), key=lambda number: (streams[number][2], number))
-    table = [[0] * len(streams) for _ in range(nodes)]
-    for number, count in enumerate(counts(streams, position, block)):
-        for sample in range(count) if number != largest else []:
-            table[(number * nodes // len(streams) + sample) % nodes][number] += 1
-    for row in table:
-        row[largest] = position // nodes - sum(row)
+def counts(streams: list[Stream], nodes: int, slots: int) -> list[list[int]]:
+    """Samples of each stream that each node has read when each has read so many of all: from the largest stream on,
+    each takes its share of what is left, and rounding begins at another fraction on each node."""
+    descending = sorted(range(len(streams)), key=lambda number: -streams[number][2])
+    table = []
+    for node in range(nodes):
+        row, left, weights = [0] * len(streams), slots, sum(weight for *_, weight in streams)
+        for turn, number in enumerate(descending):
+            if weight := streams[number][2]:
+                part = Fraction(2 * order_of_nodes(turn, nodes)[node] + 1, 2 * nodes)
+                row[number] = floor(left * Fraction(weight, weights) + part)
+                left, weights = left - row[number], weights - weight
+        table.append(row)
     return table
 
 
 def pattern(streams: list[Stream], nodes: int, seed: int, shuffle: bool, positions: int) -> list[int]:
     """The stream of each position, for at least so many."""
-    slots = max(-(-65536 // nodes), 3 * len(streams) ** 2)
+    slots = -(-65536 // nodes)
     found: list[int] = []
-    for block in range(-(-positions // (slots * nodes))):
-        before, after = (dealt(streams, nodes, (block + more) * slots * nodes, slots * nodes) for more in (0, 1))
+    for period in range(-(-positions // (slots * nodes))):
+        before, after = (counts(streams, nodes, (period + more) * slots) for more in (0, 1))
         rows = []
         for node in range(nodes):
             times = []
@@ -83,7 +77,7 @@ def pattern(streams: list[Stream], nodes: int, seed: int, shuffle: bool, positio
                 for sample in range(count):
                     moved = mix(PATTERN, node, number)
                     if shuffle:
-                        moved = mix(mix(seed, PATTERN, block), node, number, sample)
+                        moved = mix(mix(seed, PATTERN, period), node, number, sample)
                     times.append(((sample + moved / 2**64) / count, number))
             rows.append([number for _, number in sorted(times)])
         found += itertools.chain.from_iterable(zip(*rows, strict=True))

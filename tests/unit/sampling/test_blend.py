@@ -53,8 +53,9 @@ def test_counts_are_those_of_the_definition(mixture: Mixture, number: int) -> No
     """With rare streams, which have less than a sample in a block."""
     blend, (streams, nodes, *_) = made(mixture), mixture
     position = number * blend._period_size
-    assert blend.counts(position).tolist() == plain_blend.counts(streams, position, blend._period_size)
-    assert blend._counts_of_nodes(number).T.tolist() == plain_blend.dealt(streams, nodes, position, blend._period_size)
+    table = np.array(plain_blend.counts(streams, nodes, position // nodes))
+    assert blend._counts(number).T.tolist() == table.tolist()
+    assert blend.counts(position).tolist() == table.sum(0).tolist()
 
 
 def test_a_second_block_is_that_of_the_definition() -> None:
@@ -82,26 +83,35 @@ def test_each_pass_over_a_stream_has_each_of_its_samples_once(mixture: Mixture, 
         assert blend.counts(position).tolist() == np.bincount(streams[:position], minlength=len(weights)).tolist()
 
 
-@settings(max_examples=40, deadline=None, database=None, derandomize=True)
-@given(mixtures())
-def test_shares_are_within_the_stated_bounds(mixture: Mixture) -> None:
-    """Over 50 blocks of the pattern, and within its first."""
-    streams, nodes, *_ = mixture
-    blend, total = made(mixture), sum(weight for *_, weight in streams)
-    block, shares = blend._period_size, np.array([weight / total for *_, weight in streams])
-    rare = sum(0 < share * block < 1 for share in shares)
-    before = np.zeros(len(streams), np.int64)
+def check_shares(weights: list[int], nodes: int) -> None:
+    """Hold the stated bounds against the counts of a blend, over periods of the pattern and within its first."""
+    blend, total = Blend([Stream(0, np.array([9]), weight) for weight in weights], nodes, 3, 9), sum(weights)
+    size, shares, streams = blend._period_size, np.array(weights) / total, len(weights)
+    before = np.zeros((streams, nodes), np.int64)
     for number in (*range(50), 10**6, 10**6 + 1):
-        counts = blend.counts(number * block)
+        counts = blend._counts(number)
         assert (counts >= before).all(), "no counter goes back"
-        assert counts.sum() == number * block
-        off = np.abs(counts - shares * number * block)
-        assert off.max() < max(1, (1 + rare) / 2 + 1e-3), "whatever the nodes"
+        assert (counts.sum(0) == number * blend._slots).all()
+        exact = np.array([weight * number * blend._slots / total for weight in weights])
+        assert np.abs(counts - exact[:, None]).max() < 2 + np.log(streams), "on each node"
+        assert np.abs(counts.sum(1) - exact * nodes).max() < max(nodes, 1.5), "on all together"
         before = counts
     within = blend._period(0).stream
     for stream, share in enumerate(shares):
-        off = np.abs((within == stream).cumsum() - share * np.arange(1, block + 1))
-        assert off.max() < nodes * (2 + len(streams) * share)
+        off = np.abs((within == stream).cumsum() - share * np.arange(1, size + 1))
+        assert off.max() < nodes * (4 + np.log(streams) + streams * share)
+
+
+@settings(max_examples=40, deadline=None, database=None, derandomize=True)
+@given(mixtures())
+def test_shares_are_within_the_stated_bounds(mixture: Mixture) -> None:
+    streams, nodes, *_ = mixture
+    check_shares([weight for *_, weight in streams], nodes)
+
+
+@pytest.mark.parametrize("nodes", [1, 64])
+def test_shares_of_many_streams_are_within_the_stated_bounds(nodes: int) -> None:
+    check_shares([7 + number**5 for number in range(150)], nodes)
 
 
 def test_position_is_told_without_what_comes_before() -> None:

@@ -8,14 +8,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch.distributed.checkpoint as dcp
 from torchtitan.tools.logging import init_logger
 
 from examples.mosaic_streaming.checkpoint.state import STATE_KEY
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.preview.checkpoint import checkpoint_of_start, history_of_start
+from examples.mosaic_streaming.preview.job_data import JobData
+from tests.support.looking import with_job_data
 from tests.support.ranks import can_make_nodes, run_rank_values, run_ranks
 from tests.support.reading import write_turns
 from tests.support.streams import (
     FIRST_ID,
+    SEQ_LEN,
     WEIGHTS,
     Reading,
     Turn,
@@ -268,26 +273,19 @@ def test_a_checkpoint_of_another_method_is_refused_with_the_table(streams: dict[
     assert rows == ["dataset.batching_method random blend"]
 
 
-def test_log_says_what_a_run_reads_wherever_it_begins(streams: dict[str, dict[str, Any]]) -> None:
-    """At the streams' beginning, at the position of another run, and with a global batch that has changed."""
-    whole, size = read_steps(blended(streams), 30).samples, 8
-
-    def run() -> tuple[dict[str, str], str]:
-        loader = build_loader(blended(streams), job(8, 8))
-        for _ in itertools.islice(loader, 20):
-            pass
-        return loader.state_dict(), loader.config.source
-
-    [(state, _)] = run_rank_values(run)
+def test_log_says_what_a_run_will_read_wherever_it_begins(streams: dict[str, dict[str, Any]]) -> None:
+    """At the streams' beginning, or at the position of another run. A run that goes on doesn't say it again."""
+    whole, size = read_steps(blended(streams), 30), 8
+    state, ids = whole.states[19], np.array([*itertools.chain(*whole.samples)])
     saved = json.loads(state[STATE_KEY])
     elsewhere = {
         STATE_KEY: json.dumps(saved | {"steps": 0, "segments": [[0, 0, 160, size]]})
     }  # as `read_position` does
 
-    def log(begin: dict[str, str] | None, steps: int, batch: int) -> str:
+    def log(begin: dict[str, str] | None, steps: int) -> str:
         def start() -> None:
             init_logger()
-            settings = job(8, batch)
+            settings = job(size, size)
             settings.training.steps = steps
             loader = build_loader(blended(streams), settings)
             if begin:
@@ -298,16 +296,11 @@ def test_log_says_what_a_run_reads_wherever_it_begins(streams: dict[str, dict[st
         assert rank.code == 0, rank.output
         return re.sub(r"\s+", " ", rank.output)
 
-    for begin, steps, batch, first, last in (
-        (None, 10, size, 0, 80),
-        (elsewhere, 5, size, 160, 200),
-        (state, 25, size, 0, 200),
-        (state, 25, 16, 0, 240),
-    ):
-        read = np.array([*itertools.chain(*whole)])[first:last]
+    for begin, steps, read in ((None, 10, ids[:80]), (elsewhere, 5, ids[160:200])):
         passes = f"passes a {(read < 50).sum() / 50:.2f}, b {(read >= 50).sum() / 33:.2f}."
-        told = f"In all, {steps} steps (training.steps) read {last - first} samples, {16 * (last - first):,} tokens, "
-        assert told + passes in log(begin, steps, batch)
+        told = f"In all, {steps} steps (training.steps) read {len(read)} samples, {SEQ_LEN * len(read):,} tokens, "
+        assert told + passes in log(begin, steps)
+    assert "(training.steps)" not in log(state, 25)
 
 
 def test_log_speaks_of_passes(streams: dict[str, dict[str, Any]]) -> None:
@@ -355,6 +348,40 @@ def test_a_state_that_was_written_with_64_canonical_nodes_goes_on(tmp_path: Path
         rest = read_steps(default | {"num_workers": num_workers}, 10, dp_ranks=[0, 1], state=whole.states[9])
         assert rest.samples == whole.samples[10:]
         assert rest.states == whole.states[10:]
+
+    def look(data: JobData) -> list[list[int]]:
+        dcp.save({"dataloader": whole.states[9], "train_state": {"step": 10}}, checkpoint_id=tmp_path / "step-10")
+        history = history_of_start(data, checkpoint_of_start(data, str(tmp_path / "step-10")))
+        assert history
+        return [sorted(data.global_batch(step, history).flatten().tolist()) for step in range(11, 21)]
+
+    assert with_job_data(default, look, job(2, 8)) == [sorted(step) for step in whole.samples[10:]]
+
+
+def test_a_state_with_64_canonical_nodes_is_counted_and_checked_by_them(tmp_path: Path) -> None:
+    """As the settings of the run that wrote it: 64 of 100 samples are an epoch."""
+    explicit = loader_config(write_stream(tmp_path, 100), shuffle=True, num_canonical_nodes=64)
+    saved = json.loads(read_steps(explicit, 13, total=16).states[-1][STATE_KEY])
+    assert (saved["epoch"], saved["sample_in_epoch"]) == (3, 16)
+    older = {STATE_KEY: json.dumps({key: saved[key] for key in saved if key not in ("seen", "steps", "segments")})}
+    default = loader_config(tmp_path, shuffle=True)
+    del default["dataset"]["num_canonical_nodes"]
+
+    def load(total: int) -> str:
+        loader = build_loader(default, job(total, total))
+        loader.load_state_dict(older)
+        return loader.state_dict()[STATE_KEY]
+
+    [state] = run_rank_values(lambda: load(16))
+    assert json.loads(state)["seen"]["samples"] == 3 * 64 + 16
+
+    def refusal() -> str:
+        with pytest.raises(ConfigError) as error:
+            load(80)
+        return str(error.value)
+
+    [message] = run_rank_values(refusal)
+    assert message.startswith("An epoch fills no global batch of 80 sequences.")
 
 
 def test_machines_keep_to_their_own_shards(tmp_path: Path) -> None:

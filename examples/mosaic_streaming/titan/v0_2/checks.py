@@ -87,7 +87,7 @@ def check_training(job_config: "JobConfig", world_size: int) -> None:
     from torchtitan.components.optimizer import build_optimizers, build_optimizers_with_moe_load_balancing
 
     from examples.mosaic_streaming.titan.v0_2.models import base_spec
-    from examples.mosaic_streaming.upstream.train_specs import model_names
+    from examples.mosaic_streaming.upstream.model_registry import model_names
 
     model, seq_len = job_config.model.name, job_config.training.seq_len
     if model.removesuffix(SUFFIX) in model_names():

@@ -4,7 +4,7 @@ from torchtitan.hf_datasets.text_datasets import build_text_dataloader
 from torchtitan.protocols.train_spec import TrainSpec, get_train_spec
 
 from examples.mosaic_streaming.titan.models import check_model
-from examples.mosaic_streaming.upstream.train_specs import model_names
+from examples.mosaic_streaming.upstream.model_registry import model_names
 
 
 def base_spec(name: str) -> TrainSpec:
