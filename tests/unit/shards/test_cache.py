@@ -1,6 +1,7 @@
 """Nothing but a cache of ours is ever written to: what is a copy, whose it is, and what lies beside it."""
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -122,6 +123,24 @@ def test_source_that_links_into_its_cache_is_refused(tmp_path: Path, train: Path
     stopped = read_job(loader_config(mark(tmp_path / "cache"), **settings), tmp_path / "notes", steps=7)
     assert f"shard.00000.mds of the stream in loader.toml is a link to {tmp_path}/cache/shard.0" in stopped.message
     assert tree(train) == before
+
+
+def test_damaged_file_behind_a_linked_folder_of_a_cache_is_fetched_again(tmp_path: Path, train: Path) -> None:
+    index = json.loads((train / "index.json").read_text())
+    (train / "part").mkdir()
+    for shard in index["shards"]:
+        name = shard["raw_data"]["basename"]
+        (train / name).rename(train / "part" / name)
+        shard["raw_data"]["basename"] = f"part/{name}"
+    (train / "index.json").write_text(json.dumps(index))
+    shutil.copytree(train, tmp_path / "cache")
+    (tmp_path / "cache/part").rename(tmp_path / "elsewhere")
+    (tmp_path / "cache/part").symlink_to(tmp_path / "elsewhere")
+    damaged = tmp_path / "elsewhere/shard.00001.mds"
+    damaged.write_bytes(damaged.read_bytes()[:-7])
+    read = read_job(loader_config(mark(tmp_path / "cache"), remote=str(train)), tmp_path / "notes", steps=7)
+    assert len({sample for step in read.steps for sample in step}) == 56
+    assert damaged.stat().st_size == (train / "part/shard.00001.mds").stat().st_size
 
 
 def test_folder_with_files_is_a_cache_only_once_its_owner_says_so(tmp_path: Path, train: Path) -> None:
