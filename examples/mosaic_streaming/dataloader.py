@@ -194,8 +194,7 @@ def open_loader(
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    packs = cast(batch.Collator, loader.collate_fn).packs
-    method = "blend" if loader_config.is_blend else dataset.batching_method
+    packs, method = cast(batch.Collator, loader.collate_fn).packs, loader_config.batching_method(dataset)
     order = sampling.set_order(dataset, method, batch_size, global_batch_size, packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch_spec(job, job.training, loader_config, hf_tokenizer, who)
@@ -255,7 +254,7 @@ class MosaicDataLoader(BaseDataLoader):
 
     def __init__(self, opened: OpenLoader, dp_rank: int, job: Job, channel: AbortChannel) -> None:
         order = opened.order
-        self._opened, self.config, self._names = opened, opened.config, opened.names
+        self._opened, self.config = opened, opened.config
         self.has_started = False
         """Whether a batch has been asked for."""
         self._batches = batch.Batches(opened.loader, opened.spec.source, opened.config.source)
@@ -407,7 +406,7 @@ class MosaicDataLoader(BaseDataLoader):
         """Where the run is. It takes one small collective, so all ranks have to call it at the same step."""
         self._counter.count_loss_tokens(peers=dist.get_world_size() // reader_world(self._dataset).num_ranks)
         order, read = self._order, self._state.sample_in_epoch
-        passes = sampling.passes_of(self._names, self._dataset, order, read) if order.blend else None
+        passes = sampling.passes_of(self._opened.names, self._dataset, order, read) if order.blend else None
         return checkpoint.Progress(
             self._state.epoch,
             read / (read + self._remaining),
@@ -433,7 +432,7 @@ class MosaicDataLoader(BaseDataLoader):
         """Log on rank 0 where in the streams the run starts, what an epoch leaves out, and what a new run will read."""
         if not is_rank_0():
             return
-        data = (self._names, self._dataset, self._order, self._state)
+        data = (self._opened.names, self._dataset, self._order, self._state)
         message, left_out = checkpoint.start_message(*data)
         if self._steps_of_run and not self._state.steps:
             message += checkpoint.run_message(*data, self._steps_of_run, self._counter)

@@ -46,7 +46,7 @@ def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
     """Tokens in each of the first epoch's first samples, without padding."""
     dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
     assert isinstance(dataset, StreamingDataset)
-    order = set_order(dataset, "blend" if config.is_blend else dataset.batching_method, 1, rows)
+    order = set_order(dataset, config.batching_method(dataset), 1, rows)
     check_order(order, dataset, list(config.streams), config.source)
     ids = order.samples(dataset, 0, np.arange(min(SAMPLES, order.remaining(0)))).tolist()
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from streaming import Stream, StreamingDataset
+from streaming import StreamingDataset
 from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
@@ -46,10 +46,10 @@ def fingerprint_of(
     data["model.hf_assets_path"] = f"tokenizer {digest(tokenizer_fingerprint(tokenizer))}"
     data["dataset.max_seq_len"] = loader.dataset["max_seq_len"]
     for index, (name, stream) in enumerate(zip(loader.streams, dataset.streams, strict=True)):
-        data[f"stream {index + 1}"] = {"name": name} | stream_fingerprint(stream, shards_of(dataset, index))
+        weight = {"an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}"}
         if order.blend:  # where shares alone count, whatever they are computed from
-            del data[f"stream {index + 1}"]["an epoch"]
-            data[f"stream {index + 1}"]["share"] = str(order.blend.streams[index].weight / 10**SHARE_DIGITS)
+            weight = {"share": str(order.blend.streams[index].weight / 10**SHARE_DIGITS)}
+        data[f"stream {index + 1}"] = {"name": name, "index": index_fingerprint(shards_of(dataset, index))} | weight
     data[METHOD] = order.batching_method
     if order.batching_method in ("per_stream", "stratified"):
         data["training.global_batch_size"] = order.global_batch_size
@@ -72,16 +72,13 @@ def shards_of(dataset: StreamingDataset, stream: int) -> list[Reader]:
     return dataset.shards[begin : begin + int(dataset.shards_per_stream[stream])]
 
 
-def stream_fingerprint(stream: Stream, shards: list[Reader]) -> dict[str, str]:
-    """Size, weight and index.json of a stream; of the last only what says which samples there are."""
+def index_fingerprint(shards: list[Reader]) -> str:
+    """Size and index.json of a stream; of the last only what says which samples there are."""
     index = []
     for shard in shards:
         columns = [getattr(shard, key, None) for key in ("column_names", "column_encodings")]
         index.append([shard.samples, *columns, [(raw.bytes, raw.hashes) for raw, _ in shard.file_pairs]])
-    return {
-        "index": f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}",
-        "an epoch": f"{int(stream.choose)} samples, share {float(stream.proportion)}",
-    }
+    return f"{sum(shard.samples for shard in shards)} samples in {len(shards)} shards, {digest(index)}"
 
 
 def tokenizer_fingerprint(tokenizer: HuggingFaceTokenizer) -> list[object]:

@@ -26,6 +26,7 @@ from examples.mosaic_streaming.config.streams import (
 from examples.mosaic_streaming.errors import ConfigError
 
 if TYPE_CHECKING:
+    from streaming import StreamingDataset
     from transformers import PreTrainedTokenizerBase
 
 WITHOUT_WORKERS: Config = {"num_workers": 0, "prefetch_factor": None, "persistent_workers": False, "timeout": 0}
@@ -68,6 +69,10 @@ class ResolvedLoader:
     def is_blend(self) -> bool:
         """Whether the batching method is "blend", which streaming doesn't know."""
         return self.dataset.get("batching_method") == "blend"
+
+    def batching_method(self, dataset: "StreamingDataset") -> str:
+        """The method of a dataset that was built with this; a user's builder may have its own."""
+        return "blend" if self.is_blend else dataset.batching_method
 
     @property
     def streams(self) -> dict[str, Config]:

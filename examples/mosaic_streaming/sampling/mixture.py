@@ -32,14 +32,17 @@ def stream_shares(
     found = []
     for name, stream, size, share in zip(names, dataset.streams, dataset.samples_per_stream, order.shares, strict=True):
         samples = int(size)
-        tokens, passes = samples * seq_len if seq_len else None, share * order.remaining(0) / samples
-        asked = float(stream.proportion)
-        found.append(StreamShare(name, samples, tokens, asked, share, None if order.blend else passes))
+        tokens = samples * seq_len if seq_len else None
+        passes = None if order.blend else share * order.remaining(0) / samples
+        found.append(StreamShare(name, samples, tokens, float(stream.proportion), share, passes))
     return found
 
 
 def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
     """Log the `stream_shares` as a table."""
+    head, of = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"], "an epoch"
+    if order.blend:
+        head, of = [*head[:3], "share", "samples of all in a pass"], "all samples"
     rows = []
     for name, samples, tokens, asked, share, passes in stream_shares(names, dataset, order, seq_len):
         shown_tokens = "-" if tokens is None else f"{tokens:,}"
@@ -48,9 +51,6 @@ def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, s
             rows.append([*row, f"{samples / share:,.0f}" if share else "-"])
         else:
             rows.append([*row, f"{share:.2%}", f"{passes:.3f}"])
-    head, of = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"], "an epoch"
-    if order.blend:
-        head, of = [*head[:3], "share", "samples of all in a pass"], "all samples"
     logger.info(f"Streams, and their part of {of}:\n{text_table(head, rows)}")
 
 
