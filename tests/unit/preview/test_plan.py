@@ -227,6 +227,20 @@ def test_lengths_with_which_no_job_starts_are_refused(files: Path, seq_len: int,
     assert "Checked now" not in said
 
 
+def test_cache_warning_of_a_blend_adds_up_its_streams_own_blocks(files: Path) -> None:
+    write_stream(files / "b", 100)
+    streams = [
+        f'[dataset.streams.{name}]\nremote = "{files}/{folder}"\nlocal = "{files}/cache/{name}"\nproportion = {share}\n'
+        for name, folder, share in (("a", "stream", 0.7), ("b", "b", 0.3))
+    ]
+    (files / "loader.toml").write_text(
+        'name = "text"\n[dataset]\nbatching_method = "blend"\nshuffle = true\nnum_canonical_nodes = 1\n'
+        "shuffle_block_size = 180\ncache_limit = 10000\n" + "".join(streams)
+    )
+    warnings = " ".join(preview(files, "plan")["warnings"])
+    assert "cache_limit = 10,000 bytes, but a shuffle over blocks of 154 samples in 1 ranges" in warnings
+
+
 @pytest.mark.parametrize(("ranges", "told"), [(5, True), (4, False)])
 def test_mixture_of_batches_with_fewer_samples_than_ranges_is_warned_of(files: Path, ranges: int, told: bool) -> None:
     write_stream(files / "b", 100)

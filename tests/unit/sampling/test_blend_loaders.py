@@ -241,6 +241,20 @@ def test_streams_without_samples_are_refused(
     assert message == "The streams in loader.toml give no samples (a 0, b 0). Raise `repeat` or `choose`."
 
 
+def test_packing_ratio_of_streams_without_samples_is_refused(tmp_path: Path) -> None:
+    write_turns(tmp_path / "stream", 8)
+    stream = {"remote": str(tmp_path / "stream"), "local": str(tmp_path / "cache"), "repeat": 0}
+    dataset = {"streams": {"chats": stream}, "packing_ratio": "auto"}
+
+    def build() -> str:
+        with pytest.raises(ConfigError) as error:
+            build_loader({"name": "finetuning", "num_workers": 0, "dataset": dataset | BLEND}, job(2, 8))
+        return str(error.value)
+
+    [message] = run_rank_values(build)
+    assert message == "The streams in loader.toml give no samples (chats 0). Raise `repeat` or `choose`."
+
+
 def test_shares_alone_count_whatever_they_are_computed_from(streams: dict[str, dict[str, Any]]) -> None:
     """The quotient of 600 and 1000 differs from 0.6 in its last bit, as streaming computes it."""
     ways: list[list[dict[str, float]]] = [
