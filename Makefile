@@ -48,7 +48,7 @@ test-all: $(VENV)/.synced
 test-titan: $(VENV)/.synced
 	$(BIN)/pytest -m "not long or both" $(addprefix tests/,e2e unit/titan unit/preview unit/test_metrics.py unit/test_validator.py upstream)
 
-# At least 200 faults and 20 kills, in at most 20 minutes.
+# At least 200 faults, 20 kills and 40 signals to stop, in at most 20 minutes.
 soak: $(VENV)/.synced
 	$(BIN)/python -W ignore -m tests.soak
 

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from torch.distributed.run import get_args_parser
 from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import parse_flags
 from examples.mosaic_streaming.config.keys import dataset_keys
+from examples.mosaic_streaming.config.plan import check_tables, is_plan
 from examples.mosaic_streaming.preview.__main__ import build_parser
 from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.versions import GONE, RENAMED
@@ -43,8 +45,8 @@ README, EXAMPLE_README, CHANGELOG = Path("README.md"), Path("examples/mosaic_str
 PAGES = [README, *sorted(page.relative_to(ROOT) for page in (ROOT / "docs").glob("*.md")), EXAMPLE_README]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 TRAIN, PREVIEW = "examples.mosaic_streaming.train", "examples.mosaic_streaming.preview"
-TITAN_0_3 = Path("docs/torchtitan-0.3.md")
-"""The page with flags and settings of TorchTitan 0.3."""
+PLANS, RECIPES, TITAN_0_3 = Path("docs/plans.md"), Path("docs/recipes.md"), Path("docs/torchtitan-0.3.md")
+"""Pages with files to write, and the page with flags and settings of TorchTitan 0.3."""
 
 RUN_BY = {
     "docs/data.md": ("tests/e2e/test_data_prep.py", "folder"),
@@ -183,6 +185,8 @@ def check_command(page: Path, command: str) -> None:
         assert all((ROOT / path).is_file() for path in (*scripts, *files))
         if is_of_installed(page):
             check_titan_flags(files[0], words[words.index(files[-1]) + 1 :])
+    elif words[0] in ("mkdir", "mv"):
+        assert all(word.startswith(MADE) for word in words[1:])
     else:
         assert words[:2] == ["python", "-c"] or words[0] in ("cp", "export", "git", "llmfoundry", "sed")
 
@@ -190,6 +194,14 @@ def check_command(page: Path, command: str) -> None:
 @pytest.mark.parametrize(("page", "command"), EVERY_COMMAND, ids=lambda value: str(value)[:60])
 def test_each_command_is_one_that_the_parsers_take(page: Path, command: str) -> None:
     check_command(page, command)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_plans_in_the_pages_have_tables_and_keys_of_plans(page: Path) -> None:
+    plans = [content for content in map(tomllib.loads, blocks(page, "toml")) if is_plan(content)]
+    for content in plans:
+        check_tables(content, str(page))
+    assert plans or page not in (PLANS, RECIPES)
 
 
 @only_0_3
@@ -408,12 +420,16 @@ def test_commands_run(page: Path, copy: Path) -> None:
         name = re.match(r"# (\w+\.py)\n", block)
         assert name, "a block of Python says which file it is"
         (copy / name[1]).write_text(block)
+    for block in blocks(page, "toml"):
+        if name := re.match(r"# (my_\w+\.toml)\n", block):
+            (copy / name[1]).write_text(block)
     printed = ""
     for command in runs_here(page):
         if "torchrun" in command and "--training.steps" not in command:
             command += " --training.steps=2" if " -- " in command else " -- --training.steps=2"
         printed += shell(command, copy)
-    if page == Path("docs/recipes.md"):
+    if page in (PLANS, RECIPES):
         [shown] = blocks(page, "")
         assert [line for line in shown.splitlines() if line not in printed] == []
+    if page == RECIPES:
         assert "distinct tokens: [" in printed

@@ -5,6 +5,8 @@
 #
 # Machines meet at MASTER:PORT. When a rank fails, all are started again, at most MAX_RESTARTS times, and go on from the
 # last checkpoint. FLAGS are TorchTitan's, e.g. --training.steps=20.
+#
+# SIGTERM or SIGUSR1 lets all save a checkpoint and end. They have SHUTDOWN_SECONDS for that.
 
 set -euo pipefail
 
@@ -23,5 +25,7 @@ exec torchrun \
   --rdzv_endpoint="${MASTER:?the first machine}:${PORT:-29400}" \
   --rdzv_id="${RUN_ID:-$(basename "$job" .toml)}" \
   --max-restarts="${MAX_RESTARTS:-3}" \
+  --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+  --shutdown-timeout="${SHUTDOWN_SECONDS:-240}" \
   -m examples.mosaic_streaming.train \
   --config "$job" --mosaic-config "$loader" "${validation[@]}" -- "$@"

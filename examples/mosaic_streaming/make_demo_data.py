@@ -18,10 +18,8 @@ from pathlib import Path
 TOKENIZER = Path("tests/assets/tokenizer")
 OUT = Path("data/demo")
 SEQ_LEN = 256
-VOCAB_SIZE = 2048
-"""Of the debug tokenizer: as many as the embedding of TorchTitan's debug models has rows."""
-VAL_EVERY = 20
-"""Every twentieth module goes to `val`."""
+VOCAB_SIZE = 2048  # of the debug tokenizer: as many as the embedding of TorchTitan's debug models has rows
+VAL_EVERY = 20  # every twentieth module goes to `val`
 SPECIAL_TOKENS = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "pad_token": "<|pad|>"}
 MADE_FROM = "made_from.json"
 
@@ -35,18 +33,11 @@ def sources(split: str | None = None) -> list[str]:
 
 def train_tokenizer(folder: Path) -> None:
     """Train the debug tokenizer (byte-level BPE) and write it as Hugging Face assets, which TorchTitan reads too."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=list(SPECIAL_TOKENS.values()),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sources(), trainer)
+    tokenizer, special = ByteLevelBPETokenizer(), list(SPECIAL_TOKENS.values())
+    tokenizer.train_from_iterator(sources(), VOCAB_SIZE, min_frequency=0, show_progress=False, special_tokens=special)
+    tokenizer.post_processor = None  # it would only change the offsets of tokens
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **SPECIAL_TOKENS}
@@ -55,12 +46,8 @@ def train_tokenizer(folder: Path) -> None:
 
 def made_from(seq_len: int) -> dict[str, str | int]:
     """What decides the content of the streams."""
-    tokenizer = (TOKENIZER / "tokenizer.json").read_bytes()
-    return {
-        "python": platform.python_version(),
-        "tokenizer_sha256": hashlib.sha256(tokenizer).hexdigest(),
-        "seq_len": seq_len,
-    }
+    digest = hashlib.sha256((TOKENIZER / "tokenizer.json").read_bytes()).hexdigest()
+    return {"python": platform.python_version(), "tokenizer_sha256": digest, "seq_len": seq_len}
 
 
 def write_streams(out: Path, seq_len: int) -> dict[str, int]:
@@ -71,19 +58,12 @@ def write_streams(out: Path, seq_len: int) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    tokens = {"train": 0, "val": 0}
+    joined = {"bos_text": "", "eos_text": tokenizer.eos_token, "no_wrap": False}
+    columns, tokens = {"tokens": "ndarray:int32"}, {"train": 0, "val": 0}
     for split in tokens:
-        samples = ConcatTokensDataset(
-            hf_dataset=({"text": text} for text in tqdm(sources(split), desc=split, unit="module")),
-            tokenizer=tokenizer,
-            max_length=seq_len + 1,
-            bos_text="",
-            eos_text=tokenizer.eos_token,
-            no_wrap=False,
-        )
-        columns = {"tokens": "ndarray:int32"}
+        texts = ({"text": text} for text in tqdm(sources(split), desc=split, unit="module"))
         with MDSWriter(out=str(out / split), columns=columns, hashes=["xxh64"], size_limit=1 << 20) as writer:
-            for sample in samples:
+            for sample in ConcatTokensDataset(texts, tokenizer, seq_len + 1, **joined):
                 writer.write(sample)
                 tokens[split] += sample["tokens"].size
     (out / MADE_FROM).write_text(json.dumps(made_from(seq_len)))
@@ -110,9 +90,8 @@ def main() -> None:
     """Read the flags and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=OUT, help="folder for the streams (default: %(default)s)")
-    parser.add_argument(
-        "--seq-len", type=int, default=SEQ_LEN, help="training.seq_len of the job; samples have one token more"
-    )
+    length = "training.seq_len of the job; samples have one token more"
+    parser.add_argument("--seq-len", type=int, default=SEQ_LEN, help=length)
     parser.add_argument("--train-tokenizer", type=Path, metavar="FOLDER", help="make the debug tokenizer instead")
     flags = parser.parse_args()
     if flags.train_tokenizer:

@@ -9,17 +9,11 @@ from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.sampling import passes_text
 from examples.mosaic_streaming.upstream.log_line import line_ends_in
 
-GIB = 1 << 30
-
 
 class MosaicMetrics(MetricsProcessor):
-    """A metrics processor that also logs what the loader has read.
+    """A metrics processor that also logs what the loader has read."""
 
-    Attributes:
-        loader: the training loader of the run.
-    """
-
-    loader: MosaicDataLoader
+    loader: MosaicDataLoader  # of the run's training
 
     def log(
         self,
@@ -54,6 +48,8 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
     if progress.passes is not None:
         place = {f"data/passes/{name}": times for name, times in progress.passes.items()}
     return place | {
+        "data/stage": progress.stage,
+        "data/skipped_batches": progress.skipped_batches,
         "data/samples_seen": seen.samples,
         "data/tokens_seen": seen.tokens,
         "data/targets_seen": seen.loss_tokens,
@@ -61,7 +57,7 @@ def data_metrics(progress: Progress) -> dict[str, Any]:
         "data/shards_fetched": fetched.shards,
         "data/bytes_fetched": fetched.bytes,
         "data/retries": fetched.retries,
-        "data/cache_in_use(GiB)": progress.cache / GIB,
+        "data/cache_in_use(GiB)": progress.cache / 2**30,
     }
 
 
@@ -70,11 +66,7 @@ def log_text(progress: Progress) -> str:
     place = f"epoch: {progress.epoch} ({progress.epoch_share:.1%})"
     if progress.passes is not None:
         place = f"passes: {passes_text(progress.passes)}"
-    parts = [
-        place,
-        f"samples: {progress.seen.samples:,}",
-        f"tokens: {progress.seen.tokens:,}",
-    ]
+    parts = [place, f"samples: {progress.seen.samples:,}", f"tokens: {progress.seen.tokens:,}"]
     if progress.padding:
         parts.append(f"padding: {progress.padding:.1%}")
     if any(progress.fetched):

@@ -23,12 +23,8 @@ def build_tokenizer(path: str) -> HuggingFaceTokenizer:
 def build_transformers_tokenizer(path: str, titan_tokenizer: HuggingFaceTokenizer) -> PreTrainedTokenizerBase:
     """Load the transformers tokenizer of the same assets, and compare it with TorchTitan's.
 
-    Args:
-        path: the folder with the assets, `model.hf_assets_path`.
-        titan_tokenizer: TorchTitan's tokenizer. A BOS or EOS that it left unset is filled in.
-
-    Raises:
-        ConfigError: transformers can't read the assets, or the two tokenizers differ.
+    A BOS or EOS that TorchTitan's has left unset is filled in. ConfigError if transformers can't read the assets, or
+    the two tokenizers differ.
     """
     with explain_asset_errors(path, "transformers"):
         tokenizer = load(path, tokenizer_config(path))

@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from concurrent import futures
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +21,7 @@ from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 if TYPE_CHECKING:
     from torchtitan.train import Trainer
 
-PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")
-"""The log opens with their versions."""
-
-SAVE_SECONDS = 20.0
-"""How long a background checkpoint may take to finish after a signal. torchrun kills a rank after 30 s."""
+PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")  # the log opens with their versions
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,7 +75,9 @@ def run(job: titan.LoadedJob, channel: AbortChannel, build: Callable[..., "Train
         with contextlib.suppress(Exception):
             close(trainer)
         if channel.stopped_by and trainer and not channel.reason:  # with a reason printed, the signal is torchrun's
-            log_stop(trainer, job, channel.stopped_by)
+            titan.log_stop(trainer, job, channel.stopped_by)
+        if channel.is_saved:
+            dist.destroy_process_group()
         if explained:
             raise explained from error
         raise
@@ -96,8 +93,9 @@ def explain(error: BaseException, trainer: "Trainer | None", job: titan.LoadedJo
     from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
     is_plain = isinstance(error, RuntimeError) and not isinstance(error, DataError)
-    if trainer and is_plain and (lost := lost_workers(trainer)):
-        return DataError(lost)
+    lost = [loader.lost_workers() for loader in loaders(trainer)] if trainer and is_plain else []
+    if any(lost):
+        return DataError(" ".join(filter(None, lost)))
     reason = explain_missing(str(error))
     if not reason and not (trainer and trainer.dataloader.has_started):
         reason = titan.refusal(error, job)
@@ -110,11 +108,6 @@ def loaders(trainer: "Trainer") -> list[Any]:
     return [trainer.dataloader, *([validator.loader] if validator else [])]
 
 
-def lost_workers(trainer: "Trainer") -> str:
-    """Which dataloader workers have ended with an error, and how."""
-    return " ".join(filter(None, (loader.lost_workers() for loader in loaders(trainer))))
-
-
 def close(trainer: "Trainer | None") -> None:
     """End the dataloader workers and close the trainer."""
     if trainer:
@@ -123,21 +116,6 @@ def close(trainer: "Trainer | None") -> None:
                 loader.close()
         finally:
             trainer.close()
-
-
-def log_stop(trainer: "Trainer", job: titan.LoadedJob, number: signal.Signals) -> None:
-    """Log on rank 0 how far a run has come that a signal ends, and what the same command would do next."""
-    from torchtitan.tools.logging import logger
-
-    if is_rank_0():
-        if saving := getattr(trainer.checkpointer, "save_future", None):  # only where checkpoints are saved
-            futures.wait([saving], SAVE_SECONDS)
-        # `trainer.step` counts the step in progress; the schedule counts those that have changed the model.
-        step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)
-        logger.info(
-            f"Stopped by {number.name} {f'after step {step}' if step else 'before the first step'}; "
-            f"{titan.next_start(job, step)}."
-        )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -15,21 +15,16 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming import batch, config, distributed, sampling, shards
 from examples.mosaic_streaming.batch import BatchSpec, TitanBatch
 from examples.mosaic_streaming.config import Job, LoaderFile, ResolvedLoader
-from examples.mosaic_streaming.dataloader import batch_spec, build_foundry_loader
+from examples.mosaic_streaming.dataloader import build_foundry_loader
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
 from examples.mosaic_streaming.tokenizer import build_transformers_tokenizer
 from examples.mosaic_streaming.upstream.sample_order import set_reader_world
 
 
-def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> ResolvedLoader:
-    """Complete the configuration of the validation loader.
+def resolve_validation(file: LoaderFile, job: Job, training: Sequence[ResolvedLoader]) -> ResolvedLoader:
+    """Complete the configuration of the validation loader; `training` has that of each stage's training loader.
 
-    Args:
-        file: the configuration as it was read.
-        training: the complete configuration of the training loader.
-
-    Raises:
-        ConfigError: the loader, the job and the training loader don't fit together, or samples would be left out.
+    ConfigError if the loader, the job and the training loader don't fit together, or samples would be left out.
     """
     assert job.validation
     loader_config = config.resolve(file, job.validation.shape, job.layout.replication)
@@ -43,7 +38,8 @@ def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> 
             f"dataset.batching_method = {method!r} in {loader_config.source} is for training. A validation round "
             "has an order of its own, the same each time. Remove the key."
         )
-    config.check_folders(loader_config.folders, training.folders)
+    for stage in training:
+        config.check_folders(loader_config.folders, stage.folders)
     # With more canonical nodes, the last samples of an epoch would be left out.
     loader_config = loader_config.with_settings(num_canonical_nodes=1)
     settings = {
@@ -56,15 +52,10 @@ def resolve_validation(file: LoaderFile, job: Job, training: ResolvedLoader) -> 
 def build_validation_loader(
     job: Job, dp_rank: int, titan_tokenizer: HuggingFaceTokenizer, loader_config: ResolvedLoader
 ) -> "ValidationLoader":
-    """Build the validation loader of one rank. All ranks call it together.
+    """Build the validation loader of one rank, `dp_rank` on TorchTitan's batch mesh. All ranks call it together.
 
-    Args:
-        dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        loader_config: the complete configuration of the loader.
-
-    Raises:
-        ConfigError: llm-foundry or streaming refuses the configuration, or it doesn't fit the streams.
-        DataError: an index or a first sample can't be read.
+    ConfigError if llm-foundry or streaming refuses the configuration, or it doesn't fit the streams. DataError if an
+    index or a first sample can't be read.
     """
     assert job.validation
     shape, steps = job.validation.shape, job.validation.steps
@@ -73,12 +64,12 @@ def build_validation_loader(
     if is_rank_0():
         logger.info(f"Mosaic validation loader, resolved: {json.dumps(loader_config.config)}")
     number = distributed.draw_number()
-    distributed.on_each_node(number, lambda: shards.prepare_streams(loader_config))
+    distributed.on_each_node(number, lambda: shards.prepare_streams([loader_config]))
     loader = build_foundry_loader(loader_config, hf_tokenizer, shape.local_batch_size, number)
     dataset = cast(shards.CheckedDataset, loader.dataset)
-    spec = batch_spec(job, shape, loader_config, hf_tokenizer, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
+    spec = batch.spec_of(job, shape, loader_config, hf_tokenizer, f"Rank {dist.get_rank()} (dp rank {dp_rank})")
     warnings: list[str] = distributed.on_rank_0(
-        distributed.draw_number(), lambda: batch.check_first_samples(loader, spec, loader_config, hf_tokenizer, shape)
+        lambda: batch.check_first_samples(loader, spec, loader_config, hf_tokenizer, shape)
     )
     set_reader_world(dataset, job.layout.world(dp_rank))
     global_batch_size = shape.local_batch_size * job.layout.dp_world_size
@@ -95,59 +86,44 @@ def build_validation_loader(
     return ValidationLoader(loader, spec, batches, dp_rank, loader_config.source)
 
 
-class ValidationLoader:
+class ValidationLoader(batch.Batches):
     """Yields the batches of a round each time it is iterated: the same every time, and equally many on each rank.
 
     Args:
         loader: llm-foundry's loader, over a dataset whose order is a `ValidationOrder`.
         spec: what the batches have to look like.
-        batches: the number of batches in a round.
+        count: the number of batches in a round.
         dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        source: the file that configures the loader.
+        config_file: the file that configures the loader.
     """
 
-    def __init__(
-        self, loader: DataLoader[Mapping[str, Any]], spec: BatchSpec, batches: int, dp_rank: int, source: str
-    ) -> None:
-        self._batches = batch.Batches(loader, spec.source, source)
-        self._spec, self._count, self._dp_rank, self._source = spec, batches, dp_rank, source
-        self._is_checked = False
+    def __init__(self, loader: DataLoader[Any], spec: BatchSpec, count: int, dp_rank: int, config_file: str) -> None:
+        super().__init__(loader, spec.source, config_file)
+        self._spec, self._count, self._dp_rank, self._is_checked = spec, count, dp_rank, False
 
     def __iter__(self) -> Iterator[TitanBatch]:
         """Yield a round's batches. Rows without loss tokens fill the last one.
 
-        Raises:
-            DataError: a batch is not as it has to be, or ranks don't read the same data.
+        DataError if a batch is not as it has to be, or ranks don't read the same data.
         """
-        self._batches.begin()
+        self.begin()
         for number in range(self._count):
-            foundry_batch = next(iter(self._batches.take(1)), None)  # None: no sample of the last global batch
+            foundry_batch = next(iter(self.take(1)), None)  # None: no sample of the last global batch
             if foundry_batch is None and number < self._count - 1:
-                raise DataError(
-                    f"A validation round ended after {number} of {self._count} batches. {self._spec.source}"
-                )
+                raise DataError(f"A validation round ended after {number} of {self._count} batches. {self._source}")
             titan_batch = pad_batch(foundry_batch, self._spec)
             if not self._is_checked:
                 settings = {"batches of a validation round": self._count}
-                distributed.check_peers(titan_batch, self._dp_rank, settings, self._source)
+                distributed.check_peers(titan_batch, self._dp_rank, settings, self._config_file)
                 self._is_checked = True
             yield titan_batch
-        if self._batches.take(1):
-            raise DataError(f"A validation round goes on after {self._count} batches. {self._spec.source}")
-
-    def lost_workers(self) -> str:
-        """Which dataloader workers have ended with an error, and how."""
-        return self._batches.lost_workers()
-
-    def close(self) -> None:
-        """End the dataloader workers."""
-        self._batches.close()
+        if self.take(1):
+            raise DataError(f"A validation round goes on after {self._count} batches. {self._source}")
 
     def no_loss_token_error(self) -> DataError:
         """Make the error for a round that has nothing to take a mean loss of."""
         return DataError(
-            f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. "
-            f"{self._spec.source}"
+            f"A validation round has no loss token: all labels of its {self._count:,} batches are -100. {self._source}"
         )
 
 
@@ -158,18 +134,16 @@ def pad_batch(foundry_batch: Mapping[str, Any] | None, spec: BatchSpec) -> Titan
         foundry_batch: llm-foundry's batch; None where this rank has no sample left.
         spec: what the batch has to look like in the end.
     """
+    row = torch.zeros(spec.rows, spec.max_seq_len, dtype=torch.int64)
+    filled = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
+    rows = 0
     if foundry_batch is not None:
         batch.check_keys(foundry_batch, spec)
-    rows = 0 if foundry_batch is None else len(foundry_batch["input_ids"])
-    missing = spec.rows - rows
-    if foundry_batch is not None and (missing <= 0 or foundry_batch["input_ids"].shape[1] != spec.max_seq_len):
-        return batch.to_titan_batch(foundry_batch, spec)  # full, or of a wrong shape, which this refuses
-    row = torch.zeros(missing, spec.max_seq_len, dtype=torch.int64)
-    empty = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
-    if foundry_batch is None:
-        filled = empty
-    else:
-        filled = {key: torch.cat([foundry_batch[key], empty[key]]) for key in foundry_batch if key in empty}
+        ids = foundry_batch["input_ids"]
+        rows = len(ids)
+        if rows >= spec.rows or ids.shape[1] != spec.max_seq_len:
+            return batch.to_titan_batch(foundry_batch, spec)  # full, or of a wrong shape, which this refuses
+        filled = {key: torch.cat([foundry_batch[key], filled[key][rows:]]) for key in foundry_batch if key in filled}
     inputs, labels = batch.to_titan_batch(filled, spec)
     labels[rows:] = IGNORE_INDEX  # those of text are its ids
     return inputs, labels

@@ -66,6 +66,8 @@ def run(parts: list[str], folder: Path) -> dict[str, list[Comparison | Figure]]:
         if part == "blend":
             found[part] = [
                 *blend.compare_rates(eight),
+                *blend.compare_plans(eight),
+                *blend.measure_boundary(eight),
                 *starts.compare_resumes(eight, blend=True),
                 *blend.measure_positions(),
                 blend.measure_opening(folder / "large"),

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 from streaming.base.world import World
 
+from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.plan import Plan, Skip, Stage
 from examples.mosaic_streaming.sampling.order import ENDLESS, MAX_CANONICAL_NODES, make_blend
 from examples.mosaic_streaming.sampling.placement import WorkerSamples
 from examples.mosaic_streaming.upstream.sample_order import set_reader_world
@@ -77,7 +79,7 @@ def order_at_positions(samples: int) -> list[tuple[float, int]]:
         before, begin = status("self", "VmRSS"), time.perf_counter()
         blend = make_blend(dataset, SHARES)
         first = int(position * samples) // (DP_RANKS * ROWS) * DP_RANKS * ROWS
-        mine = WorkerSamples(blend.samples, first, ENDLESS, World(1, DP_RANKS, 1, 0), ROWS, 1)
+        mine = WorkerSamples(blend.samples, [range(first, ENDLESS)], World(1, DP_RANKS, 1, 0), ROWS, 1)
         assert len(mine[0:ROWS]) == ROWS
         found.append((time.perf_counter() - begin, (status("self", "VmHWM") - before) // MIB))
     return found
@@ -204,3 +206,52 @@ def compare_rates(tokens: Tokens) -> list[Comparison]:
         )
         for workers in (0, 1, 2)
     ]
+
+
+def plan_of(tokens: Tokens, workers: int, from_step: int, skips: tuple[Skip, ...] = ()) -> Plan:
+    """A plan of the same streams twice, which go on at a step, with another seed."""
+    blends = {"batching_method": "blend", "epoch_size": None}
+    first, second = (loaders.config_of(tokens, workers, **blends, shuffle_seed=seed) for seed in (1, 2))
+    stages = (Stage(1, LoaderFile(first, "1.toml")), Stage(from_step, LoaderFile(second, "2.toml")))
+    return Plan(stages, skips, "plan.toml")
+
+
+def compare_plans(tokens: Tokens) -> list[Comparison]:
+    """Batches a second with a plan, next to its loader file alone."""
+    ours = functools.partial(loaders.ours, tokens, batching_method="blend", epoch_size=None, shuffle_seed=1)
+    settings = job(tokens.rows, seq_len=tokens.seq_len)
+    settings.training.steps = 1 << 31
+    found = []
+    for workers in (0, 1):
+        ahead = plan_of(tokens, workers, 1 << 30, (Skip(1 << 29, 1 << 29),))
+        alone = Plan((ahead.stages[0],), (), "plan.toml")
+        for name, plan in (("one stage", alone), ("a stage and a skip ahead", ahead)):
+            what = f"batches of {tokens.shape}, plan with {name}, {workers} workers"
+            build = functools.partial(build_loader, plan, settings)
+            found.append(loaders.in_turns(what, "loader file", build, ours(workers), workers, 0.98, TURNS))
+    return found
+
+
+def times_of_steps(plan: Plan, rows: int, seq_len: int, steps: int) -> list[float]:
+    """Seconds that each of so many steps waits for its batch."""
+    batches, found = iter(build_loader(plan, job(rows, seq_len=seq_len))), []
+    for _ in range(steps):
+        begin = time.perf_counter()
+        next(batches)
+        found.append(time.perf_counter() - begin)
+    return found
+
+
+def measure_boundary(tokens: Tokens) -> list[Figure]:
+    """What the first step of a stage waits, next to the first of a start and to the others: 5 runs of each kind."""
+    figures, steps = [], 60
+    for workers in (0, 2):
+        plan = plan_of(tokens, workers, steps // 2 + 1)
+        read = functools.partial(times_of_steps, plan, tokens.rows, tokens.seq_len, steps)
+        runs = np.array([run_rank_values(read, timeout=120)[0] for _ in range(5)]) * 1000
+        boundary = runs[:, steps // 2]
+        values: dict[str, Any] = {"workers": workers, "step, ms": round(float(np.median(runs)), 2)}
+        values |= {"a start's first, ms": round(float(np.median(runs[:, 0])), 1)}
+        values |= {"a stage's first, ms": round(float(np.median(boundary)), 1)}
+        figures.append(Figure("boundary", values | {"spread, ms": f"{boundary.min():.1f} to {boundary.max():.1f}"}))
+    return figures

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from examples.mosaic_streaming.config.files import LoaderFile, read_toml
+from examples.mosaic_streaming.config.plan import Plan
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.titan.v0_2.load import load_job_config
 from examples.mosaic_streaming.upstream import cpu
@@ -95,7 +96,7 @@ def main() -> None:
     with channel.report_errors_once():
         titan_flags += [f"--training.dataset={name_jsonl()}", f"--training.dataset_path={texts}"]
         job_config = load_job_config(titan_flags)
-        loader = LoaderFile(read_toml(loader_path), loader_path)
+        loader = Plan.of(LoaderFile(read_toml(loader_path), loader_path))
         job = LoadedJob(job_config, loader, None, False, job_config.job.dump_folder, "", {})
         spec = bench_spec(job_config.model.name, way, Loaders(job, channel))
         register_train_spec(job_config.model.name, spec)

@@ -37,10 +37,16 @@ Epochs = Callable[[], Iterable[Any]]
 
 def ours(tokens: Tokens, workers: int, **dataset: Any) -> Epochs:
     """This project's loader, also with other settings of `dataset`."""
+    return functools.partial(
+        build_loader, config_of(tokens, workers, **dataset), job(tokens.rows, seq_len=tokens.seq_len)
+    )
+
+
+def config_of(tokens: Tokens, workers: int, **dataset: Any) -> dict[str, Any]:
+    """The configuration of this project's loader."""
     settings = {"shuffle": True, "epoch_size": EPOCH, "num_canonical_nodes": MAX_CANONICAL_NODES} | dataset
     settings = {key: value for key, value in settings.items() if value is not None}
-    config = loader_config(tokens.mds, workers, **settings)
-    return functools.partial(build_loader, config, job(tokens.rows, seq_len=tokens.seq_len))
+    return loader_config(tokens.mds, workers, **settings)
 
 
 def llm_foundry(tokens: Tokens, workers: int) -> Epochs:

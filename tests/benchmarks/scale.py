@@ -28,7 +28,7 @@ def read_epoch(tokens: Tokens, remote: str, cache: Path) -> tuple[float, float]:
     batches = iter(loader)
     next(batches)
     first = time.perf_counter()
-    while loader._remaining:
+    while loader._order.remaining(loader._sample_in_epoch):
         next(batches)
     times = torch.tensor([first - begin, time.perf_counter() - begin])
     dist.all_reduce(times, dist.ReduceOp.MAX)

@@ -87,7 +87,7 @@ def first_batch(tokens: Tokens, position: float, blend: bool = False) -> float:
     loader = build_loader(config, job(tokens.rows, seq_len=tokens.seq_len))
     if position:
         sample = int(position * EPOCH) // tokens.rows * tokens.rows
-        loader._state = loader._state._replace(sample_in_epoch=sample)
+        loader._steps = sample // loader._order.global_batch_size
         loader.load_state_dict(loader.state_dict())
     next(iter(loader))
     return time.perf_counter() - begin
@@ -119,7 +119,7 @@ def verify(stream: Path, hash: str | None) -> float:
     loader = resolve(file, BatchShape("training", 1, 2048), 1)
     size = sum(file.stat().st_size for file in stream.glob("*.mds"))
     begin = time.perf_counter()
-    prepare_streams(loader)
+    prepare_streams([loader])
     return (time.perf_counter() - begin) / size * GIGABYTE
 
 

@@ -123,7 +123,9 @@ def test_blend_is_measured(tokens: data.Tokens, tmp_path: Path, monkeypatch: pyt
     used = {figure.values["order"]: figure.values for figure in blend.measure_shards(tmp_path / "shards")}
     assert used.keys() == {"blend", "py1e", "py1br"}
     assert all(0 < float(one["in use at once, mean"]) <= float(one["most"]) <= 80 for one in used.values())
-    assert all(len(one.ours) == len(one.theirs) == 2 for one in blend.compare_rates(tokens))
+    compared = [*blend.compare_rates(tokens), *blend.compare_plans(tokens)]
+    assert all(len(one.ours) == len(one.theirs) == 2 for one in compared)
+    assert [figure.values["workers"] for figure in blend.measure_boundary(tokens)] == [0, 2]
 
 
 @pytest.mark.long

@@ -30,7 +30,7 @@ from examples.mosaic_streaming.distributed.store import Listener
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
 from examples.mosaic_streaming.preview.private_folder import PREFIX
-from examples.mosaic_streaming.titan import next_start
+from examples.mosaic_streaming.titan.checkpoints import next_start
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader
 from tests.support.ranks import nothing_is_left, run_ranks
@@ -137,7 +137,7 @@ class Interrupting:
     """When it goes, a signal comes: what a destructor raises is lost."""
 
     def __del__(self) -> None:
-        send(signal.SIGTERM)
+        send(signal.SIGHUP)
 
 
 def interrupt_in_a_destructor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,14 +145,14 @@ def interrupt_in_a_destructor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def interrupt_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FileSystemWriter, "write_data", interrupted(FileSystemWriter.write_data, signal.SIGTERM))
+    monkeypatch.setattr(FileSystemWriter, "write_data", interrupted(FileSystemWriter.write_data, signal.SIGHUP))
 
 
 @pytest.mark.parametrize(
     ("interrupt", "told"),
     [
-        (interrupt_in_a_destructor, "Stopped by SIGTERM after step 2; the same command goes on from the checkpoint of"),
-        (interrupt_while_saving, "Stopped by SIGTERM after step 2; no checkpoint is finished: the same command begins"),
+        (interrupt_in_a_destructor, "Stopped by SIGHUP after step 2; the same command goes on from the checkpoint of"),
+        (interrupt_while_saving, "Stopped by SIGHUP after step 2; no checkpoint is finished: the same command begins"),
     ],
 )
 def test_signal_whose_exit_is_lost_in_other_code_ends_the_run(
@@ -161,7 +161,7 @@ def test_signal_whose_exit_is_lost_in_other_code_ends_the_run(
     tell_when_closed(monkeypatch)
     interrupt(monkeypatch)
     [rank] = run_ranks(lambda: main(command(files, *STEPS, "--training.steps=6")))
-    assert rank.code == 128 + signal.SIGTERM, rank.output
+    assert rank.code == 128 + signal.SIGHUP, rank.output
     assert told in rank.output and "closed, 0 workers" in rank.output, rank.output
     assert "Traceback (most recent call last)" not in rank.output.partition("closed")[2], rank.output
     nothing_is_left([rank])
@@ -199,11 +199,11 @@ def test_run_that_a_signal_ends_says_where_the_same_command_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(FileSystemWriter, "write_data", write_slowly)
-        at_each_step(patch, lambda step: send(signal.SIGTERM) if step == 4 else None)
+        at_each_step(patch, lambda step: send(signal.SIGHUP) if step == 4 else None)
         flags = [*STEPS, "--training.steps=5", "--checkpoint.async_mode=async"]
         [stopped] = run_ranks(lambda: main(command(files, *flags)))
     [line] = [line for line in stopped.output.splitlines() if "Stopped" in line]
-    assert line.endswith("Stopped by SIGTERM after step 3; the same command goes on from the checkpoint of step 2.")
+    assert line.endswith("Stopped by SIGHUP after step 3; the same command goes on from the checkpoint of step 2.")
     [rest] = train(files, *flags)
     assert list(losses(rest.output)) == [3, 4, 5]
 

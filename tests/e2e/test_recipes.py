@@ -5,18 +5,24 @@ import shutil
 import signal
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torch.distributed.run import get_args_parser
 
+from examples.mosaic_streaming.config import read_loaders, resolve_stages
 from examples.mosaic_streaming.config.files import read_loader
 from examples.mosaic_streaming.config.loader import resolve
+from examples.mosaic_streaming.config.plan import check_tables
 from examples.mosaic_streaming.titan import make_job
+from examples.mosaic_streaming.upstream.torchelastic import SAVING, SIGNALS
 from examples.mosaic_streaming.validator import resolve_validation
 from tests.support.titan import IS_0_2, load_config, loaded
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
+PLANS = sorted(Path("configs").glob("*/plan.toml"))
 SCRIPTS = sorted(Path("configs/launch").glob("*.sh"))
 UNITS = {"million": 1e6, "billion": 1e9, "trillion": 1e12}
 
@@ -52,9 +58,39 @@ def test_recipe_is_one_that_trains(job: Path) -> None:
         assert stream["remote"].startswith("s3://") and stream["local"]
     assert "packing_ratio" not in loader.dataset or made.documents or not IS_0_2  # 0.3: always, on a GPU
     if made.validation:
-        held_out = resolve_validation(read_loader(str(validation), ""), made, loader)
+        held_out = resolve_validation(read_loader(str(validation), ""), made, [loader])
         caches = {stream["local"] for stream in loader.streams.values()}
         assert not caches & {stream["local"] for stream in held_out.streams.values()}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=str)
+def test_plan_is_one_that_its_job_reads(path: Path) -> None:
+    job = path.parent / "job_64_gpus.toml"
+    plan, _ = read_loaders(str(path), None)
+    made = make_job(loaded(load_config(job), plan), world_size(job), 8)
+    train, anneal = resolve_stages(plan, made)
+    assert train.source == str(path.parent / "train.toml")
+    last = plan.stages[-1].from_step
+    assert made.steps - last + 1 == round(made.steps / 10), "the last tenth of the steps"
+    for stage in (train, anneal):
+        assert sum(stream["proportion"] for stream in stage.streams.values()) == pytest.approx(1)
+    again = ("remote", "local")
+    assert {name: [stream[key] for key in again] for name, stream in train.streams.items()} == {
+        name: [stream[key] for key in again] for name, stream in anneal.streams.items() if name in train.streams
+    }
+    assert anneal.streams.keys() - train.streams.keys() == {"best"}
+
+
+@pytest.mark.parametrize("path", PLANS, ids=str)
+def test_comments_of_a_plan_are_true(path: Path) -> None:
+    plan, _ = read_loaders(str(path), None)
+    job = load_config(path.parent / "job_64_gpus.toml")
+    [(steps, billions)] = re.findall(r"([\d,]+) steps, (\d+) billion tokens", path.read_text())
+    assert int(steps.replace(",", "")) == job.training.steps - plan.stages[-1].from_step + 1
+    tokens = int(steps.replace(",", "")) * job.training.global_batch_size * job.training.seq_len
+    assert tokens == pytest.approx(int(billions) * 1e9, rel=0.01)
+    skips = re.findall(r"^# (\[\[skip\]\](?:\n# .*)+)", path.read_text(), re.MULTILINE)
+    check_tables(tomllib.loads(re.sub(r"^# ", "", skips[0], flags=re.MULTILINE)), str(path))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
@@ -96,6 +132,10 @@ def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
     )  # fmt: skip
     words = ended.stdout.split("\n")
     assert {"--nnodes=8", "--nproc_per_node=8", "--rdzv_backend=c10d", "--rdzv_endpoint=node-0:29400"} <= set(words)
+    arguments = get_args_parser().parse_args(words[:-1])
+    assert arguments.signals_to_handle.split(",") == [number.name for number in SIGNALS]
+    [seconds] = re.findall(r"#SBATCH --signal=B:TERM@(\d+)", Path("configs/launch/slurm.sh").read_text())
+    assert arguments.shutdown_timeout < int(seconds)
     assert words[words.index("-m") :] == [
         *("-m", "examples.mosaic_streaming.train", "--config", "configs/llama3_8b/job_64_gpus.toml"),
         *("--mosaic-config", "configs/llama3_8b/train.toml"),
@@ -103,7 +143,8 @@ def test_launch_script_starts_torchrun_with_the_recipe(tmp_path: Path) -> None:
     ]
 
 
-def test_slurm_job_passes_sigterm_on_and_is_queued_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", SAVING)
+def test_slurm_job_passes_its_signal_on_and_is_queued_again(tmp_path: Path, number: signal.Signals) -> None:
     """With commands of Slurm's that only write down what they are told."""
     root = tmp_path / "repository"
     shutil.copytree("configs/launch", root / "configs/launch")
@@ -136,7 +177,7 @@ def test_slurm_job_passes_sigterm_on_and_is_queued_again(tmp_path: Path) -> None
         until = time.monotonic() + 20
         while "srun" not in log.read_text() and time.monotonic() < until:
             time.sleep(0.05)
-        script.send_signal(signal.SIGTERM)
+        script.send_signal(number)
         assert script.wait(timeout=20) == 0
     finally:
         script.kill()

@@ -1,13 +1,13 @@
 """Faults of all kinds, injected into real jobs in an order and with parameters that a seed decides: `make soak`.
 
-    python -m tests.soak [--seed N] [--minutes M] [--only KIND] [--faults N] [--kills N]
+    python -m tests.soak [--seed N] [--minutes M] [--only KIND] [--faults N] [--kills N] [--stops N]
 
 A job that meets a fault has to read what it would have read without, or stop on all ranks with one message that names
 the cause; once the cause is gone, the same job has to go on from its last state and read the rest, each sample once.
-Where it was killed in training, losses have to be the same, too. No job may change the folder that its stream lies in:
-each byte and each file's time are compared after each case. Cases run side by side, each in a process of its own
-with a store and a folder of its own. A case that fails is shown with its parameters; `--only` its kind with the same
-seed repeats it.
+Where it was killed or told to stop in training, losses have to be the same, too. No job may change the folder that its
+stream lies in: each byte and each file's time are compared after each case. Cases run side by side, each in a process
+of its own with a store and a folder of its own. A case that fails is shown with its parameters; `--only` its kind with
+the same seed repeats it.
 """
 
 import argparse
@@ -119,7 +119,7 @@ class Case:
         self.world_size = (1, 2)[(self.number // 4 + self.seed) % 2]
         self.loader = self.random.choice(LOADERS)
         self.shuffle = self.random.random() < 0.5 or self.kind == "shards evicted"
-        if self.kind in KILLS:
+        if self.kind in KILLS | STOPS:
             self.loader, self.shuffle = "text", True
 
     def __str__(self) -> str:
@@ -484,23 +484,33 @@ def write_slowly(*arguments: Any) -> Any:
     return write_data(*arguments)
 
 
+def draw_training(case: Case, latest: float) -> tuple[list[str], float]:
+    """Write a training job, and draw its flags and how many seconds after a moment it is disturbed."""
+    flags = ["--checkpoint.async_mode=async"] if case.draw("async", [True, False]) else []
+    place = case.draw("place", [f'local = "{case.stream}"', f'remote = "s3://bucket/text"\nlocal = "{case.cache}"'])
+    write_job(case.folder, f"num_workers = {case.num_workers}\n[dataset]\n{place}")
+    late = case.random.uniform(0, latest)
+    case.drawn["late"] = round(late, 3)
+    return flags, late
+
+
+def all_have_read(case: Case, step: int) -> bool:
+    """Whether all ranks have read so many steps, and one more."""
+    notes = [case.folder / f"first/{rank}.jsonl" for rank in range(case.world_size)]
+    return all(note.exists() and f'"step": {step}' in note.read_text() for note in notes)
+
+
 def kill_training(case: Case, number: signal.Signals, whole_tree: bool) -> None:
     """Training is killed at its start, in a step or while it writes a checkpoint; the same command again goes on."""
-    moment = MOMENTS[case.number % len(MOMENTS)]
-    flags = ["--checkpoint.async_mode=async"] if case.draw("async", [True, False]) else []
-    at, late = case.draw("step", range(2, STEPS, 2)), case.random.uniform(0, 0.3)
-    place = case.draw("place", [f'local = "{case.stream}"', f'remote = "s3://bucket/text"\nlocal = "{case.cache}"'])
-    case.drawn |= {"moment": moment, "late": round(late, 3)}
-    write_job(case.folder, f"num_workers = {case.num_workers}\n[dataset]\n{place}")
+    moment = case.drawn["moment"] = MOMENTS[case.number % len(MOMENTS)]
+    at = case.draw("step", range(2, STEPS, 2))
+    flags, late = draw_training(case, 0.3)
     checkpoints = case.folder / "outputs/checkpoint"
     victims = range(case.world_size) if whole_tree else [case.random.randrange(case.world_size)]
     killed_at = 0.0
 
     def is_time() -> bool:
-        notes = [case.folder / f"first/{rank}.jsonl" for rank in range(case.world_size)]
-        if moment == "checkpoint":
-            return (checkpoints / f"step-{at}").exists()
-        return all(note.exists() and f'"step": {at}' in note.read_text() for note in notes)
+        return (checkpoints / f"step-{at}").exists() if moment == "checkpoint" else all_have_read(case, at)
 
     def kill(pids: list[int], outputs: list[Path]) -> None:
         nonlocal killed_at
@@ -530,6 +540,39 @@ def kill_training(case: Case, number: signal.Signals, whole_tree: bool) -> None:
     case.compare(first.steps[:saved] + rest.steps, samples, show(rest))
 
 
+def stop_training(case: Case, number: signal.Signals) -> None:
+    """All ranks, or one, are told to stop at any moment of training; the step that is named then has a checkpoint."""
+    at, told = case.draw("step", range(7)), case.draw("told", ["all", "one"])
+    flags, late = draw_training(case, 0.4)
+    stopped_at = 0.0
+
+    def stop(pids: list[int], outputs: list[Path]) -> None:
+        nonlocal stopped_at
+        wait_until(lambda: all_have_read(case, at))
+        time.sleep(late)
+        stopped_at = time.monotonic()
+        for pid in pids if told == "all" else [case.random.choice(pids)]:
+            os.killpg(pid, number)
+        case.outcome.injected = 1
+
+    with mock.patch.object(FileSystemWriter, "write_data", write_slowly):
+        first = train(case.folder, "first", case.world_size, *flags, while_running=stop)
+    case.outcome.seconds = time.monotonic() - stopped_at
+    code = 0 if number == signal.SIGUSR1 else 128 + number
+    assert [rank.code for rank in first.ranks] == [code] * case.world_size, show(first)
+    assert not any(rank.left for rank in first.ranks), [rank.left for rank in first.ranks]
+    assert "Traceback" not in show(first)
+    line = rf"Stopped by {number.name} after step (\d+); the same command goes on from the checkpoint of step \1\."
+    [step] = map(int, re.findall(line, show(first)))
+    case.outcome.detected = 1
+    rest = train(case.folder, "second", case.world_size, *flags)
+    assert all(rank.code == 0 for rank in rest.ranks), show(rest)
+    samples, expected = case.trained[case.world_size]
+    assert logged(first.ranks) == {number: loss for number, loss in expected.items() if number <= step}, show(first)
+    assert logged(rest.ranks) == {number: loss for number, loss in expected.items() if number > step}, show(rest)
+    case.compare(first.steps + rest.steps, samples, show(rest))
+
+
 FAULTS: dict[str, Callable[[Case], None]] = {
     "download: other content": partial(fail_at_store, kind="flip", told=r"its xxh64 is \w+, expected"),
     "download: cut": partial(fail_at_store, kind="truncate", told=r"it has [\d,]+ bytes, expected"),
@@ -556,15 +599,17 @@ FAULTS: dict[str, Callable[[Case], None]] = {
 KILLS: dict[str, Callable[[Case], None]] = {
     "SIGKILL of a rank": partial(kill_training, number=signal.SIGKILL, whole_tree=False),
     "SIGKILL of all processes": partial(kill_training, number=signal.SIGKILL, whole_tree=True),
-    "SIGTERM": partial(kill_training, number=signal.SIGTERM, whole_tree=True),
     "SIGINT": partial(kill_training, number=signal.SIGINT, whole_tree=True),
+}
+STOPS: dict[str, Callable[[Case], None]] = {
+    number.name: partial(stop_training, number=number) for number in (signal.SIGTERM, signal.SIGUSR1)
 }
 
 
-def plan(seed: int, faults: int, kills: int, only: str | None) -> list[Case]:
+def plan(seed: int, faults: int, kills: int, stops: int, only: str | None) -> list[Case]:
     """The cases of a run: all kinds take turns, in an order that is drawn."""
     order, cases = random.Random(seed), list[Case]()
-    for kinds, number in ((FAULTS, faults), (KILLS, kills)):
+    for kinds, number in ((FAULTS, faults), (KILLS, kills), (STOPS, stops)):
         able = [kind for kind in kinds if only in (None, kind) and (kind != "disk full" or can_make_nodes())]
         turns = [Case(kind, turn, seed) for turn in range(number) for kind in order.sample(able, len(able))]
         cases += turns[:number]
@@ -602,7 +647,7 @@ def start(case: Case, undisturbed: Undisturbed) -> int:
     tempfile.tempdir = str(case.folder)
     try:
         case.begin(undisturbed)
-        (FAULTS | KILLS)[case.kind](case)
+        (FAULTS | KILLS | STOPS)[case.kind](case)
         assert tree(case.stream) == case.source, "a job has changed its source"
         assert case.outcome.ok, case.outcome
     except BaseException:
@@ -622,7 +667,8 @@ def end(case: Case, pid: int) -> None:
             for process in [*psutil.Process(pid).children(recursive=True), psutil.Process(pid)]:
                 process.kill()
     if case.outcome.problem:
-        again = f"--only {case.kind!r} --seed {case.seed} --faults {case.number + 1} --kills {case.number + 1}"
+        numbers = " ".join(f"{flag} {case.number + 1}" for flag in ("--faults", "--kills", "--stops"))
+        again = f"--only {case.kind!r} --seed {case.seed} {numbers}"
         print(f"FAILED: {case.outcome.problem}\nAgain: python -m tests.soak {again}\n", flush=True)
     shutil.rmtree(case.folder, ignore_errors=True)
 
@@ -650,7 +696,7 @@ def run(cases: list[Case], stores: list[Store], undisturbed: Undisturbed, folder
 def table(cases: list[Case]) -> str:
     """A row for each kind, and one for all."""
     lines = ["".join([f"{'fault':26}", *(f"{column:>10}" for column in (*COLUMNS, "stop"))])]
-    rows = {kind: [case.outcome for case in cases if case.kind == kind] for kind in FAULTS | KILLS}
+    rows = {kind: [case.outcome for case in cases if case.kind == kind] for kind in FAULTS | KILLS | STOPS}
     for name, outcomes in (rows | {"all": [case.outcome for case in cases]}).items():
         counts = [sum(getattr(outcome, column) for outcome in outcomes) for column in COLUMNS]
         seconds = max((outcome.seconds for outcome in outcomes), default=0.0)
@@ -665,12 +711,13 @@ def soak(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seed", type=int, default=0, help="decides order and parameters (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=20, help="until it fails (default: %(default)s)")
-    parser.add_argument("--only", choices=[*FAULTS, *KILLS], metavar="KIND", help="one kind")
+    parser.add_argument("--only", choices=[*FAULTS, *KILLS, *STOPS], metavar="KIND", help="one kind")
     parser.add_argument("--faults", type=int, default=200, help="to inject (default: %(default)s)")
     parser.add_argument("--kills", type=int, default=20, help="of training runs (default: %(default)s)")
+    parser.add_argument("--stops", type=int, default=40, help="signals that it saves after (default: %(default)s)")
     flags = parser.parse_args(argv)
     began, limit = time.monotonic(), 60 * flags.minutes
-    cases = plan(flags.seed, flags.faults, flags.kills, flags.only)
+    cases = plan(flags.seed, flags.faults, flags.kills, flags.stops, flags.only)
     if not can_make_nodes():
         print("No rights to mount: without full and read-only disks.")
     with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak.__main__ import KILLS, MOMENTS, Case, Undisturbed, prepare, run, train_undisturbed
+from tests.soak.__main__ import KILLS, MOMENTS, STOPS, Case, Undisturbed, prepare, run, train_undisturbed
 from tests.support.ranks import can_make_nodes
 from tests.support.store import Store, running_store
 
@@ -47,6 +47,13 @@ def goes_well(case: Case, place: Place) -> None:
 def test_killed_training_goes_on_exactly(trained: Place, kind: str, moment: int) -> None:
     """On streams with a remote in one of two, by the case's seed."""
     goes_well(Case(kind, moment, seed=1), trained)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("kind", "number"), [(kind, 4 * number) for number, kind in enumerate(STOPS)])
+def test_training_that_is_told_to_stop_goes_on_exactly(trained: Place, kind: str, number: int) -> None:
+    """On one rank, and on two."""
+    goes_well(Case(kind, number, seed=1), trained)
 
 
 @pytest.mark.long

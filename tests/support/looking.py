@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.plan import Plan
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
@@ -20,7 +21,7 @@ from tests.support.titan import loaded
 
 
 def with_job_data(
-    config: dict[str, Any],
+    config: dict[str, Any] | Plan,
     look: Callable[[JobData], Any],
     job_config: Any = None,
     world_size: int = 1,
@@ -30,7 +31,7 @@ def with_job_data(
     job_config = job_config or job()
 
     def run() -> Any:
-        file = LoaderFile(config, "loader.toml")
+        file = config if isinstance(config, Plan) else LoaderFile(config, "loader.toml")
         with open_job_data(loaded(job_config, file), world_size, ranks_per_node, AbortChannel()) as opened:
             return look(opened)
 

@@ -14,11 +14,14 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from streaming import MDSWriter
 
+from examples.mosaic_streaming.checkpoint.history import History, Segment
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.job import BatchShape, Job
 from examples.mosaic_streaming.config.loader import ResolvedLoader, resolve
+from examples.mosaic_streaming.config.plan import Plan, resolve_stages
 from examples.mosaic_streaming.dataloader import MosaicDataLoader, build_mosaic_dataloader
 from examples.mosaic_streaming.distributed.abort import AbortChannel
+from examples.mosaic_streaming.sampling.order import Order
 from examples.mosaic_streaming.shards.cache import MARKER
 from examples.mosaic_streaming.titan import make_job
 from examples.mosaic_streaming.tokenizer import build_tokenizer
@@ -145,7 +148,7 @@ def described(job_config: Any, dp_ranks: Sequence[int] = (0,), ranks_per_node: i
 
 
 def build_loader(
-    config: dict[str, Any],
+    config: dict[str, Any] | Plan,
     job_config: Any = None,
     dp_ranks: Sequence[int] = (),
     channel: AbortChannel | None = None,
@@ -156,12 +159,10 @@ def build_loader(
         dist.init_process_group("gloo")
     dp_ranks = dp_ranks or range(dist.get_world_size())
     made = described(job_config, dp_ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
+    plan = config if isinstance(config, Plan) else Plan.of(LoaderFile(config, "loader.toml"))
+    tokenizer, dp_rank = build_tokenizer(made.assets), dp_ranks[dist.get_rank()]
     loader = build_mosaic_dataloader(
-        made,
-        dp_ranks[dist.get_rank()],
-        build_tokenizer(made.assets),
-        resolve(LoaderFile(config, "loader.toml"), made.training, made.layout.replication),
-        channel or AbortChannel(),
+        made, dp_rank, tokenizer, plan, resolve_stages(plan, made), channel or AbortChannel()
     )
     atexit.register(loader.close)  # or its workers find out seconds later that their rank is gone
     return loader
@@ -171,6 +172,11 @@ def read_samples(loader: MosaicDataLoader, batches: int) -> list[list[int]]:
     """The numbers of the samples in the next batches."""
     iterator = iter(loader)
     return [(next(iterator)[0]["input"][:, 0] - FIRST_ID).tolist() for _ in range(batches)]
+
+
+def history(order: Order, *segments: Segment) -> History:
+    """The history of a run of one stage."""
+    return History(Plan.of(LoaderFile({}, "loader.toml")), (order,), segments)
 
 
 @dataclass
@@ -185,12 +191,14 @@ class Reading:
 class Turn:
     """What a loader is to read: of a configuration, so many global batches, from a state on if there is one."""
 
-    config: dict[str, Any]
+    config: dict[str, Any] | Plan
     steps: int
     state: dict[str, str] | None = None
 
 
-def read_steps(config: dict[str, Any], steps: int, *, state: dict[str, str] | None = None, **options: Any) -> Reading:
+def read_steps(
+    config: dict[str, Any] | Plan, steps: int, *, state: dict[str, str] | None = None, **options: Any
+) -> Reading:
     """Read global batches in ranks of their own; the options are those of `read_each`."""
     [reading] = read_each([Turn(config, steps, state)], **options)
     return reading

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from examples.mosaic_streaming.config.files import LoaderFile
+from examples.mosaic_streaming.config.plan import Plan
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 from examples.mosaic_streaming.titan.versions import RENAMED, generation
 from examples.mosaic_streaming.upstream import cpu
@@ -86,8 +87,9 @@ def parallel_dims(config: Any, world_size: int) -> Any:
     return module.parallel_dims(config, world_size)
 
 
-def loaded(config: Any, train: LoaderFile, validation: LoaderFile | None = None) -> LoadedJob:
+def loaded(config: Any, train: LoaderFile | Plan, validation: LoaderFile | None = None) -> LoadedJob:
     """The job of a config and of loaders' files."""
+    train = Plan.of(train) if isinstance(train, LoaderFile) else train
     validates = (config.validation if IS_0_2 else config.validator).enable
     dump_folder = config.job.dump_folder if IS_0_2 else config.dump_folder
     folder = os.path.join(dump_folder, config.checkpoint.folder)

@@ -319,7 +319,7 @@ def test_evicted_shards_are_in_no_cache(tmp_path: Path) -> None:
 
 def test_processes_count_together_what_they_fetch(tmp_path: Path) -> None:
     path = str(tmp_path / "fetched")
-    tally = FetchStats(path)
+    tally = FetchStats([path])
     assert tally.read() == FetchCounts()
 
     def fetch() -> None:

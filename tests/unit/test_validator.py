@@ -282,7 +282,7 @@ def test_worker_of_validation_that_is_killed_stops_the_job_with_its_exit_code(
 
     def validate_and_kill(self: MeanOverTokens, *given: Any) -> None:
         validate(self, *given)
-        self.loader._batches._batches._workers[0].kill()  # type: ignore[union-attr]
+        self.loader._batches._workers[0].kill()  # type: ignore[union-attr]
 
     monkeypatch.setattr(MeanOverTokens, "validate", validate_and_kill)
     write_validation(seeded, "text", seeded / "held_out", num_workers=1)

@@ -1,13 +1,18 @@
 """Python drops a batch that a worker can't send, and torch ends workers in a private function."""
 
 import multiprocessing
-from multiprocessing import queues
+import os
+import signal
+import time
+from multiprocessing import queues, resource_tracker
 
+import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from examples.mosaic_streaming.upstream.patch import parameters
-from examples.mosaic_streaming.upstream.workers import end_worker, shut_down_workers
+from examples.mosaic_streaming.upstream.torchelastic import SAVING
+from examples.mosaic_streaming.upstream.workers import end_worker, let_processes_outlive_signals, shut_down_workers
 from tests.support.ranks import run_rank_values
 
 DROPPED: list[object] = []
@@ -45,3 +50,24 @@ def test_torch_ends_workers_in_a_private_function_alone() -> None:
         return before, len(multiprocessing.active_children())
 
     assert run_rank_values(end) == [(2, 0)], "adapt shut_down_workers in upstream/workers.py"
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_outlive_the_signals_after_which_a_run_saves_until_they_are_ended(method: str) -> None:
+    def send_and_end() -> tuple[bool, int | None]:
+        resource_tracker.ensure_running()  # as `AbortChannel.exit_on_signals` does: its start unblocks signals
+        let_processes_outlive_signals()
+        child = multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
+            target=time.sleep, args=[60]
+        )
+        child.start()
+        for number in SAVING:
+            os.kill(child.pid or 0, number)
+        child.join(0.5)
+        lives = child.is_alive()
+        child.terminate()  # as torch, and Python at its end
+        child.join(20)
+        return lives, child.exitcode
+
+    ended = run_rank_values(send_and_end)
+    assert ended == [(True, -signal.SIGKILL)], "adapt let_processes_outlive_signals in upstream/workers.py"

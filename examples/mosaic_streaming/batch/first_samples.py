@@ -9,7 +9,7 @@ from llmfoundry.data import SUPPORTED_MDS_ENCODING_TYPES
 from numpy.typing import NDArray
 from streaming.base.format import Reader
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from examples.mosaic_streaming.batch.iterator import read_in_workers
 from examples.mosaic_streaming.batch.round_trip import check_round_trip
@@ -18,20 +18,13 @@ from examples.mosaic_streaming.config import BatchShape, ResolvedLoader
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import FORMS, CheckedDataset, columns_of, form_of
 
-MAX_SAMPLES, MAX_BYTES = 32, 1 << 20
-"""Limits to what is read of a stream; one sample is read in any case."""
-MAX_SHARDS = 1_000
-"""How many shards of a stream are tried, in the search for one that is on this machine."""
-MAX_WORKERS = 4
-"""Processes that read several streams."""
+MAX_SAMPLES, MAX_BYTES = 32, 1 << 20  # limits to what is read of a stream; one sample is read in any case
+MAX_SHARDS = 1_000  # how many shards of a stream are tried, in the search for one that is on this machine
+MAX_WORKERS = 4  # processes that read several streams
 
 
 def check_first_samples(
-    loader: DataLoader[Any],
-    spec: BatchSpec,
-    config: ResolvedLoader,
-    tokenizer: PreTrainedTokenizerBase,
-    shape: BatchShape,
+    loader: DataLoader[Any], spec: BatchSpec, config: ResolvedLoader, tokenizer: Tokenizer, shape: BatchShape
 ) -> list[str]:
     """Refuse streams whose first samples are ids of another type, length or tokenizer; one rank calls it.
 

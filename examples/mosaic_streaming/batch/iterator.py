@@ -17,11 +17,8 @@ from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream, Fail
 from examples.mosaic_streaming.upstream.torchelastic import SIGNALS
 from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down_workers
 
-SHOWN_SAMPLES = 8
-"""Samples of a global batch that a message names."""
-WORKER_EXIT_SECONDS = 1.0
-"""How long to wait for the exit code of a dying worker."""
-
+SHOWN_SAMPLES = 8  # of a global batch, in a message
+WORKER_EXIT_SECONDS = 1.0  # how long to wait for the exit code of a dying worker
 EXIT_CODES_OF_SIGNALS = {code for signum in SIGNALS for code in (-signum, 128 + signum)}
 
 
@@ -39,10 +36,7 @@ class Batches:
         self._batches = iter(self._loader)
 
     def take(self, count: int) -> list[Mapping[str, Any]]:
-        """Return the next `count` batches, or fewer at the end of the epoch.
-
-        DataError if a sample can't be read, a batch can't be made, or a worker has died.
-        """
+        """Return the next `count` batches, or fewer at an epoch's end; DataError if a sample, batch or worker fails."""
         assert self._batches is not None
         try:
             return [to_tensors(batch) for batch in itertools.islice(self._batches, count)]
@@ -66,7 +60,6 @@ class Batches:
         return " ".join([*lost, hint, f"{self._config_file}."]) if lost else ""
 
     def close(self) -> None:
-        """Shut down the dataloader workers."""
         batches, self._batches = self._batches, None
         shut_down_workers(batches)
 
@@ -93,15 +86,18 @@ def read_in_workers(
             yield batch[0]
 
 
-def no_loss_token_error(dataset: CheckedDataset, order: Order, epoch: int, sample_in_epoch: int) -> DataError:
+def no_loss_token_error(
+    dataset: CheckedDataset, order: Order, stage: int, epoch: int, sample_in_epoch: int
+) -> DataError:
     """Make the error for the global batch that begins at a sample of an epoch; it names samples and streams."""
     samples = order.samples(dataset, epoch, sample_in_epoch + np.arange(order.global_batch_size))
-    told = ", ".join(map(str, samples[:SHOWN_SAMPLES]))
+    told, of_stage = ", ".join(map(str, samples[:SHOWN_SAMPLES])), f" --stage {stage}" if stage > 1 else ""
     more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
     numbers = np.unique(stream_numbers(dataset, samples))
     streams = [cast(CheckedStream, dataset.streams[number]).label for number in numbers]
     return DataError(
         f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
-        f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}` shows one. "
+        f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}{of_stage}` "
+        "shows one. "
         "Remove such samples, or raise training.global_batch_size, so that others are in a batch with them."
     )

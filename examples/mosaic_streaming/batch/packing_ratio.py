@@ -13,10 +13,8 @@ from examples.mosaic_streaming.batch.iterator import read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.sampling import check_order, set_order
 
-SAMPLES = 2_000
-"""The most samples that are read."""
-WORKER_BATCH_SIZE = 16
-"""Samples in a worker's batch."""
+SAMPLES = 2_000  # the most that are read
+WORKER_BATCH_SIZE = 16  # samples in a worker's batch
 
 
 def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> float:
@@ -64,9 +62,7 @@ def dropped_tokens(lengths: list[int], rows: int, samples: int, max_seq_len: int
     Source: while it profiles, llm-foundry's packer looks at lengths alone, but its method that takes them is private
     (llm-foundry 0.22.0, data/packing.py).
     """
-    packer = BinPackCollator(
-        lambda batch: batch, rows, max_seq_len, 0, "right", max_leftover_bins_to_keep=0, is_profiling=True
-    )
+    packer = BinPackCollator(lambda x: x, rows, max_seq_len, 0, "right", max_leftover_bins_to_keep=0, is_profiling=True)
     for begin in range(0, len(lengths) - samples + 1, samples):
         packer._pack_trimmed_examples([{}] * samples, lengths[begin : begin + samples])
     return int(packer.n_total_tokens - packer.n_packed_tokens)

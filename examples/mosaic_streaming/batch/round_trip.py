@@ -16,8 +16,7 @@ PROBE = "def f(x):\n\treturn {'ä': 10**6}  # 你好, world\n"
 
 MIN_IDS, MAX_IDS, MIN_IDS_OF_TEXT = 512, 16_384, 256
 """Fewer ids in all prove nothing, and about `MAX_IDS` are checked, but at least the last number of each text."""
-ALLOWED_MISSES = 4
-"""Ids that may change in each text: its ends are cut inside words, and some tokenizers put a space before it."""
+ALLOWED_MISSES = 4  # ids of a text that may change: its ends are cut inside words, or a space is put before it
 RIGHT, WRONG = 0.98, 0.95
 """Shares of ids that come back: from the first on they are the tokenizer's, below the second another's.
 
@@ -33,7 +32,7 @@ this many ids differ."""
 def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: PreTrainedTokenizerBase, label: str) -> list[str]:
     """Raise ConfigError for ids that another tokenizer than the model's wrote; return a warning if that can't be told.
 
-    `texts` are ids, int64 [tokens], each of a sample or of a part of one; `label` names their stream in messages.
+    `texts` are ids, int64 [tokens], each of a sample or of a part of one.
     """
     limit = max(MIN_IDS_OF_TEXT, MAX_IDS // max(1, len(texts)))
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}

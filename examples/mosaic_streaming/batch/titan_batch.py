@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchtitan.components.loss import IGNORE_INDEX
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from examples.mosaic_streaming.config import BatchShape, Job, ResolvedLoader
 from examples.mosaic_streaming.errors import DataError
 
 TitanBatch = tuple[dict[str, Tensor], Tensor]
@@ -36,6 +38,23 @@ class BatchSpec:
     masks_by_positions: bool = False  # whether the model makes its masks of positions, which each batch then has
 
 
+def spec_of(job: Job, shape: BatchShape, loader_config: ResolvedLoader, tokenizer: Tokenizer, who: str) -> BatchSpec:
+    """Return what the batches of a loader have to look like. `who` reads them, for messages."""
+    return BatchSpec(
+        rows=shape.local_batch_size,
+        seq_len=shape.seq_len,
+        max_seq_len=loader_config.dataset["max_seq_len"],
+        vocab_size=job.vocab_size,
+        pad_id=tokenizer.pad_token_id,
+        eos_id=tokenizer.eos_token_id,
+        labels_are_ids=loader_config.name == "text",
+        source=f"{who} reads {loader_config.sources}, set in {loader_config.source}.",
+        documents=job.documents,
+        positions=job.positions,
+        masks_by_positions=job.masks_by_positions,
+    )
+
+
 def to_titan_batch(batch: Mapping[str, Any], spec: BatchSpec) -> TitanBatch:
     """Convert a batch of llm-foundry to one of TorchTitan.
 
@@ -61,7 +80,6 @@ def convert(batch: Mapping[str, Any], spec: BatchSpec) -> tuple[TitanBatch, Tens
     """Do what `to_titan_batch` does, and return `is_padding` of the loader's rows as well."""
     check_keys(batch, spec)
     ids = batch["input_ids"]
-    check_shape(ids, spec)
     check_ids(ids, spec)
     padding = is_padding(ids, batch.get("attention_mask"), spec)
     unshifted = ids if spec.labels_are_ids else batch["labels"]
@@ -70,24 +88,19 @@ def convert(batch: Mapping[str, Any], spec: BatchSpec) -> tuple[TitanBatch, Tens
     labels = unshifted[:, 1 : spec.seq_len + 1]
     if spec.max_seq_len == spec.seq_len:
         labels = torch.nn.functional.pad(labels, (0, 1), value=IGNORE_INDEX)
-    inputs = {"input": copy_as_int64(ids[:, : spec.seq_len])} | document_inputs(batch, padding, spec)
+    inputs = {"input": copy_as_int64(ids[:, : spec.seq_len])}
+    if (documents := documents_of(batch, padding, spec)) is not None:
+        sequence_id = copy_as_int64(documents[:, : spec.seq_len])
+        if not spec.masks_by_positions:
+            inputs[SEQUENCE_ID] = sequence_id
+        if spec.masks_by_positions or spec.positions:
+            inputs["positions"] = positions(sequence_id)
     return (inputs, copy_as_int64(labels)), padding  # labels don't share memory with the ids
 
 
 def copy_as_int64(tensor: Tensor) -> Tensor:
     """A contiguous copy; numpy makes it in half of torch's time."""
     return torch.from_numpy(tensor.numpy().astype(np.int64, order="C"))
-
-
-def document_inputs(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> dict[str, Tensor]:
-    """The rows' documents and the positions in them, for a model that takes them."""
-    sequence_id = documents_of(batch, padding, spec)
-    if sequence_id is None:
-        return {}
-    sequence_id = copy_as_int64(sequence_id[:, : spec.seq_len])
-    if spec.masks_by_positions:
-        return {"positions": positions(sequence_id)}
-    return {SEQUENCE_ID: sequence_id} | ({"positions": positions(sequence_id)} if spec.positions else {})
 
 
 def documents_of(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSpec) -> Tensor | None:
@@ -157,24 +170,17 @@ def check_keys(batch: Mapping[str, Any], spec: BatchSpec) -> None:
         raise DataError(f"A batch has tensors of several shapes, expected one: {shapes}. {spec.source}")
 
 
-def check_shape(ids: Tensor, spec: BatchSpec) -> None:
-    """Raise DataError unless `ids` is `[rows, max_seq_len]`."""
-    found, expected, hint = list(ids.shape), [spec.rows, spec.max_seq_len], ""
-    if found == expected:
-        return
-    if ids.ndim == 2 and ids.shape[1] == spec.seq_len < spec.max_seq_len:
-        hint = (
-            f" The samples have {spec.seq_len} tokens: set dataset.max_seq_len = {spec.seq_len} (the last label of "
-            f"each is then -100), or write them with {spec.max_seq_len} tokens, so that each label is real."
-        )
-    raise DataError(
-        f"Batch of shape {found}, expected {expected} (training.local_batch_size, dataset.max_seq_len).{hint} "
-        f"{spec.source}"
-    )
-
-
 def check_ids(ids: Tensor, spec: BatchSpec) -> None:
-    """Raise DataError if an id has no row in the model's embedding."""
+    """Raise DataError unless `ids` is `[rows, max_seq_len]`, and each id has a row in the model's embedding."""
+    found, expected, hint = list(ids.shape), [spec.rows, spec.max_seq_len], spec.source
+    if found != expected:
+        if ids.ndim == 2 and ids.shape[1] == spec.seq_len < spec.max_seq_len:
+            hint = (
+                f"The samples have {spec.seq_len} tokens: set dataset.max_seq_len = {spec.seq_len} (the last label of "
+                f"each is then -100), or write them with {spec.max_seq_len} tokens, so that each label is real. {hint}"
+            )
+        sizes = "training.local_batch_size, dataset.max_seq_len"
+        raise DataError(f"Batch of shape {found}, expected {expected} ({sizes}). {hint}")
     array = ids.numpy()
     unsigned = array.view(np.dtype(f"u{array.itemsize}"))  # a negative id is larger than all others
     if unsigned.max() >= spec.vocab_size:

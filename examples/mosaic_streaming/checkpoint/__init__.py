@@ -5,16 +5,24 @@ which batches (`Segment`), and the `Fingerprint` of the data, which `check_same_
 segments which samples a run has read, and will read, in which step. `read_position` reads the state in a checkpoint.
 """
 
+from examples.mosaic_streaming.checkpoint.changes import changes_ahead, check_same_data, data_differences, plan_ahead
 from examples.mosaic_streaming.checkpoint.fingerprint import (
     Fingerprint,
-    check_same_data,
     differences,
     fingerprint_of,
     shards_of,
+    stream_keys,
     without_name,
 )
 from examples.mosaic_streaming.checkpoint.history import History, Segment, Slice, append_segment
-from examples.mosaic_streaming.checkpoint.position_log import epoch_end_message, run_message, start_message
+from examples.mosaic_streaming.checkpoint.position_log import (
+    epoch_end_message,
+    resume_messages,
+    run_message,
+    skip_message,
+    stage_message,
+    start_message,
+)
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
 from examples.mosaic_streaming.checkpoint.reader import read_checkpoint, read_position
 from examples.mosaic_streaming.checkpoint.state import (

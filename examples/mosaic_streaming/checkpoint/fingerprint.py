@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ from streaming.base.format import Reader
 from torchtitan.components.tokenizer import HuggingFaceTokenizer
 
 from examples.mosaic_streaming.config import ResolvedLoader, explain_asset_errors, tokenizer_config
-from examples.mosaic_streaming.errors import ConfigError, text_table
 from examples.mosaic_streaming.sampling import SHARE_DIGITS, Order
 
 Fingerprint = dict[str, Any]
@@ -99,14 +99,33 @@ def digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def check_same_data(saved: Fingerprint, now: Fingerprint, source: str) -> None:
-    """Raise ConfigError, with all differences, unless the samples that come next are those of the saved run."""
-    if rows := differences(saved, now):
-        raise ConfigError(
-            f"The checkpoint was written on other data. Going on from it would not give the samples that come next.\n"
-            f"{text_table(['setting', 'checkpoint', 'now'], rows)}\n"
-            f"Restore these in {source} and the job config, or {START_ANEW}."
-        )
+def streams_in(fingerprint: Fingerprint) -> list[tuple[str, str]]:
+    """Return what says which samples a stream has, and its name, of each stream."""
+    streams = [value for key, value in fingerprint.items() if key.startswith("stream ")]
+    return [(stream["index"], stream["name"]) for stream in streams]
+
+
+def stream_keys(fingerprints: Sequence[Fingerprint]) -> list[list[int]]:
+    """Number the streams of all stages, of each stage in their order; the same stream has the same number.
+
+    A stream is known by its index. Of streams with equal indexes, one of the same name is preferred.
+    """
+    known: list[tuple[str, str]] = []
+    found = []
+    for streams in map(streams_in, fingerprints):
+        keys: dict[int, int] = {}
+        for length in (2, 1):  # index and name, then the index alone
+            for place, stream in enumerate(streams):
+                free = [key for key, old in enumerate(known) if key not in keys.values()]
+                same = [key for key in free if known[key][:length] == stream[:length]]
+                if place not in keys and same:
+                    keys[place] = same[0]
+        for place, stream in enumerate(streams):
+            if place not in keys:
+                keys[place] = len(known)
+                known.append(stream)
+        found.append([keys[place] for place in range(len(streams))])
+    return found
 
 
 def differences(saved: Fingerprint, now: Fingerprint) -> list[list[str]]:

@@ -4,51 +4,87 @@ from collections.abc import Sequence
 
 from streaming import StreamingDataset
 
+from examples.mosaic_streaming.checkpoint.changes import changes_ahead, plan_ahead
+from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint
+from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.progress import ConsumptionCounter
 from examples.mosaic_streaming.checkpoint.state import State
 from examples.mosaic_streaming.sampling import Order, passes_of, passes_text
 from examples.mosaic_streaming.shards import FetchCounts
 
 
-def start_message(names: Sequence[str], dataset: StreamingDataset, order: Order, state: State) -> tuple[str, float]:
+def start_message(names: Sequence[str], dataset: StreamingDataset, history: History, steps: int) -> tuple[str, float]:
     """Say where a start begins in the streams, and which share of an epoch it leaves out."""
-    start, samples, follow = state.sample_in_epoch, dataset.epoch_size, order.remaining(state.sample_in_epoch)
+    stage, order = history.order(steps)
+    start, epoch = order.first_sample, order.first_epoch
+    samples, follow = dataset.epoch_size, order.remaining(start)
+    place = f"stage {stage + 1}" if stage else "the run"
     if order.blend:
         passes = passes_text(passes_of(names, dataset, order, start))
-        return f"The streams start at sample {start:,} of the run: passes {passes}.", 0
-    steps, left_out = follow // order.global_batch_size, samples - start - follow
+        return f"The streams start at sample {start:,} of {place}: passes {passes}.", 0
+    left_out = samples - start - follow
     return (
-        f"The streams start at sample {start:,} of epoch {state.epoch}, of which {steps:,} steps follow; it leaves out "
-        f"{left_out:,} of {samples:,} samples (which fill no global batch, or no whole turn of "
+        f"The streams start at sample {start:,} of epoch {epoch}, of which {follow // order.global_batch_size:,} steps "
+        f"follow; it leaves out {left_out:,} of {samples:,} samples (which fill no global batch, or no whole turn of "
         f"dataset.num_canonical_nodes = {dataset.num_canonical_nodes}: a smaller number leaves out fewer)."
     ), left_out / samples
 
 
 def run_message(
-    names: Sequence[str],
-    dataset: StreamingDataset,
-    order: Order,
-    state: State,
-    steps: int,
-    counter: ConsumptionCounter,
+    names: list[str], dataset: StreamingDataset, history: History, begin: int, steps: int, counter: ConsumptionCounter
 ) -> str:
-    """Say what so many steps read from a state on."""
-    samples, begin = steps * order.global_batch_size, state.sample_in_epoch
+    """Say what so many steps read after those before `begin`; of several stages, say when each begins."""
+    plan, order = history.plan, history.orders[0]
+    skips = "".join(f" It skips {skip}." for skip in plan.skips)
+    if len(plan.stages) > 1:
+        stages = "; ".join(f"from step {stage.from_step:,} {stage.file.path}" for stage in plan.stages)
+        return f" In all, {steps:,} steps (training.steps) read {stages}.{skips}"
+    samples, here = (history.samples(begin + steps) or 0) - (history.samples(begin) or 0), history.position(begin)
     rounds = f"{samples / order.remaining(0):.2f} epochs"
     if order.blend:
-        rounds = f"passes {passes_text(passes_of(names, dataset, order, begin + samples, begin))}"
+        ends = (history.position(begin + steps).sample_in_epoch, here.sample_in_epoch)
+        rounds = f"passes {passes_text(passes_of(names, dataset, order, *ends))}"
     return (
         f" In all, {steps:,} steps (training.steps) read {samples:,} samples, {counter.tokens(samples):,} tokens, "
-        f"{rounds}."
+        f"{rounds}.{skips}"
     )
 
 
-def epoch_end_message(order: Order, state: State, fetched: FetchCounts, counter: ConsumptionCounter) -> str:
+def stage_message(names: Sequence[str], dataset: StreamingDataset, history: History, steps: int) -> str:
+    """Say that a stage begins behind so many steps."""
+    stage, order = history.order(steps)
+    passes, file = passes_text(passes_of(names, dataset, order, 0)), history.plan.stages[stage].file.path
+    batch = history.plan.begins[stage] + 1
+    return f"Stage {stage + 1} begins with step {steps + 1:,}, batch {batch:,}: {file}; passes so far: {passes}."
+
+
+def skip_message(history: History, steps: int) -> str:
+    """Say which batches are skipped behind so many steps."""
+    skips = [str(skip) for skip in history.plan.skips if history.plan.steps(skip.last) == steps]
+    return f"Skipped: {', '.join(skips)}. Step {steps + 1:,} reads batch {history.plan.batch(steps + 1):,}."
+
+
+def resume_messages(saved: State, history: History, fingerprints: Sequence[Fingerprint]) -> list[str]:
+    """Say what changes at a resume, where it may."""
+    size = history.orders[len(saved.past)].global_batch_size
+    batch = (
+        f"The global batch changes from {saved.global_batch_size} to {size} samples: the same samples follow, in other "
+        "batches."
+    ) * (size != saved.global_batch_size)
+    ahead = changes_ahead(saved, plan_ahead(history.plan, saved.steps, fingerprints))
+    counted = (
+        f"The checkpoint, of an earlier version of this code, doesn't say how many steps were read before: those in "
+        f"{history.plan.source} are counted from there."
+    ) * (not history.begins_anew and (len(history.orders) > 1 or bool(history.plan.skips)))
+    return [message for message in (batch, ahead, counted) if message]
+
+
+def epoch_end_message(order: Order, epoch: int, fetched: FetchCounts, counter: ConsumptionCounter) -> str:
     """Say what this start has read of an epoch at its end, and what its machine has fetched meanwhile."""
-    start = order.first_sample if state.epoch == order.first_epoch else 0
-    samples = state.sample_in_epoch - start
+    start = order.first_sample if epoch == order.first_epoch else 0
+    samples = sum(map(len, order.runs(epoch)))
     return (
-        f"Epoch {state.epoch} of the streams ends: {samples:,} samples read"
-        f"{f' since this start, at sample {start:,}' if start else ''}, in {samples // state.global_batch_size:,} "
+        f"{'The stage' if order.blend else f'Epoch {epoch} of the streams'} ends: {samples:,} samples read"
+        f"{f' since this start, at sample {start:,}' if start else ''}, in {samples // order.global_batch_size:,} "
         f"steps, {counter.tokens(samples):,} tokens{f'; fetched: {fetched}' if any(fetched) else ''}."
     )

@@ -31,6 +31,8 @@ class Progress(NamedTuple):
     padding: float  # share of this rank's inputs since the last call of `take_padding`
     fetched: FetchCounts  # by this rank's machine since this start
     cache: int  # bytes of shards in this machine's caches
+    stage: int  # of the plan, counted from 1
+    skipped_batches: int  # global batches that were left out since the streams began
 
 
 class ConsumptionCounter:
@@ -40,19 +42,20 @@ class ConsumptionCounter:
     `count_loss_tokens`. In between they are estimated from the samples: exact where all labels are loss tokens.
     """
 
-    def __init__(self, spec: BatchSpec, samples_per_batch: int) -> None:
-        # With packing, a rank's batch is made of more samples than its rows.
-        self._spec = spec
-        self._samples_per_batch = samples_per_batch
+    def __init__(self) -> None:
         self.resume_from(ConsumedCounts())
+
+    def count_for(self, spec: BatchSpec, samples_per_batch: int) -> None:
+        """Count batches of a form from now on; with packing, one is made of more samples than its rows."""
+        self._spec, self._samples_per_batch = spec, samples_per_batch
 
     def resume_from(self, before: ConsumedCounts) -> None:
         """Start counting anew, on top of what was read before this start."""
         self._before = before
         # Samples with counted loss tokens, and these tokens: before this start, and up to the last sum over ranks.
         self._known = self._counted = (0, 0) if before.loss_tokens is None else (before.samples, before.loss_tokens)
-        # Since this start: samples of all ranks in whole steps, and loss tokens of this rank.
-        self._samples = self._loss_tokens = 0
+        # Since this start: samples and tokens of all ranks in whole steps, and loss tokens of this rank.
+        self._samples = self._tokens = self._loss_tokens = 0
         # Positions of this rank's inputs since the last call of `take_padding`, and how many of them were padding.
         self._inputs = self._padding = 0
 
@@ -75,6 +78,7 @@ class ConsumptionCounter:
     def add_step(self, samples: int) -> None:
         """Count an optimizer step of all ranks."""
         self._samples += samples
+        self._tokens += self.tokens(samples)
 
     def count_loss_tokens(self, peers: int) -> None:
         """Sum loss tokens over ranks, `peers` of which read the same samples, in one small collective."""
@@ -86,7 +90,7 @@ class ConsumptionCounter:
     def seen(self) -> ConsumedCounts:
         """Return what all ranks have read, since the run's first step or since its streams began anew."""
         samples = self._before.samples + self._samples
-        tokens = self._before.tokens + self.tokens(self._samples)
+        tokens = self._before.tokens + self._tokens
         counted, loss_tokens = self._counted
         return ConsumedCounts(samples, tokens, loss_tokens * samples // counted if counted else None)
 

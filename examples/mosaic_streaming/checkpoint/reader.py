@@ -8,13 +8,11 @@ from typing import Any
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from examples.mosaic_streaming.checkpoint.history import Segment
 from examples.mosaic_streaming.checkpoint.state import STATE_KEY, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
-FLAG = "--mosaic-position"
-"""Names the folder whose position is read."""
+FLAG = "--mosaic-position"  # names the folder whose position is read
 
 
 def read_checkpoint(folder: str, content: dict[str, Any], flag: str) -> None:
@@ -47,6 +45,4 @@ def read_position(folder: str) -> dict[str, str]:
         raise ConfigError(f"{FLAG} {folder} is no finished checkpoint. Expected a step's folder, such as step-500.")
     content = {"dataloader": {STATE_KEY: ""}}
     read_checkpoint(folder, content, FLAG)
-    state = unpack(content["dataloader"])
-    begin = Segment(0, state.epoch, state.sample_in_epoch, state.global_batch_size)
-    return pack(state._replace(steps=0, segments=(begin,)))
+    return pack(unpack(content["dataloader"]))

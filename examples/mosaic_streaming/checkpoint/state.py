@@ -1,20 +1,21 @@
 """The saved state as one string of JSON."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from examples.mosaic_streaming.checkpoint.changes import plan_ahead
 from examples.mosaic_streaming.checkpoint.fingerprint import START_ANEW, Fingerprint
-from examples.mosaic_streaming.checkpoint.history import Segment
+from examples.mosaic_streaming.checkpoint.history import History, Segment, append_segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts
-from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.config import Plan, Skip
+from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order
 
 STATE_KEY = "mosaic"
-STATE_VERSION = 2
-COUNT_KEYS = ("samples", "tokens", "targets")
-"""What the saved state calls the fields of `ConsumedCounts`."""
-
+STATE_VERSION, PLAN_VERSION = 2, 3
+"""Of a state, and of one that has stages behind it or skips, which earlier versions of this code don't know."""
+COUNT_KEYS = ("samples", "tokens", "targets")  # what the saved state calls the fields of `ConsumedCounts`
 MAX_POSITION, MAX_COUNT = 1 << 40, 1 << 60
 """More epochs, or samples in one, than there ever are; and more tokens than a run ever reads."""
 
@@ -28,18 +29,61 @@ class State(NamedTuple):
     data: Fingerprint
     seen: ConsumedCounts | None  # since the run's first step or the streams' new beginning; None in older states
     steps: int  # optimizer steps since then; in a run that went on from an older state, since that one
-    segments: tuple[Segment, ...]  # of these steps; each start that changes the global batch begins a new one
+    segments: tuple[Segment, ...]  # of these steps; each stage, and each start that changes the global batch, has one
+    past: tuple[tuple[int, Fingerprint], ...] = ()  # of each stage that has ended: batches before its end, and its data
+    skipped: tuple[tuple[int, int], ...] = ()  # batches that were left out before this position
+    ahead: tuple[str, ...] = ()  # the stages and skips that were to follow
 
     @classmethod
-    def at_beginning(cls, data: Fingerprint, global_batch_size: int) -> "State":
-        """Return the state of a run that has read nothing."""
-        return cls(0, 0, global_batch_size, data, None, 0, (Segment.at_beginning(global_batch_size),))
+    def of(cls, history: History, steps: int, fingerprints: list[Fingerprint], seen: ConsumedCounts | None) -> "State":
+        """Return the state of a run after so many steps; the fingerprints are those of its stages."""
+        plan, (_, stage, epoch, sample) = history.plan, history.position(steps)
+        segments = history.segments_until(stage)
+        past = tuple((plan.begins[number + 1], fingerprints[number]) for number in range(stage))
+        skipped = tuple(skip[:2] for skip in plan.skips if skip.first <= plan.batch(steps))
+        size, ahead = segments[-1].global_batch_size, plan_ahead(plan, steps, fingerprints)
+        return cls(epoch, sample, size, fingerprints[stage], seen, steps, segments, past, skipped, ahead)
+
+    def history(
+        self, plan: Plan, orders: Sequence[Order], fingerprints: Sequence[Fingerprint], goes_on: bool = True
+    ) -> History:
+        """Return the history of the run, which goes on with a plan; or only up to here, with the global batch it had.
+
+        Raises:
+            ConfigError: the global batch changes, and batches are to be skipped that its size would give other samples.
+        """
+        done, size = len(self.past), orders[len(self.past)].global_batch_size
+        segments, batch = self.segments, self.read.batch(self.steps)
+        if goes_on and size != self.global_batch_size:
+            if ahead := [skip for skip in plan.skips if skip.first > batch]:
+                raise ConfigError(
+                    f"The global batch changes from {self.global_batch_size} to {size} samples, so that the numbers of "
+                    f"batches in the skip of {ahead[0]} in {plan.source} would mean other samples. Restore "
+                    "training.global_batch_size, or remove the skip, and look its numbers up again after this start."
+                )
+            at_end = not orders[done].remaining(self.sample_in_epoch)
+            place = (self.epoch + 1, 0) if at_end else (self.epoch, self.sample_in_epoch)
+            segments = append_segment(segments, Segment(batch, *place, size))
+        return History.of(plan, orders, fingerprints, segments, done + 1)
+
+    @property
+    def read(self) -> Plan:
+        """The plan so far, of which only the skips are known."""
+        return Plan((), tuple(Skip(*skip) for skip in self.skipped))
+
+    @property
+    def stages(self) -> list[Fingerprint]:
+        """The data of each stage that has begun."""
+        return [*(data for _, data in self.past), self.data]
 
 
 def pack(state: State) -> dict[str, str]:
     """Return the state under one key: DCP asks only for the keys of the fresh state, so it finds any version."""
     seen = state.seen and dict(zip(COUNT_KEYS, state.seen, strict=True))
-    return {STATE_KEY: json.dumps({"version": STATE_VERSION, **state._asdict(), "seen": seen})}
+    version = PLAN_VERSION if state.past or state.skipped else STATE_VERSION
+    content = state._asdict() | {"seen": seen}
+    kept = {key: value for key, value in content.items() if value or key not in ("past", "skipped", "ahead")}
+    return {STATE_KEY: json.dumps({"version": version} | kept)}
 
 
 def unpack(saved_state: Mapping[str, object]) -> State:
@@ -51,17 +95,20 @@ def unpack(saved_state: Mapping[str, object]) -> State:
     text = str(saved_state.get(STATE_KEY))
     try:
         saved = json.loads(text)
-        if (version := saved["version"]) != STATE_VERSION:
+        if (version := saved["version"]) not in (STATE_VERSION, PLAN_VERSION):
             raise DataError(
-                f"The checkpoint's dataloader state is of version {version}, this code reads version {STATE_VERSION}. "
-                f"Go on with the code that wrote it, or {START_ANEW}."
+                f"The checkpoint's dataloader state is of version {version}, this code reads versions {STATE_VERSION} "
+                f"and {PLAN_VERSION}. Go on with the code that wrote it, or {START_ANEW}."
             )
         epoch, sample_in_epoch = (checked(saved[key]) for key in ("epoch", "sample_in_epoch"))
         global_batch_size = checked(saved["global_batch_size"], least=1)
         if not isinstance(data := saved["data"], dict):
             raise TypeError(data)
-        steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size))
-        return State(epoch, sample_in_epoch, global_batch_size, data, read_seen(saved.get("seen")), steps, segments)
+        seen, skipped = read_seen(saved.get("seen")), tuple((first, last) for first, last in saved.get("skipped", ()))
+        past = tuple((checked(end), dict(of_stage)) for end, of_stage in saved.get("past", ()))
+        state = State(epoch, sample_in_epoch, global_batch_size, data, seen, 0, (), past, skipped)
+        steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size), state.read)
+        return state._replace(steps=steps, segments=segments, ahead=tuple(map(str, saved.get("ahead", ()))))
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise damaged_state_error(text) from error
 
@@ -75,14 +122,14 @@ def read_seen(saved: Any) -> ConsumedCounts | None:
     return ConsumedCounts(checked(samples, MAX_COUNT), checked(tokens, MAX_COUNT), loss_tokens)
 
 
-def read_segments(saved: Any, here: Segment) -> tuple[int, tuple[Segment, ...]]:
+def read_segments(saved: Any, here: Segment, read: Plan) -> tuple[int, tuple[Segment, ...]]:
     """The steps done and their segments; in an older state, which lacks them, the known history begins here."""
     if "segments" not in saved:
         return 0, (here,)
     segments = tuple(Segment(*map(checked, segment)) for segment in saved["segments"])
-    steps, begins = checked(saved["steps"]), [segment.step for segment in segments]
+    steps, begins = checked(saved["steps"]), [segment.batch for segment in segments]
     has_sizes = all(segment.global_batch_size for segment in segments)
-    if begins[:1] != [0] or sorted({*begins}) != begins or begins[-1] > steps or not has_sizes:
+    if begins[:1] != [0] or sorted({*begins}) != begins or begins[-1] > read.batch(steps) or not has_sizes:
         raise ValueError(segments)
     return steps, segments
 

@@ -15,8 +15,7 @@ CONFIG = "tokenizer_config.json"
 JSON_FILES = (CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja")
 FAST = '"PreTrainedTokenizerFast", which takes tokenizer.json as it is'
-LFS_POINTER = "version https://git-lfs.github.com"
-"""How a pointer file of Git LFS begins."""
+LFS_POINTER = "version https://git-lfs.github.com"  # how a pointer file of Git LFS begins
 
 
 @contextlib.contextmanager
@@ -109,7 +108,5 @@ def class_fault(folder: Path, name: Any, error: str) -> str:
     known = isinstance(name, str) and (tokenizer_class_from_name(name) or tokenizer_class_from_name(f"{name}Fast"))
     if name is None or known:
         return ""
-    return (
-        f"{CONFIG} has tokenizer_class = {name!r}, which transformers {version('transformers')} doesn't know. "
-        f"Set it to {FAST}."
-    )
+    ours = f"transformers {version('transformers')}"
+    return f"{CONFIG} has tokenizer_class = {name!r}, which {ours} doesn't know. Set it to {FAST}."

@@ -22,6 +22,8 @@ TorchTitan's own flags go behind a `--`:
 
 Validation reads streams of its own, with --mosaic-validation-config VALIDATION.toml and validation.enable = true.
 Both loader files can also be llm-foundry training YAMLs: their `train_loader`, and their `eval_loader`.
+--mosaic-config can also be a plan: its [[stage]] tables say which loader is read from which step on, and its [[skip]]
+tables which batches are left out (docs/plans.md).
 
 With TorchTitan 0.3, a job can also be a function that returns its config, as TorchTitan's own are:
 
@@ -30,8 +32,7 @@ With TorchTitan 0.3, a job can also be a function that returns its config, as To
 TorchTitan's flags are listed by: python -m examples.mosaic_streaming.train -- --help
 """
 
-PATHS = ("mosaic_config", "mosaic_validation_config", "mosaic_position", "checkpoint", "plot")
-"""Flags of training and preview that are paths."""
+PATHS = ("mosaic_config", "mosaic_validation_config", "mosaic_position", "checkpoint", "plot")  # flags that are paths
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,14 +48,15 @@ class Parser(argparse.ArgumentParser):
         module = "Python module with a function that returns the job's config, or a folder of TorchTitan's models"
         self.add_argument("--module", help=f"{module} (TorchTitan 0.3)")
         loader = "the Mosaic loader, for llm-foundry's build_dataloader"
-        self.add_argument("--mosaic-config", metavar="LOADER.toml", help=f"{loader}; not needed with --module")
+        self.add_argument(
+            "--mosaic-config", metavar="LOADER.toml", help=f"{loader}, or a plan; not needed with --module"
+        )
         self.add_argument("--mosaic-validation-config", metavar="LOADER.toml", help="the same for validation")
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         """Return our flags, with paths expanded, and TorchTitan's, which stand behind the first `--`.
 
-        Raises:
-            ConfigError: a flag is missing or unknown, or stands on the wrong side of `--`.
+        ConfigError if a flag is missing or unknown, or stands on the wrong side of `--`.
         """
         split = argv.index("--") if "--" in argv else len(argv)
         ours, titan = argv[:split], argv[split + 1 :]
@@ -73,14 +75,10 @@ class Parser(argparse.ArgumentParser):
 
 def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parse the command line of training as `Parser.parse` does; files needn't be given to ask for `--help`."""
-    parser = Parser(
-        prog="torchrun -m examples.mosaic_streaming.train",
-        usage="%(prog)s --config JOB.toml --mosaic-config LOADER.toml [--mosaic-validation-config LOADER.toml] "
-        "[--mosaic-position STEP_FOLDER] [-- TORCHTITAN FLAGS]",
-        description=USAGE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    prog, raw = "torchrun -m examples.mosaic_streaming.train", argparse.RawDescriptionHelpFormatter
+    usage = "%(prog)s --config JOB.toml --mosaic-config LOADER.toml [--mosaic-validation-config LOADER.toml] "
+    usage += "[--mosaic-position STEP_FOLDER] [-- TORCHTITAN FLAGS]"
+    parser = Parser(prog=prog, usage=usage, description=USAGE, formatter_class=raw, allow_abbrev=False)
     parser.add_files(required=not {"--help", "-h"} & {*argv})
     position = "another run's checkpoint, whose position in the same streams a new run goes on from"
     parser.add_argument("--mosaic-position", metavar="STEP_FOLDER", help=position)

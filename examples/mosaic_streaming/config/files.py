@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import tomllib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
@@ -42,24 +43,13 @@ def read_toml(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
 
 
-def read_loaders(train: str, validation: str | None) -> tuple[LoaderFile, LoaderFile | None]:
-    """Parse the training loader's file, and the validation loader's if there is one.
-
-    A `.yaml` or `.yml` is an llm-foundry training YAML: its `train_loader` or `eval_loader` is read, and rank 0 prints
-    once which of its sections are ignored.
-
-    Raises:
-        ConfigError: a file is missing, can't be parsed, or has no such section.
-    """
-    paths = {"train_loader": train} | ({"eval_loader": validation} if validation else {})
-    loaders = {section: read_loader(path, section) for section, path in paths.items()}
-    for path in dict.fromkeys(paths.values()):
-        read = [section for section in paths if paths[section] == path]
-        sections = read_yaml(path) if path.endswith(YAML) else read
-        ignored = [str(section) for section in sections if section not in read]
+def print_ignored(read: Sequence[tuple[str, str]]) -> None:
+    """Print once, on rank 0, which sections of llm-foundry's YAMLs are ignored; `read` has paths and sections."""
+    for path in dict.fromkeys(path for path, _ in read if path.endswith(YAML)):
+        sections = list(dict.fromkeys(section for of, section in read if of == path))
+        ignored = [str(section) for section in read_yaml(path) if section not in sections]
         if ignored and is_rank_0():
-            print(f"{path}: read {', '.join(read)}, ignored {', '.join(ignored)}.", file=sys.stderr, flush=True)
-    return loaders["train_loader"], loaders.get("eval_loader")
+            print(f"{path}: read {', '.join(sections)}, ignored {', '.join(ignored)}.", file=sys.stderr, flush=True)
 
 
 def read_loader(path: str, section: str) -> LoaderFile:

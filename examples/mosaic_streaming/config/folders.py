@@ -62,8 +62,7 @@ def default_cache(remote: str) -> str:
 def check_folders(folders: Sequence[Folder], others: Sequence[Folder] = ()) -> None:
     """Raise ConfigError if a cache would take the place of what another stream reads or keeps.
 
-    Args:
-        others: of another loader in this job, which may share caches of the same source.
+    `others` are of another loader in this job, which may share caches of the same source.
     """
     for one, other in itertools.combinations(folders, 2):
         if one.local and other.local:

@@ -13,8 +13,7 @@ from examples.mosaic_streaming.errors import ConfigError
 TOKEN_IDS = [f"{name}_token_id" for name in ("eos", "bos")]
 OVERRIDES = [f"override_{key}_mismatch_error" for key in TOKEN_IDS]
 
-MAX_RATIO = 1000
-"""The most samples that are packed into a row, on average."""
+MAX_RATIO = 1000  # the most samples that are packed into a row, on average
 
 ELSEWHERE = {"tokenizer_name": "the tokenizer is that of model.hf_assets_path in the job config"}
 """What replaces keys that llm-foundry's own YAMLs have."""
@@ -26,8 +25,7 @@ NOT_WITH_BLEND = {
 }
 """Settings that mean nothing with `batching_method = "blend"`, and why."""
 
-NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}
-"""Arguments that no configuration can give."""
+NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}  # arguments that no configuration can give
 
 
 def check_keys(config: Config, path: str) -> None:
@@ -74,12 +72,12 @@ def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str],
     builder = registry.dataloaders.get(name)
     top = ["name", *parameters(builder), *(key for key in config if takes(name, key))]
     hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__)
-    found = [("", config, top, hints_of(builder))]
-    found.append(("dataset.", dataset, dataset_keys().get(name, list(dataset)), hints))
-    return found + [(f"dataset.streams.{key}.", stream, parameters(Stream), hints) for key, stream in streams.items()]
+    keys = dataset_keys().get(name, list(dataset))
+    found = [(f"dataset.streams.{key}.", stream, parameters(Stream), hints) for key, stream in streams.items()]
+    return [("", config, top, hints_of(builder)), ("dataset.", dataset, keys, hints), *found]
 
 
-def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset: Sequence[str]) -> list[str]:
+def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset: Sequence[str] = ()) -> list[str]:
     """The unknown keys of a section, each with the nearest known one, or its place."""
     valid, found = sorted({*known} - NOT_FOR_USERS), []
     for key in sorted({*section} - {*valid}):
@@ -141,9 +139,8 @@ def check_packing(name: str, dataset: Config, path: str) -> None:
     if (ratio := dataset.get("packing_ratio")) is None:
         return
     if ratio != "auto" and not (type(ratio) in (int, float) and 1 <= ratio <= MAX_RATIO):
-        raise ConfigError(
-            f'dataset.packing_ratio = {ratio!r} in {path}, expected "auto" or a number from 1 to {MAX_RATIO:,}.'
-        )
+        expected = f'"auto" or a number from 1 to {MAX_RATIO:,}'
+        raise ConfigError(f"dataset.packing_ratio = {ratio!r} in {path}, expected {expected}.")
     if ratio == 1:  # no packing, as in llm-foundry
         return
     auto, method = 'dataset.packing_ratio = "auto"', dataset.get("batching_method", "random")

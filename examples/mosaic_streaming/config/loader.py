@@ -1,28 +1,14 @@
-"""The loader configuration: `resolve` fills in what is derived, and refuses what is unknown or owned elsewhere.
-
-The checks of keys and values are in `keys.py`, those of streams in `streams.py` and `folders.py`.
-"""
+"""The loader configuration: `resolve` fills in what is derived, and refuses what is unknown or owned elsewhere."""
 
 import copy
-import os
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config.files import LoaderFile
-from examples.mosaic_streaming.config.folders import Folder, check_folders
+from examples.mosaic_streaming.config.folders import Folder
 from examples.mosaic_streaming.config.job import BatchShape
 from examples.mosaic_streaming.config.keys import OVERRIDES, TOKEN_IDS, check_keys, dataset_keys, takes
-from examples.mosaic_streaming.config.streams import (
-    Config,
-    check_streams,
-    check_weights,
-    complete_streams,
-    expand_folders,
-    has_cache,
-    is_local,
-    source_of,
-    with_split,
-)
+from examples.mosaic_streaming.config.streams import Config, check_streams, complete_streams, folders_of, source_of
 from examples.mosaic_streaming.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -54,15 +40,12 @@ class ResolvedLoader:
     @property
     def arguments(self) -> Config:
         """What `build_dataloader` gets; a user's builder may take fewer settings than llm-foundry's."""
-        config = self.config
-        if self.is_blend:
-            dataset = {key: value for key, value in self.dataset.items() if key != "batching_method"}
-            config = config | {"dataset": dataset}
+        dropped = ("batching_method",) if self.is_blend else ()
+        config = self.config | {"dataset": {key: value for key, value in self.dataset.items() if key not in dropped}}
         return {key: value for key, value in config.items() if key == "name" or takes(self.name, key)}
 
     @property
     def dataset(self) -> Config:
-        """The section `[dataset]`."""
         return dict(self.config["dataset"])
 
     @property
@@ -97,13 +80,7 @@ class ResolvedLoader:
 
     @property
     def folders(self) -> list[Folder]:
-        """Where each stream lies."""
-        found = []
-        for name, stream in self.streams.items():
-            local, source = with_split(stream.get("local"), stream), source_of(stream)
-            source = os.path.realpath(source) if is_local(stream) else source.rstrip("/")
-            found.append(Folder(name, self.source, local, source, has_cache(stream)))
-        return found
+        return folders_of(self.dataset, self.source)
 
     def with_settings(self, **dataset: Any) -> "ResolvedLoader":
         """Return the same with other settings of `[dataset]`."""
@@ -113,8 +90,7 @@ class ResolvedLoader:
 def resolve(file: LoaderFile, shape: BatchShape, replication: int) -> ResolvedLoader:
     """Complete the configuration of a loader, for a model's batches and `replication` ranks with the same samples.
 
-    Raises:
-        ConfigError: a key is unknown, missing, owned by the job config, or differs from what it is derived from.
+    ConfigError if a key is unknown, missing, owned by the job config, or differs from what it is derived from.
     """
     config, path = copy.deepcopy(file.config), file.path
     section, seq_len, rows = shape.section, shape.seq_len, shape.local_batch_size
@@ -132,16 +108,12 @@ def resolve(file: LoaderFile, shape: BatchShape, replication: int) -> ResolvedLo
     derive(dataset, "dataset.replication", [replication], "world size / data-parallel degree is", path)
     if config["name"] == "finetuning":
         derive(dataset, "dataset.decoder_only_format", [True], "each model of TorchTitan's asks for", path)
-    expand_folders(dataset, path)
     check_streams(dataset, path)
-    check_weights(dataset, path)
     # TorchTitan gets new tensors made from the loader's batches: pinning these would help nobody.
     config = {"drop_last": True, "num_workers": 0, "pin_memory": False} | config
     if config["num_workers"] == 0:
         config |= WITHOUT_WORKERS
-    resolved = ResolvedLoader(config, path, may_cut)
-    check_folders(resolved.folders)
-    return resolved
+    return ResolvedLoader(config, path, may_cut)
 
 
 def derive(section: Config, name: str, values: list[Any], source: str, path: str) -> None:
@@ -155,12 +127,9 @@ def derive(section: Config, name: str, values: list[Any], source: str, path: str
 
 
 def without_token_ids(loader: ResolvedLoader, tokenizer: "PreTrainedTokenizerBase") -> ResolvedLoader:
-    """Return a finetuning loader without its token ids, which have to be the tokenizer's; any other as it is.
+    """Return a finetuning loader without its token ids; any other as it is. ConfigError if they aren't the tokenizer's.
 
     llm-foundry's YAMLs have them, though nothing reads them there.
-
-    Raises:
-        ConfigError: they differ.
 
     Source: llm-foundry 0.22.0 compares them, too, but then hands them on to streaming, which refuses them
     (data/finetuning/dataloader.py).

@@ -6,13 +6,12 @@ import os
 from typing import Any
 
 from examples.mosaic_streaming.config.files import expand_path
-from examples.mosaic_streaming.config.folders import default_cache, is_copy, is_url
+from examples.mosaic_streaming.config.folders import Folder, check_folders, default_cache, is_copy, is_url
 from examples.mosaic_streaming.errors import ConfigError
 
 Config = dict[str, Any]  # settings by name, as in a TOML file
 
-WEIGHT_TOLERANCE = 0.01
-"""How far the sum of all proportions may be from 1, as people round."""
+WEIGHT_TOLERANCE = 0.01  # how far the sum of all proportions may be from 1, as people round
 
 
 @functools.cache
@@ -56,6 +55,16 @@ def has_cache(stream: Config) -> bool:
     return is_copy(stream.get("remote"), stream.get("local"), stream["split"])
 
 
+def folders_of(dataset: Config, path: str) -> list[Folder]:
+    """Where each stream lies."""
+    found = []
+    for name, stream in complete_streams(dataset).items():
+        local, source = with_split(stream.get("local"), stream), source_of(stream)
+        source = os.path.realpath(source) if is_local(stream) else source.rstrip("/")
+        found.append(Folder(name, path, local, source, has_cache(stream)))
+    return found
+
+
 def expand_folders(dataset: Config, path: str) -> None:
     """Write out the folders of streams: full paths, each cache, and no `remote` that is `local` by another name."""
     for section in (dataset, *streams_of(dataset).values()):
@@ -72,7 +81,8 @@ def expand_folders(dataset: Config, path: str) -> None:
 
 
 def check_streams(dataset: Config, path: str) -> None:
-    """Raise ConfigError if a stream has no place, no index.json there, or a cache limit would delete its only copy."""
+    """Write out the folders of streams, and raise ConfigError if they, their weights or a cache limit are wrong."""
+    expand_folders(dataset, path)
     if "hf_name" in dataset:
         raise ConfigError(f"dataset.hf_name = {dataset['hf_name']!r} in {path} is not a stream. Convert it to MDS.")
     for name, stream in complete_streams(dataset).items():
@@ -88,6 +98,8 @@ def check_streams(dataset: Config, path: str) -> None:
                 f"No index.json in {folder} ({name} in {path}). Set `local`, `remote` and `split` to an MDS stream, "
                 "or make the demo data: python -m examples.mosaic_streaming.make_demo_data"
             )
+    check_weights(dataset, path)
+    check_folders(folders_of(dataset, path))
 
 
 def check_weights(dataset: Config, path: str) -> None:

@@ -9,12 +9,10 @@ from examples.mosaic_streaming.config.loader import ResolvedLoader
 from examples.mosaic_streaming.config.streams import has_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def warnings_of(
-    loader: ResolvedLoader, job: Job, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[str]
-) -> list[str]:
+def warnings_of(loader: ResolvedLoader, job: Job, tokenizer: "Tokenizer", columns: Sequence[str]) -> list[str]:
     """Return what a start warns of in the training loader's configuration; `columns` are the first stream's."""
     found = [*warnings_of_documents(loader, job), *warnings_of_chats(loader, tokenizer, columns)]
     if algo := loader.dataset.get("partition_algo"):
@@ -43,9 +41,7 @@ def warnings_of_documents(loader: ResolvedLoader, job: Job) -> list[str]:
     ]
 
 
-def warnings_of_chats(
-    loader: ResolvedLoader, tokenizer: "PreTrainedTokenizerBase", columns: Sequence[str]
-) -> list[str]:
+def warnings_of_chats(loader: ResolvedLoader, tokenizer: "Tokenizer", columns: Sequence[str]) -> list[str]:
     """Warn if a chat template is missing, or writes other tokens from day to day."""
     if loader.name != "finetuning" or {"turns", "input_ids"} & set(columns):
         return []
@@ -78,7 +74,8 @@ def warnings_of_timeouts(loader: ResolvedLoader, timeout: float) -> list[str]:
     return found
 
 
-def warnings_of_validation(validation: ResolvedLoader, training: ResolvedLoader) -> list[str]:
-    """Warn if the validation streams are also trained on."""
-    same = {folder.source for folder in validation.folders} & {folder.source for folder in training.folders}
+def warnings_of_validation(validation: ResolvedLoader, training: Sequence[ResolvedLoader]) -> list[str]:
+    """Warn if the validation streams are also trained on; `training` has the loader of each stage."""
+    trained = {folder.source for stage in training for folder in stage.folders}
+    same = trained & {folder.source for folder in validation.folders}
     return [f"Training reads the same as validation: {', '.join(sorted(same))}. The loss will tell less."] * bool(same)

@@ -15,13 +15,11 @@ if TYPE_CHECKING:
     from examples.mosaic_streaming.distributed.agreement import check_peers, check_ranks_per_node
     from examples.mosaic_streaming.distributed.store import draw_number, on_each_node, on_rank_0
 
-
-FILES = {"check_ranks_per_node": "agreement", "check_peers": "agreement"} | dict.fromkeys(
-    ("draw_number", "on_each_node", "on_rank_0"), "store"
-)
+FILES = {"agreement": ("check_peers", "check_ranks_per_node"), "store": ("draw_number", "on_each_node", "on_rank_0")}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{FILES[name]}"), name)
+    for file, names in FILES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{file}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,11 +12,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from examples.mosaic_streaming.errors import ConfigError, DataError, is_rank_0
-from examples.mosaic_streaming.upstream.torchelastic import SIGNALS, write_report
+from examples.mosaic_streaming.upstream.torchelastic import SAVING, SIGNALS, write_report
 
 if TYPE_CHECKING:
     from examples.mosaic_streaming.distributed.store import Listener
 
+REPEAT_SECONDS = 3.0
+"""A signal that comes again within it is the same one: torchrun passes on what all processes of a job may be sent."""
 RANK_0_SECONDS = 15.0
 """How long another rank waits for rank 0 to print the reason. torchrun ends it as soon as rank 0 has exited."""
 
@@ -35,11 +37,11 @@ class AbortChannel:
     """
 
     def __init__(self) -> None:
-        self.stopped_by: signal.Signals | None = None
-        """The signal that ends this process. Whatever fails afterwards is its consequence."""
-        self.reason: str | None = None
-        """Why the job stops, if this process has printed it."""
+        self.stopped_by: signal.Signals | None = None  # ends this process; what fails afterwards is its consequence
+        self.reason: str | None = None  # why the job stops, if this process has printed it
+        self.is_saved = False  # whether the signal could wait for a checkpoint of the last step
         self._is_hurried = False
+        self._first_signal: tuple[int, float] | None = None  # and when it came
         self._listener: Listener | None = None
 
     @contextlib.contextmanager
@@ -72,15 +74,25 @@ class AbortChannel:
     def count(self, key: str) -> int:
         """Add 1 to a counter that all ranks share, and return its value. Call `connect` before."""
         assert self._listener
-        return self._listener.count(key)
+        return int(self._listener.store.add(key, 1))
 
     def close(self) -> None:
         """Stop telling other ranks anything, and stop ending with them."""
         if self._listener:
             self._listener.close()
 
+    def begin_step(self, step: int, save: Callable[[], None]) -> None:
+        """Let a step begin. If all ranks stop before it, save a checkpoint instead, and end this process."""
+        assert self._listener
+        if not self._listener.may_begin(step):
+            save()
+            self.is_saved = True
+            self._exit(self._listener.signum)
+
     def exit_on_signals(self) -> None:
         """Turn signals into SystemExit, so that everything is closed.
+
+        In training with checkpoints, the first of `SAVING` lets all ranks stop after a step instead.
 
         multiprocessing's resource tracker has to survive them, or its successor prints a traceback about shared memory
         that it doesn't know. It inherits blocked signals, and ignores only SIGTERM and SIGINT by itself (Python 3.12,
@@ -88,7 +100,7 @@ class AbortChannel:
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         resource_tracker.ensure_running()
-        handle_signals(self._exit)
+        handle_signals(self._on_signal)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def exit_if_signalled(self) -> None:
@@ -97,7 +109,7 @@ class AbortChannel:
         Source: DCP catches it while it saves (torch 2.13, distributed/checkpoint/utils.py), as destructors do.
         """
         if self.stopped_by is not None:
-            sys.exit(128 + self.stopped_by)
+            sys.exit(0 if self.is_saved and self.stopped_by == signal.SIGUSR1 else 128 + self.stopped_by)
 
     def begin_shutdown(self) -> None:
         """Let nothing interrupt the shutdown: neither further signals, nor the end of dataloader workers.
@@ -115,7 +127,14 @@ class AbortChannel:
         print(message, file=sys.stderr, flush=True)
         write_report(message)
 
-    def _exit(self, signum: int, frame: FrameType | None) -> NoReturn:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        number, since = self._first_signal = self._first_signal or (signum, now)
+        is_first = signum == number and now <= since + REPEAT_SECONDS
+        if not (is_first and signum in SAVING and self._listener and self._listener.ask_to_stop(signum)):
+            self._exit(signum)
+
+    def _exit(self, signum: int) -> NoReturn:
         self.begin_shutdown()
         self.stopped_by = signal.Signals(signum)
         sys.exit(128 + signum)

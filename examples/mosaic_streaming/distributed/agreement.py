@@ -14,8 +14,7 @@ from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.checkpoint import Fingerprint, differences, without_name
 from examples.mosaic_streaming.errors import ConfigError, DataError, text_table
 
-MAX_SHOWN = 8
-"""Machines of a kind that a message names."""
+MAX_SHOWN = 8  # machines of a kind that a message names
 
 
 def gather(*values: int) -> list[list[int]]:

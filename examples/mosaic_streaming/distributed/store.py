@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import math
 import os
 import random
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,12 +21,13 @@ from examples.mosaic_streaming.upstream.shared_memory import FIRST_NUMBER
 EXIT_SECONDS = 20.0
 """How long a rank may live on after another has failed. A collective may hold it, and torchrun ends only the ranks of
 the failed rank's machine."""
-UNLIMITED = timedelta(days=20)
-"""A wait without end: a store counts milliseconds in 32 bits, and logs a warning when the time is up."""
-REASON_KEY, PRINTED_KEY, WAKE_UP_KEY = "reason", "printed", "wake up {rank}"
+UNLIMITED = timedelta(days=20)  # a store counts milliseconds in 32 bits, and logs a warning when the time is up
+AGREE_SECONDS = 10.0  # that ranks which are to stop wait for the answers of all; one that has ended gives none
+REASON_KEY, PRINTED_KEY, STOP_KEY, WAKE_UP_KEY = "reason", "printed", "stop {rank}", "wake up {rank}"
 """Keys of the store: why the job stops, that rank 0 has printed it, and what a rank's listener waits for."""
-POLL_SECONDS, MAX_POLL_SECONDS = 0.01, 5.0
-"""The shortest and the longest pause between two looks for a key."""
+SIGNAL_KEY, BEGUN_KEY, ANSWERS_KEY, LAST_KEY = "signal", "begun {rank}", "answers", "last step"
+"""By which signal all ranks stop, the last step that one has begun, how many have said so, and the last of all."""
+POLL_SECONDS, MAX_POLL_SECONDS = 0.01, 5.0  # between two looks for a key
 
 
 def draw_number() -> int:
@@ -68,9 +70,9 @@ def on_each_node(number: int, prepare: Callable[[], None]) -> None:
         await_result(store, f"node {node}")
 
 
-def on_rank_0(number: int, compute: Callable[[], Any]) -> Any:
+def on_rank_0(compute: Callable[[], Any]) -> Any:
     """Call a function on rank 0, and return its result, or raise its error, on all ranks, however long it takes."""
-    store = open_store(number)
+    store = open_store(draw_number())
     if dist.get_rank() == 0:
         publish(store, "rank 0", compute)
     return await_result(store, "rank 0")
@@ -97,50 +99,94 @@ def await_result(store: dist.Store, key: str) -> Any:
 
 
 class Listener:
-    """A thread that waits until any rank of the job fails.
+    """A thread that waits until any rank of the job fails, or is told to stop.
 
     Each rank waits for a key of its own, so that it can also wake itself. Until then, it asks nothing of the store.
+    To stop, the threads agree on the last step that any rank has begun; until they have, no rank begins another one.
     """
 
     def __init__(self, number: int, print_reason: Callable[[str], None]) -> None:
-        self._store, self._key = open_store(number), WAKE_UP_KEY.format(rank=dist.get_rank())
+        self.store, self._rank, self._ranks = open_store(number), dist.get_rank(), range(dist.get_world_size())
         self._print_reason = print_reason
-        self._is_woken, self._is_closed = False, threading.Event()
+        self._is_woken, self._is_closed, self._has_agreed = False, threading.Event(), threading.Event()
+        self.signum, self._begun, self._last = 0, -1, math.inf
+        """By which signal all ranks stop; the last step that this one has begun, once it trains, and that of all."""
         self._thread = threading.Thread(target=self._listen, args=[open_store(number)], daemon=True)
         self._thread.start()
 
     def _listen(self, store: dist.Store) -> None:
         """Wait until a rank fails, and let rank 0 print why. End this process after a while, if nothing else does."""
+        store.set_timeout(UNLIMITED)
         with contextlib.suppress(Exception):  # the store ends with the job
-            while not (self._is_woken or self._is_closed.is_set()):
-                with contextlib.suppress(dist.DistStoreError):  # the time is up
-                    store.wait([self._key], UNLIMITED)
-                    self._is_woken = not self._is_closed.is_set()
+            if self._await(store, STOP_KEY):
+                self._agree(store)
+                self._await(store, WAKE_UP_KEY)
+            self._is_woken = not self._is_closed.is_set()
             if self._is_woken and is_rank_0():
                 self._print_reason(store.get(REASON_KEY).decode())
                 store.set(PRINTED_KEY, "")
             if not self._is_closed.wait(EXIT_SECONDS):
                 os._exit(1)
 
-    def close(self) -> None:
-        """End the thread."""
-        self._is_closed.set()
-        if self._thread.is_alive():  # it may have ended with the store
-            with contextlib.suppress(Exception):
-                self._store.set(self._key, "")
-            self._thread.join(EXIT_SECONDS)
+    def _await(self, store: dist.Store, key: str) -> bytes:
+        """The value of this rank's key, once it is set. The store may end soon after, so it isn't asked again."""
+        while True:
+            with contextlib.suppress(dist.DistStoreError):  # the time is up
+                return store.get(key.format(rank=self._rank))
 
-    def count(self, key: str) -> int:
-        """Add 1 to a key of the store, and return its value."""
-        return int(self._store.add(key, 1))
+    def _agree(self, store: dist.Store) -> None:
+        """Find the step after which all ranks stop. If they can't agree, end this one at once."""
+        self.signum = int(store.get(SIGNAL_KEY))  # before it reads `_begun`; `may_begin` has the other order
+        try:
+            store.set(BEGUN_KEY.format(rank=self._rank), str(self._begun))
+            if store.add(ANSWERS_KEY, 1) == len(self._ranks):
+                begun = [int(store.get(BEGUN_KEY.format(rank=rank))) for rank in self._ranks]
+                store.compare_set(LAST_KEY, "", str(max(begun)))
+            wait_for(store, LAST_KEY, AGREE_SECONDS)
+            self._last = float(store.compare_set(LAST_KEY, "", str(math.inf)))  # the first value counts
+        finally:
+            self._has_agreed.set()
+            # Again, as a signal that comes while its handler runs doesn't end a sleep (Python 3.12, timemodule.c).
+            while self._last == math.inf and not self._is_closed.wait(0.1):
+                os.kill(os.getpid(), self.signum)
+
+    def ask_to_stop(self, signum: int) -> bool:
+        """Tell all ranks to stop; return whether they can. A signal handler calls it, so it takes no lock."""
+        can_agree = not self._has_agreed.is_set() or self._last < math.inf
+        with contextlib.suppress(Exception):
+            if self._begun >= 0 and can_agree and not self._is_woken:
+                self.store.compare_set(SIGNAL_KEY, "", str(signum))
+                self._wake(self._ranks, "stop", [STOP_KEY])
+                return True
+        return False
+
+    def may_begin(self, step: int) -> bool:
+        """Whether this rank may begin a step. If not, all of them stop before it."""
+        self._begun = step
+        if not self.signum:
+            return True
+        self._has_agreed.wait()
+        return step <= self._last
+
+    def _wake(self, ranks: Iterable[int], value: str = "", keys: Sequence[str] = (WAKE_UP_KEY, STOP_KEY)) -> None:
+        names = [key.format(rank=rank) for key in keys for rank in ranks]
+        self.store.multi_set(names, [value] * len(names))  # type: ignore[attr-defined]  # not in torch 2.13's stub
+
+    def close(self) -> None:
+        self._is_closed.set()
+        if self._thread.is_alive() and not self._is_woken:  # it may have ended with the store
+            with contextlib.suppress(Exception):
+                if self.signum and not self._has_agreed.is_set():
+                    self.store.compare_set(LAST_KEY, "", str(math.inf))
+                self._wake([self._rank])
+        self._thread.join(EXIT_SECONDS)
 
     def send(self, message: str) -> bool:
         """Tell all ranks why the job stops; return whether rank 0 prints it."""
         with contextlib.suppress(Exception):
-            self._store.compare_set(REASON_KEY, "", message)
-            keys = [WAKE_UP_KEY.format(rank=rank) for rank in range(dist.get_world_size())]
-            self._store.multi_set(keys, [""] * len(keys))  # type: ignore[attr-defined]  # not in torch 2.13's stub
-            return wait_for(self._store, PRINTED_KEY, RANK_0_SECONDS) is not None
+            self.store.compare_set(REASON_KEY, "", message)
+            self._wake(self._ranks)
+            return wait_for(self.store, PRINTED_KEY, RANK_0_SECONDS) is not None
         return self._is_woken  # then rank 0 is too, and the store may have ended with it
 
     def explains(self, error: BaseException) -> bool:
@@ -149,10 +195,10 @@ class Listener:
         Raises:
             dist.DistError: The error does follow from that, but rank 0's store is gone.
         """
-        if not is_connection_error(error) or not (self._is_woken or self._store.check([REASON_KEY])):
+        if not is_connection_error(error) or not (self._is_woken or self.store.check([REASON_KEY])):
             return False
         if is_rank_0():  # its thread has just been woken, or is about to be
-            wait_for(self._store, PRINTED_KEY, RANK_0_SECONDS)
+            wait_for(self.store, PRINTED_KEY, RANK_0_SECONDS)
         return True
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         warnings.filterwarnings("ignore")  # of upstream, while it is imported
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         with contextlib.redirect_stdout(sys.stderr):  # where TorchTitan's log goes, then
-            job = titan.load_job(flags, titan_flags)
+            job = dataclasses.replace(titan.load_job(flags, titan_flags), position=getattr(flags, "checkpoint", None))
         log_warnings_to_stderr()
         import_llm_foundry()
         channel.exit_on_signals()  # again, because the import of composer sets its own handlers
@@ -93,10 +94,13 @@ def build_parser() -> Parser:
     which = show.add_mutually_exclusive_group()
     which.add_argument("--stream", metavar="NAME", help="of this stream alone")
     which.add_argument("--sample", type=int, action="append", metavar="ID", help="of this sample, as `step` names it")
-    show.add_argument("--validation", action="store_true", help="of the validation streams")
+    of = show.add_mutually_exclusive_group()
+    of.add_argument("--stage", help="of this stage of the plan alone (--sample: default 1)", **number)
+    of.add_argument("--validation", action="store_true", help="of the validation streams")
     show.add_argument("--full", action="store_true", help="whole texts and all ids")
     show.add_argument("--plot", metavar="FILE.png", help="draw the lengths of documents")
-    step.add_argument("steps", type=steps, metavar="N or N:M", help="optimizer steps, counted from 1")
+    step.add_argument("steps", type=steps, nargs="?", metavar="N or N:M", help="optimizer steps, counted from 1")
+    step.add_argument("--around", help="the last steps before this one and it, and a [[skip]] table for them", **number)
     step.add_argument("--dp-rank", type=int, metavar="R", help="of this data-parallel rank alone")
     step.add_argument("--find", metavar="TEXT", help="only samples whose text has this")
     step.add_argument("--no-text", action="store_true", help="read no shard")

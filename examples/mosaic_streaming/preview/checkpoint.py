@@ -4,19 +4,8 @@ import dataclasses
 import os
 from typing import Any, NamedTuple
 
-from examples.mosaic_streaming.checkpoint import (
-    STATE_KEY,
-    History,
-    Segment,
-    State,
-    append_segment,
-    check_position,
-    check_same_data,
-    damaged_state_error,
-    differences,
-    read_checkpoint,
-    unpack,
-)
+from examples.mosaic_streaming import checkpoint as saved
+from examples.mosaic_streaming.checkpoint import History, State
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.titan import own_checkpoints, steps_with
@@ -31,34 +20,37 @@ class Checkpoint(NamedTuple):
 
     def differences(self, data: JobData) -> list[list[str]]:
         """The settings that have changed since it was written: name, value then, value now."""
-        return differences(self.state.data, data.opened.fingerprint) if self.state else []
+        return saved.data_differences(self.state, data.plan, data.fingerprints) if self.state else []
 
     def check_same_data(self, data: JobData) -> None:
         """Raise ConfigError, as a start does, if it was written on other data."""
         if self.state:
-            check_same_data(self.state.data, data.opened.fingerprint, data.opened.config.source)
+            saved.check_same_data(self.state, data.plan, data.fingerprints)
 
-    def history(self, data: JobData) -> History | None:
-        """What its run has read up to its step; None if that was other data, or isn't known. DataError if damaged."""
+    def history(self, data: JobData, step: int, goes_on: bool = False) -> History | None:
+        """What its run has read up to its step; None if that was other data, or isn't known. DataError if damaged.
+
+        `step` is what that step is called. If the run goes on, then with the job's global batch and plan; ConfigError
+        if it can't.
+        """
         if not self.state or self.differences(data):
             return None
-        state = self.state
-        check_position(state, data.opened.dataset.epoch_size, data.opened.order)
-        segments = moved(state.segments, self.step - state.steps)
-        history = History(data.opened.order, segments)
-        fits = all(history.remaining(0, segment.global_batch_size) for segment in segments)
-        if not fits or history.position(self.step) != (self.step, state.epoch, state.sample_in_epoch):
-            raise damaged_state_error(f"its position after {state.steps:,} steps is not that of {list(state.segments)}")
-        read = history.samples(self.step)
+        state, now = self.state, data.stages[len(self.state.past)].opened
+        saved.check_position(state, now.dataset.epoch_size, now.order)
+        history = state.history(data.plan, data.orders, data.fingerprints, goes_on=False)
+        fits = all(history.remaining(one["stage"] - 1, 0, one["global_batch_size"]) for one in history.report())
+        at = (state.steps, len(state.past), state.epoch, state.sample_in_epoch)
+        if not fits or history.position(state.steps) != at:
+            raise saved.damaged_state_error(
+                f"its position after {state.steps:,} steps is not that of {list(state.segments)}"
+            )
+        read = history.samples(state.steps)
         before = state.seen.samples - read if state.seen and read is not None else None
         if before and history.begins_anew:
-            raise damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
-        return dataclasses.replace(history, samples_before=before)
-
-
-def moved(segments: tuple[Segment, ...], steps: int) -> tuple[Segment, ...]:
-    """Segments that begin a number of steps later."""
-    return tuple(segment._replace(step=segment.step + steps) for segment in segments)
+            raise saved.damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
+        if goes_on:
+            history = state.history(data.plan, data.orders, data.fingerprints)
+        return dataclasses.replace(history, samples_before=before, steps_before=step - state.steps)
 
 
 def history_of_start(data: JobData, checkpoint: Checkpoint | None) -> History | None:
@@ -69,33 +61,26 @@ def history_of_start(data: JobData, checkpoint: Checkpoint | None) -> History | 
     """
     if checkpoint is None:
         return data.new_run()
-    order, excluded = data.opened.order, data.job.checkpoints.exclude_from_loading
-    known = checkpoint.history(data)
+    excluded = data.job.checkpoints.exclude_from_loading
     step = 0 if "train_state" in excluded else checkpoint.step
-    if "dataloader" in excluded:
-        here, known = Segment(step, 0, 0, order.global_batch_size), known if known and known.begins_anew else None
-    elif known:
-        _, epoch, sample = known.position(checkpoint.step)
-        position = (epoch, sample) if order.remaining(sample) else (epoch + 1, 0)
-        here = Segment(step, *position, order.global_batch_size)
-    else:
-        return None
-    if not known:
-        return History(order, (here,))
-    segments = moved(known.segments, step - checkpoint.step)
-    if "dataloader" in excluded or segments[-1].global_batch_size != order.global_batch_size:
-        segments = append_segment(segments, here)
-    return dataclasses.replace(known, segments=segments)
+    if "dataloader" not in excluded:
+        return checkpoint.history(data, step, goes_on=True)
+    known = checkpoint.history(data, step) if len(data.stages) == 1 and not data.plan.skips else None
+    if not known or not known.begins_anew:
+        return dataclasses.replace(data.new_run(), steps_before=step)
+    here = saved.Segment(step - known.steps_before, 0, 0, data.opened.order.global_batch_size)
+    return dataclasses.replace(known, segments=saved.append_segment(known.segments, here))
 
 
 def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = True) -> History:
     """What a run has read and, if it goes on with the job's settings, will read; ConfigError if that isn't known."""
-    history = history_of_start(data, checkpoint) if goes_on or not checkpoint else checkpoint.history(data)
-    if history:
-        return history
-    assert checkpoint
-    checkpoint.check_same_data(data)
-    raise ConfigError(f"--checkpoint {checkpoint.folder} has no dataloader state that can be read.")
+    if not checkpoint:
+        return data.new_run()
+    history = history_of_start(data, checkpoint) if goes_on else checkpoint.history(data, checkpoint.step)
+    if not history:
+        checkpoint.check_same_data(data)
+        raise ConfigError(f"--checkpoint {checkpoint.folder} has no dataloader state that can be read.")
+    return history
 
 
 def checkpoint_of_start(data: JobData, path: str | None) -> Checkpoint | None:
@@ -111,23 +96,23 @@ def checkpoint_of_start(data: JobData, path: str | None) -> Checkpoint | None:
     if not path:
         return None
     folder = step_folder(path, settings.load_step)
-    content: dict[str, Any] = {"dataloader": {STATE_KEY: ""}, "train_state": {"step": 0}}
+    content: dict[str, Any] = {"dataloader": {saved.STATE_KEY: ""}, "train_state": {"step": 0}}
     state = None
     try:
-        read_checkpoint(folder, content, "--checkpoint")
-        state = unpack(content["dataloader"])
+        saved.read_checkpoint(folder, content, "--checkpoint")
+        state = saved.unpack(content["dataloader"])
     except (ConfigError, DataError):
         if "dataloader" not in excluded:
             raise
-        read_checkpoint(folder, {"train_state": content["train_state"]}, "--checkpoint")
+        saved.read_checkpoint(folder, {"train_state": content["train_state"]}, "--checkpoint")
     step = int(content["train_state"]["step"])
     if settings.load_step not in (-1, step):
         raise ConfigError(
             f"--checkpoint {folder} is of step {step}, but a start loads checkpoint.load_step = {settings.load_step}. "
             "Name the same step in both, or give the folder of all steps."
         )
-    if state and "dataloader" not in excluded:
-        data.opened = data.opened.with_nodes_of(state.data)
+    for stage, before in zip(data.stages, state.stages if state and "dataloader" not in excluded else [], strict=False):
+        stage.opened = stage.opened.with_nodes_of(before)
     return Checkpoint(folder, step, state)
 
 

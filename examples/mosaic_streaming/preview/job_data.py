@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
-from examples.mosaic_streaming.checkpoint import History, Segment, Slice
-from examples.mosaic_streaming.config import BatchShape, Job, LoaderFile, ResolvedLoader
+from examples.mosaic_streaming.checkpoint import Fingerprint, History, Slice
+from examples.mosaic_streaming.config import BatchShape, Job, LoaderFile, Plan, ResolvedLoader
 from examples.mosaic_streaming.dataloader import OpenLoader
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.sampling import assign_to_ranks, check_memory, stream_numbers
+from examples.mosaic_streaming.sampling import Order, assign_to_ranks, check_memory, stream_numbers
+from examples.mosaic_streaming.shards import CheckedDataset
 
 
 class NoRowError(DataError):
@@ -33,37 +34,51 @@ class JobData:
     folder: str  # of this process, for what it fetches
     shape: BatchShape
     validation: tuple[LoaderFile, ResolvedLoader] | None  # those of the validation loader, if the job has one
+    plan: Plan
+    stage: int  # of the plan, whose loader this is, counted from 0
+    stages: list["JobData"]  # all of the plan
 
     def new_run(self) -> History:
         """What a run reads that begins with the present settings and keeps them."""
-        order = self.opened.order
-        return History(order, (Segment.at_beginning(order.global_batch_size),))
+        return History.of(self.plan, self.orders, self.fingerprints)
 
-    def samples(self, read: Slice) -> NDArray[np.int64]:
-        """The ids of samples in order, int64 [samples]."""
-        self._check_memory()
-        return self.opened.order.samples(self.opened.dataset, read.epoch, np.arange(read.begin, read.end))
+    @property
+    def orders(self) -> list[Order]:
+        return [stage.opened.order for stage in self.stages]
 
-    def counts(self, read: Slice) -> NDArray[np.int64]:
-        """How many of the samples are of each stream, int64 [streams]."""
-        self._check_memory()
-        return self.opened.order.counts(self.opened.dataset, read.epoch, read.begin, read.end)
+    @property
+    def fingerprints(self) -> list[Fingerprint]:
+        return [one.opened.fingerprint | at.recorded for one, at in zip(self.stages, self.plan.stages, strict=True)]
 
-    def _check_memory(self) -> None:
-        check_memory(self.opened.order, self.opened.dataset.epoch_size, self.opened.config.source)
+    def samples(self, read: Slice, history: History) -> NDArray[np.int64]:
+        """The ids of samples in order, int64 [samples]; ids are those of their stage."""
+        order, dataset = self._of(read, history)
+        return order.samples(dataset, read.epoch, np.arange(read.begin, read.end))
 
-    def global_batch(self, step: int, history: History | None = None) -> NDArray[np.int64]:
-        """What each dp rank reads in a step of a run: int64 [dp ranks, batches, samples of a batch]."""
-        rows, dp = self.opened.order.local_batch_size, self.job.layout.dp_world_size
-        batch = (history or self.new_run()).batch(step)
+    def counts(self, read: Slice, history: History) -> NDArray[np.int64]:
+        """How many of the samples are of each stream of their stage, int64 [streams]."""
+        order, dataset = self._of(read, history)
+        return order.counts(dataset, read.epoch, read.begin, read.end)
+
+    def _of(self, read: Slice, history: History) -> tuple[Order, CheckedDataset]:
+        opened = self.stages[read.stage].opened
+        check_memory(opened.order, opened.dataset.epoch_size, opened.config.source)
+        return history.orders[read.stage], opened.dataset
+
+    def global_batch(self, step: int, history: History | None = None) -> tuple["JobData", NDArray[np.int64]]:
+        """The stage that a step of a run reads, and what each dp rank does: int64 [dp ranks, batches, samples]."""
+        history = history or self.new_run()
+        batch = history.slice(step)
+        stage, dp = self.stages[batch.stage], self.job.layout.dp_world_size
+        rows = stage.opened.order.local_batch_size
         if batch.global_batch_size % (rows * dp):
             raise ConfigError(
                 f"Step {step} has a global batch of {batch.global_batch_size} samples, which {dp} dp ranks with "
                 f"batches of {rows} can't share. Give the --world-size and the training.local_batch_size that the "
                 "run had then."
             )
-        assigned = assign_to_ranks(self.samples(batch), self.job.layout.world(), rows, self.opened.order.group_size)
-        return assigned.reshape(dp, -1, rows)
+        samples, group_size = self.samples(batch, history), stage.opened.order.group_size
+        return stage, assign_to_ranks(samples, self.job.layout.world(), rows, group_size).reshape(dp, -1, rows)
 
     def check_first_samples(self) -> list[str]:
         """What a start would warn of in the first samples; raises what it would refuse them with."""
@@ -88,10 +103,9 @@ class JobData:
 
     def collate(self, samples: Sequence[int]) -> Mapping[str, Any]:
         """The batch that llm-foundry's collator makes of samples; raises what `read` does."""
-        collate: Any = self.opened.loader.collate_fn
         read = [self.read(sample) for sample in samples]
         try:
-            batch: Mapping[str, Any] = collate(read)
+            batch = self.opened.loader.collate_fn(read)
         except Exception as error:
             for sample in samples if len(samples) > 1 else []:
                 self.collate([sample])  # which raises for the one that is at fault

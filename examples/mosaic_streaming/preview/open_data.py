@@ -13,12 +13,12 @@ from collections.abc import Iterator
 
 from streaming import StreamingDataset
 
-from examples.mosaic_streaming import dataloader, titan
+from examples.mosaic_streaming import batch, dataloader, titan
 from examples.mosaic_streaming.config import (
     WITHOUT_WORKERS,
     ResolvedLoader,
     is_local,
-    resolve,
+    resolve_stages,
     streams_of,
     without_token_ids,
 )
@@ -54,40 +54,41 @@ def open_job_data(
         os.environ.pop(name, None)
     ranks_per_node = check_ranks(world_size, ranks_per_node)
     titan.check_job(loaded, world_size)
-    train, validation = loaded.train, loaded.validation
-    job = titan.make_job(loaded, world_size, ranks_per_node)
-    config = resolve(train, job.training, job.layout.replication)
+    plan, validation, job = loaded.train, loaded.validation, titan.make_job(loaded, world_size, ranks_per_node)
+    configs = resolve_stages(plan, job, loaded.position)
     titan_tokenizer = build_tokenizer(job.assets)
     tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
     check_tokenizer(titan_tokenizer, job)
-    config = without_token_ids(config, tokenizer)
-    held_out = (validation, resolve_validation(validation, job, config)) if validation and job.validation else None
+    held_out = (validation, resolve_validation(validation, job, configs)) if validation and job.validation else None
+    settings, stages = titan.settings_of(loaded), list[JobData]()
     remove_stale()
     with private_folder(channel) as folder:
-        with without_collection():
-            own = with_own_caches(config, folder)
+        for number, (stage, config) in enumerate(zip(plan.stages, configs, strict=True)):
+            config = without_token_ids(config, tokenizer)
+            own = with_own_caches(config, os.path.join(folder, f"stage-{number}"))
             own = dataloader.fill_in_packing_ratio(own, job, tokenizer, lambda choose: choose())
             if "packing_ratio" in own.dataset:
                 config = config.with_settings(packing_ratio=own.dataset["packing_ratio"])
-            opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
-        yield JobData(job, titan.settings_of(loaded), train, config, opened, tokenizer, folder, job.training, held_out)
+            with without_collection():
+                opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
+            of_run = (tokenizer, folder, job.training, held_out, plan, number, stages)
+            stages.append(JobData(job, settings, stage.file, config, opened, *of_run))
+        yield stages[0]
 
 
 def open_validation(data: JobData) -> JobData | None:
     """The validation streams of a job, if it has any, with ids of their own; raises as `open_job_data` does."""
-    if not data.validation:
+    if not data.validation or not data.job.validation:
         return None
-    assert data.job.validation
-    file, config = data.validation
-    config, shape = without_token_ids(config, data.tokenizer), data.job.validation.shape
+    (file, config), shape = data.validation, data.job.validation.shape
+    config, rows = without_token_ids(config, data.tokenizer), shape.local_batch_size
     own = with_own_caches(config, os.path.join(data.folder, "validation"))
-    rows = shape.local_batch_size
     loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, draw_number())
     assert isinstance(loader.dataset, StreamingDataset)
     order = Order("random", rows * data.job.layout.dp_world_size, rows, loader.dataset.epoch_size)
-    spec = dataloader.batch_spec(data.job, shape, own, data.tokenizer, "The preview")
+    spec = batch.spec_of(data.job, shape, own, data.tokenizer, "The preview")
     opened = dataloader.OpenLoader(own, loader, order, spec, {})
-    return dataclasses.replace(data, file=file, config=config, opened=opened, validation=None, shape=shape)
+    return dataclasses.replace(data, file=file, config=config, opened=opened, validation=None, shape=shape, stages=[])
 
 
 def check_ranks(world_size: int, ranks_per_node: int | None) -> int:

@@ -2,22 +2,16 @@
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from examples.mosaic_streaming.checkpoint import History, shards_of
-from examples.mosaic_streaming.config import flat
+from examples.mosaic_streaming import sampling
+from examples.mosaic_streaming.checkpoint import History, changes_ahead, plan_ahead, shards_of
+from examples.mosaic_streaming.config import Plan, flat
 from examples.mosaic_streaming.preview.checkpoint import Checkpoint
 from examples.mosaic_streaming.preview.job_data import JobData
 from examples.mosaic_streaming.preview.open_data import open_validation
-from examples.mosaic_streaming.preview.progress import progress_bar
-from examples.mosaic_streaming.sampling import ordering_bytes, passes_of, size_of_round, stream_shares
-
-EXACT = 20_000_000
-"""Samples of an epoch up to which the first repeat is looked for. Beyond, only a lower bound is given."""
+from examples.mosaic_streaming.preview.repeats import first_repeat, in_common
 
 DERIVED = {
     "dataset.num_canonical_nodes": "this project's default",
@@ -29,24 +23,78 @@ DERIVED = {
 
 def plan_report(data: JobData, checkpoint: Checkpoint | None, history: History | None) -> dict[str, Any]:
     """All sections of the plan but its warnings; `history` is None where a start would be refused."""
-    dataset, order = data.opened.dataset, data.opened.order
-    shares = stream_shares(data.opened.names, dataset, order, data.opened.tokens_of_a_sample)
-    run, samples = run_section(data, history), order.remaining(0)
-    epoch = {"left_out": dataset.epoch_size - samples, "steps": samples // order.global_batch_size}
+    order, layout = data.opened.order, data.job.layout
+    samples, folders = order.remaining(0), [{folder[2:] for folder in stage.config.folders} for stage in data.stages]
+    needs = [needs_section(stage, set().union(*folders[: stage.stage])) for stage in data.stages]
+    adds_up = ("cache", "hashed_at_a_start", "shared_memory_shards")  # the others are of one stage at a time
+    epochs = {"left_out": data.opened.dataset.epoch_size - samples, "steps": samples // order.global_batch_size}
+    epochs = {} if order.blend else epochs
     return {
-        "streams": [
-            share._asdict() | files_of(data, number) | {"passes_of_run": run["passes"] and run["passes"][number]}
-            for number, share in enumerate(shares)
-        ],
-        "epoch": None if order.blend else epoch | amounts(data, samples),
-        "run": run,
+        "streams": [stream for stage in data.stages for stream in streams_section(stage, history)],
+        "stages": [stage_section(stage, history) for stage in data.stages],
+        "skips": skips_section(data.plan, history.steps_before if history else 0),
+        "in_common": {"samples": in_common(data, history)} if history and len(data.stages) > 1 and epochs else None,
+        "epoch": epochs | amounts(data, samples) if epochs else None,
+        "run": run_section(data, history),
         "validation": validation_section(data),
-        "layout": layout_section(data),
-        "needs": needs_section(data),
+        "layout": {
+            **dataclasses.asdict(layout),
+            "nodes": layout.nodes,
+            "dp_world_size": layout.dp_world_size,
+            "local_batch_size": data.job.training.local_batch_size,
+            "samples_per_batch": order.local_batch_size,
+            "batches_per_step": order.global_batch_size // order.local_batch_size // layout.dp_world_size,
+            "global_batch_size": order.global_batch_size,
+            "dp_ranks": [ranges(ranks) for ranks in layout.readers()],
+        },
+        "needs": {key: max((need[key] for need in needs), key=lambda value: value or 0) for key in needs[0]}
+        | {key: sum(need[key] for need in needs) for key in adds_up},
         "settings": settings_section(data),
         "checks": checks_section(data),
         "resume": resume_section(data, checkpoint, history) if checkpoint else None,
     }
+
+
+def steps_of(data: JobData, history: History | None) -> range:
+    """The steps of a run that read a stage."""
+    before = history.steps_before if history else 0
+    begins = [*(stage.from_step + before for stage in data.plan.stages), sampling.ENDLESS]
+    return range(max(1, begins[data.stage]), max(1, min(begins[data.stage + 1], data.job.steps + 1)))
+
+
+def streams_section(data: JobData, history: History | None) -> list[dict[str, Any]]:
+    """The streams of a stage, and how often each has been read at its end."""
+    opened, steps, passes = data.opened, steps_of(data, history), dict[str, float]()
+    if opened.order.blend and steps and history and history.samples_before is not None:
+        sample = history.position(steps[-1]).sample_in_epoch
+        passes = sampling.passes_of(opened.names, opened.dataset, history.orders[data.stage], sample)
+    shares = sampling.stream_shares(opened.names, opened.dataset, opened.order, opened.tokens_of_a_sample)
+    return [
+        share._asdict() | files_of(data, number) | {"passes_of_run": passes.get(share.name), "stage": data.stage + 1}
+        for number, share in enumerate(shares)
+    ]
+
+
+def stage_section(data: JobData, history: History | None) -> dict[str, Any]:
+    """What a stage reads: its steps, its samples and their tokens, as far as these are known."""
+    steps, samples = steps_of(data, history), None
+    if history and (not steps or steps[0] > history.first_step):
+        known = dataclasses.replace(history, samples_before=0)  # which cancel out
+        samples = (known.samples(steps.stop - 1) or 0) - (known.samples(steps.start - 1) or 0) if steps else 0
+    return {
+        "stage": data.stage + 1,
+        "file": data.config.source,
+        "from_step": steps.start,
+        "first_batch": data.plan.begins[data.stage] + 1,
+        "last_step": steps[-1] if steps else None,
+        "steps": len(steps),
+        **amounts(data, samples),
+    }
+
+
+def skips_section(plan: Plan, steps_before: int = 0) -> list[dict[str, Any]]:
+    """What is skipped, and the step that reads on behind it, in a run that begins the plan after some steps."""
+    return [skip._asdict() | {"step": steps_before + plan.steps(skip.last) + 1} for skip in plan.skips]
 
 
 def files_of(data: JobData, stream: int) -> dict[str, Any]:
@@ -57,77 +105,42 @@ def files_of(data: JobData, stream: int) -> dict[str, Any]:
 
 
 def amounts(data: JobData, samples: int | None, prefix: str = "") -> dict[str, int | None]:
-    """A number of samples and of their tokens, as far as these are known."""
+    """A number of samples of a stage, and of their tokens, as far as these are known."""
     size = data.opened.tokens_of_a_sample
-    tokens = samples * size if samples is not None and size else None
-    return {f"{prefix}samples": samples, f"{prefix}tokens": tokens}
+    return {f"{prefix}samples": samples, f"{prefix}tokens": samples * size if samples is not None and size else None}
 
 
 def run_section(data: JobData, history: History | None) -> dict[str, Any]:
     """What all steps read, and when a sample is read for the second time; values are None where that isn't known."""
-    steps, order, passes = data.job.steps, data.opened.order, None
+    steps, order = data.job.steps, data.opened.order
     repeat, exact = first_repeat(data, history) if history else (None, False)
     samples = history.samples(steps) if history else None
-    unrepeated = history.samples(repeat - 1) if history and repeat else None
-    fits = steps < repeat if repeat and (exact or steps < repeat) else None
-    if order.blend and samples is not None:
-        passes = list(passes_of(data.opened.names, data.opened.dataset, order, samples).values())
+    has_epochs = not order.blend and len(data.stages) == 1
+    # Tokens are those of all stages only if each sample has equally many.
+    alike = {stage.opened.tokens_of_a_sample for stage in data.stages} == {data.opened.tokens_of_a_sample}
+    unknown = {} if alike else {"tokens": None, "first_repeat_tokens": None}
     return {
         "steps": steps,
         "global_batch_size": order.global_batch_size,
-        "since_step": history.segments[0].step if history and history.begins_anew else 0,
+        "since_step": history.first_step if history and history.begins_anew else 0,
         **amounts(data, samples),
-        "epochs": None if samples is None or order.blend else samples / order.remaining(0),
-        "passes": passes,
+        "epochs": samples / order.remaining(0) if has_epochs and samples is not None else None,
         "first_repeat_step": repeat,
-        "first_repeat_epoch": history.batch(repeat).epoch if history and repeat else None,
-        **amounts(data, unrepeated, "first_repeat_"),
+        "first_repeat_epoch": history.slice(repeat).epoch if history and repeat else None,
+        **amounts(data, history.samples(repeat - 1) if history and repeat else None, "first_repeat_"),
         "first_repeat_is_exact": exact,
-        "fits": fits,
+        "fits": steps < repeat if repeat and (exact or steps < repeat) else None,
+        **unknown,
     }
-
-
-def first_repeat(data: JobData, history: History) -> tuple[int | None, bool]:
-    """The first step that reads a sample again, None if unknown, and whether that is exact: it may be a later one."""
-    if not history.begins_anew:
-        return None, False
-    dataset, order = data.opened.dataset, data.opened.order
-    pairs = itertools.pairwise(history.slices())
-    anew = next(new.step for old, new in pairs if (new.epoch, new.begin) != (old.epoch, old.end)) + 1
-    if order.blend:
-        sizes = enumerate(dataset.samples_per_stream.tolist())
-        repeat = min(order.blend.position(number, size) for number, size in sizes if order.shares[number])
-        piece = next(piece for piece in history.slices() if piece.end > repeat)
-        return min(anew, piece.step + (repeat - piece.begin) // piece.global_batch_size + 1), True
-    if dataset.epoch_size > EXACT:
-        choices = zip(dataset.streams, dataset.samples_per_stream, strict=True)
-        if any(int(stream.choose) > size for stream, size in choices):
-            return history.segments[0].step + 1, False
-        return anew, False
-    seen = np.zeros(dataset.num_samples, bool)
-    for piece in progress_bar(history.slices(), "Looking for the first repeat"):
-        read = data.samples(piece)
-        again = np.flatnonzero(seen[read] | is_repeat(read, dataset.num_samples))
-        if again.size:
-            return piece.step + int(again[0]) // piece.global_batch_size + 1, True
-        seen[read] = True
-    raise AssertionError
-
-
-def is_repeat(samples: NDArray[np.int64], num_samples: int) -> NDArray[np.bool_]:
-    """Which samples have an equal one to their left; ids are below `num_samples`."""
-    first = np.zeros(num_samples, np.int64)
-    first[samples[::-1]] = np.arange(samples.size)[::-1]
-    return first[samples] != np.arange(samples.size)
 
 
 def validation_section(data: JobData) -> dict[str, Any] | None:
     """The validation streams, and what a round reads of them; raises what a start would refuse them with."""
-    if not (validation := open_validation(data)):
+    settings, validation = data.job.validation, open_validation(data)
+    if not settings or not validation:
         return None
-    assert data.job.validation
-    settings, batch, dataset = data.job.validation, validation.opened.order.global_batch_size, validation.opened.dataset
-    batches, samples = size_of_round(dataset.epoch_size, batch, settings.steps)
+    batch, dataset = validation.opened.order.global_batch_size, validation.opened.dataset
+    batches, samples = sampling.size_of_round(dataset.epoch_size, batch, settings.steps)
     return {
         "streams": [
             {"name": name, "samples": int(dataset.samples_per_stream[number])} | files_of(validation, number)
@@ -141,32 +154,18 @@ def validation_section(data: JobData) -> dict[str, Any] | None:
     }
 
 
-def layout_section(data: JobData) -> dict[str, Any]:
-    """Which ranks read what."""
-    layout, order = data.job.layout, data.opened.order
-    return {
-        **dataclasses.asdict(layout),
-        "nodes": layout.nodes,
-        "dp_world_size": layout.dp_world_size,
-        "local_batch_size": data.job.training.local_batch_size,
-        "samples_per_batch": order.local_batch_size,
-        "batches_per_step": order.global_batch_size // order.local_batch_size // layout.dp_world_size,
-        "global_batch_size": order.global_batch_size,
-        "dp_ranks": [ranges(ranks) for ranks in layout.readers()],
-    }
-
-
 def ranges(numbers: Sequence[int]) -> str:
     """Ascending numbers as "0-3, 8-11"."""
-    parts = []
-    for _, group in itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
-        run = [number for _, number in group]
-        parts.append(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}")
-    return ", ".join(parts)
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in group] for _, group in groups]
+    return ", ".join(str(first) if not more else f"{first}-{more[-1]}" for first, *more in runs)
 
 
-def needs_section(data: JobData) -> dict[str, Any]:
-    """What each node needs, in bytes of shared memory, of memory and of disk."""
+def needs_section(data: JobData, earlier: Set[Any] = frozenset()) -> dict[str, Any]:
+    """What a stage needs on each node, in bytes of shared memory, of memory and of disk.
+
+    Streams in folders that earlier stages have are left out of what adds up.
+    """
     streams, config, layout = data.opened, data.config.config, data.job.layout
     in_flight = layout.ranks_per_node * config["num_workers"] * (config.get("prefetch_factor") or 2)  # as llm-foundry
     tensors = 3 if streams.spec.labels_are_ids else 4  # ids, labels, mask or documents; examples have both
@@ -177,31 +176,35 @@ def needs_section(data: JobData) -> dict[str, Any]:
         "shared_memory_order": 0 if streams.order.blend else 8 * streams.order.remaining(0),
         "shared_memory_shards": 9 * streams.dataset.num_shards,
         "shared_memory_batches": in_flight * tensors * 8 * streams.spec.rows * streams.spec.max_seq_len,
-        "memory_to_order_an_epoch": ordering_bytes(streams.order, streams.dataset.epoch_size),
-        "cache": stored_bytes(data, cached=True) // (nodes if own_shards else 1),
+        "memory_to_order_an_epoch": sampling.ordering_bytes(streams.order, streams.dataset.epoch_size),
+        "cache": stored_bytes(data, True, earlier) // (nodes if own_shards else 1),
         "cache_limit": data.config.dataset.get("cache_limit"),
-        "hashed_at_a_start": stored_bytes(data, cached=False) if any(data.config.hashes) else 0,
+        "hashed_at_a_start": stored_bytes(data, False, earlier) if any(data.config.hashes) else 0,
     }
 
 
-def stored_bytes(data: JobData, cached: bool) -> int:
-    """Bytes of all shards of the streams that have a cache, or of those that have none."""
+def stored_bytes(data: JobData, cached: bool, earlier: Set[Any]) -> int:
+    """Bytes of all shards of the streams that have a cache, or of those that have none, but for some folders."""
     return sum(
         shard.get_persistent_size(stream["keep_zip"] or not cached)
         for number, (stream, folder) in enumerate(zip(data.config.streams.values(), data.config.folders, strict=True))
-        if folder.is_copy == cached
+        if folder.is_copy == cached and folder[2:] not in earlier
         for shard in shards_of(data.opened.dataset, number)
     )
 
 
 def settings_section(data: JobData) -> list[dict[str, Any]]:
     """Each setting that decides what is read and how, its value, and who has set it."""
-    resolved, recorded = flat(data.config.config), data.opened.fingerprint
-    owners = dict.fromkeys(resolved, "this project's default") | DERIVED
-    owners |= dict.fromkeys(flat(data.file.config), data.config.source)
-    more = {key: value for key, value in recorded.items() if key.startswith("dataset.") and key not in resolved}
-    rows = [(key, value, owners.get(key, "streaming's default")) for key, value in (resolved | more).items()]
-    return [dict(zip(("setting", "value", "owner"), row, strict=True)) for row in rows] + data.job_settings
+    rows = []
+    for stage in data.stages:
+        resolved, recorded = flat(stage.config.config), stage.opened.fingerprint
+        place = f"stage {stage.stage + 1}, " if len(data.stages) > 1 else ""
+        owners = dict.fromkeys(resolved, "this project's default") | DERIVED
+        owners |= dict.fromkeys(flat(stage.file.config), stage.config.source)
+        more = {key: value for key, value in recorded.items() if key.startswith("dataset.") and key not in resolved}
+        for key, value in (resolved | more).items():
+            rows.append({"setting": place + key, "value": value, "owner": owners.get(key, "streaming's default")})
+    return rows + data.job_settings
 
 
 def checks_section(data: JobData) -> dict[str, list[str]]:
@@ -226,19 +229,24 @@ def checks_section(data: JobData) -> dict[str, list[str]]:
 
 def resume_section(data: JobData, checkpoint: Checkpoint, history: History | None) -> dict[str, Any]:
     """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
-    order, settings, state = data.opened.order, data.job.checkpoints, checkpoint.state
+    settings, state = data.job.checkpoints, checkpoint.state
     differences = checkpoint.differences(data)
     anew = "dataloader" in settings.exclude_from_loading
     done = 0 if "train_state" in settings.exclude_from_loading else checkpoint.step
-    epoch, sample = history.position(done)[1:] if history else state[:2] if state else (0, 0)
-    left = order.remaining(sample) if history and not order.blend else None
+    place = next(history.slices(done)) if history else None
+    epoch, sample = (place.epoch, place.begin) if place else state[:2] if state else (0, 0)
+    order = data.stages[place.stage if place else 0].opened.order
+    left = order.remaining(sample) // order.global_batch_size if place and not order.blend else None
     saved_batch = state and state.global_batch_size
+    size = data.orders[min(len(state.past) if state else 0, len(data.stages) - 1)].global_batch_size
     return {
         "checkpoint": checkpoint.folder,
         "step": checkpoint.step,
+        "stage": place.stage + 1 if place else None,
+        "global_batch": place.batch + 1 if place else None,
         "epoch": epoch,
         "sample_in_epoch": sample,
-        "steps_left_in_epoch": None if left is None else left // order.global_batch_size,
+        "steps_left_in_epoch": left,
         "steps_done": done,
         "steps_left": max(0, data.job.steps - done),
         "is_loaded": settings.enable,
@@ -246,6 +254,7 @@ def resume_section(data: JobData, checkpoint: Checkpoint, history: History | Non
         "begins_anew": anew,
         "differences": [dict(zip(("setting", "checkpoint", "now"), row, strict=True)) for row in differences],
         "order_survives": not differences,
-        "global_batch_size": {"checkpoint": saved_batch, "now": order.global_batch_size},
-        "same_batches": not differences and saved_batch == order.global_batch_size,
+        "global_batch_size": {"checkpoint": saved_batch, "now": size},
+        "same_batches": not differences and saved_batch == size,
+        "plan_changes": changes_ahead(state, plan_ahead(data.plan, state.steps, data.fingerprints)) if state else "",
     }

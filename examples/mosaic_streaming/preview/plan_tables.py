@@ -13,12 +13,20 @@ SHOWN_RANKS = 4
 
 def print_plan(out: Console, plan: Report) -> None:
     """All sections of a plan."""
-    sections = [print_run, print_layout, print_needs, print_settings]
-    print_streams(out, "Streams", plan["streams"])
-    for print_section in [*sections, print_validation] if plan["validation"] else sections:
+    for number in range(1, len(plan["stages"]) + 1):
+        of_stage = f" of stage {number}, with passes of the run until its end" if len(plan["stages"]) > 1 else ""
+        print_streams(out, f"Streams{of_stage}", [one for one in plan["streams"] if one["stage"] == number])
+    print_stages(out, plan)
+    for print_section in (print_run, print_layout, print_needs):
         out.print()
         print_section(out, plan)
+    settings = [(one["setting"], str(one["value"]), os.path.basename(one["owner"])) for one in plan["settings"]]
     out.print()
+    out.print(plain_table("Settings", settings, ["setting", "value", "set by"]))
+    out.print()
+    if plan["validation"]:
+        print_validation(out, plan["validation"])
+        out.print()
     for title, when, mark in (("Checked now", "now", "✓"), ("Will be checked", "later", "·")):
         out.print(title, style="bold")
         for check in plan["checks"][when]:
@@ -32,14 +40,28 @@ def print_plan(out: Console, plan: Report) -> None:
 
 def print_streams(out: Console, title: str, streams: Sequence[Report]) -> None:
     """Streams and, of training, their part of an epoch."""
-    columns = {"stream": ("name", ""), "samples": ("samples", ",.0f"), "tokens": ("tokens", ",.0f")}
-    columns |= {"shards": ("shards", ",.0f"), "size": ("bytes", "bytes"), "asked": ("share_asked", ".2%")}
-    columns |= {"share": ("share", ".2%"), "passes/epoch": ("passes", ".3f")}
-    columns |= {"passes/run": ("passes_of_run", ".3f"), "source": ("source", "")}
+    columns = {"stream": ("name", ""), **{key: (key, ",.0f") for key in ("samples", "tokens", "shards")}}
+    columns |= {"size": ("bytes", "bytes"), "asked": ("share_asked", ".2%"), "share": ("share", ".2%")}
+    columns |= {"passes/epoch": ("passes", ".3f"), "passes/run": ("passes_of_run", ".3f"), "source": ("source", "")}
     known = {heading: column for heading, column in columns.items() if streams[0].get(column[0]) is not None}
     out.print(records_table(title, streams, known))
     if any((stream.get("passes") or 1) < 1 for stream in streams):
         out.print("  passes/epoch below 1: an epoch leaves out the rest of the stream; each one draws from all of it.")
+
+
+def print_stages(out: Console, plan: Report) -> None:
+    """What each stage reads, and what is skipped, where a run has several stages or skips."""
+    if len(plan["stages"]) > 1:
+        columns = {"": ("stage", "d"), "from step": ("from_step", ",.0f"), "to step": ("last_step", ",.0f")}
+        columns |= {"from batch": ("first_batch", ",.0f")} | {key: (key, ",.0f") for key in ("samples", "tokens")}
+        out.print()
+        out.print(records_table("Stages", plan["stages"], columns | {"loader": ("file", "")}))
+    if (common := plan["in_common"]) and len(plan["stages"]) > 1:
+        known = "not counted, as there are too many" if common["samples"] is None else f"{common['samples']:,}"
+        out.print(f"  Streams begin anew after stage 1. Samples that it and later stages both read: {known}.")
+    for skip in plan["skips"]:
+        reason = f" ({skip['reason']})" if skip["reason"] else ""
+        out.print(f"  Skipped: batches {skip['first']:,} to {skip['last']:,}{reason}, before step {skip['step']:,}.")
 
 
 def print_run(out: Console, plan: Report) -> None:
@@ -70,11 +92,10 @@ def print_run(out: Console, plan: Report) -> None:
         out.print(f"  Samples and tokens of {-since:,} steps before step 1 are counted, too.")
 
 
-def print_validation(out: Console, plan: Report) -> None:
+def print_validation(out: Console, validation: Report) -> None:
     """The validation streams, and what a round reads."""
-    validation = plan["validation"]
-    print_streams(out, "Validation", validation["streams"])
     of_round = validation["round"]
+    print_streams(out, "Validation", validation["streams"])
     out.print(
         f"  A round, after step 1 and each {plural(validation['freq'], 'step')}: {of_round['samples']:,} of "
         f"{plural(validation['samples'], 'sample')}, in {plural(of_round['batches'], 'batch', 'es')} of "
@@ -84,9 +105,9 @@ def print_validation(out: Console, plan: Report) -> None:
 
 def print_layout(out: Console, plan: Report) -> None:
     """The ranks, and which of them share data."""
-    layout = plan["layout"]
-    batches, each = plural(layout["batches_per_step"], "batch", "es"), f", {layout['ranks_per_node']} on each"
-    nodes = plural(layout["nodes"], "machine") + (each if layout["nodes"] > 1 else "")
+    layout, batches = plan["layout"], plural(plan["layout"]["batches_per_step"], "batch", "es")
+    nodes = plural(layout["nodes"], "machine")
+    nodes += f", {layout['ranks_per_node']} on each" if layout["nodes"] > 1 else ""
     global_batch = f"{plural(layout['global_batch_size'], 'sample')} = {plural(layout['dp_world_size'], 'dp rank')}"
     rows = [
         ("ranks", f"{layout['world_size']} on {nodes}"),
@@ -115,12 +136,6 @@ def print_needs(out: Console, plan: Report) -> None:
     out.print(plain_table("Each machine needs", shown))
 
 
-def print_settings(out: Console, plan: Report) -> None:
-    """The settings and who has set them."""
-    rows = [(one["setting"], str(one["value"]), os.path.basename(one["owner"])) for one in plan["settings"]]
-    out.print(plain_table("Settings", rows, ["setting", "value", "set by"]))
-
-
 def print_resume(out: Console, plan: Report) -> None:
     """Where a checkpoint's run stands, and what has changed since."""
     resume = plan["resume"]
@@ -130,14 +145,16 @@ def print_resume(out: Console, plan: Report) -> None:
     out.print(f"  {resume['checkpoint']}: after step {resume['step']}, {left}")
     steps = resume["steps_left_in_epoch"]
     follow = "" if steps is None else f", of which {steps:,} steps follow"
-    place = f"epoch {resume['epoch']}" if plan["epoch"] else "the run"
+    place = f"stage {resume['stage']}" if len(plan["stages"]) > 1 else "the run"
+    place = f"epoch {resume['epoch']}" if steps is not None or (place == "the run" and plan["epoch"]) else place
     out.print(f"  The next sample is {resume['sample_in_epoch']:,} of {place}{follow}.")
     if not resume["order_survives"]:
         rows = [(f"  {one['setting']}", one["checkpoint"], one["now"]) for one in resume["differences"]]
         table = plain_table("  The order does not survive:", rows, ["  setting", "checkpoint", "now"])
         out.print(table, style="red")
     elif resume["same_batches"] and not resume["begins_anew"]:
-        out.print("  Nothing has changed: the same global batches follow.", style="green")
+        nothing = "  Nothing has changed: the same global batches follow."
+        out.print(f"  {resume['plan_changes']}" if resume["plan_changes"] else nothing, style="green")
     elif not resume["begins_anew"]:
         sizes = "in global batches of {now} in place of {checkpoint}".format_map(resume["global_batch_size"])
         out.print(f"  The order survives: the same samples follow, {sizes}.", style="green")

@@ -1,8 +1,9 @@
 """The pictures of `--plot`."""
 
 import contextlib
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BINS = 40
+Counts = NDArray[np.int64] | NDArray[np.float64]
 
 
 def plot_lengths(path: str, rows: Sequence[dict[str, Any]]) -> None:
@@ -30,17 +32,26 @@ def plot_lengths(path: str, rows: Sequence[dict[str, Any]]) -> None:
         axes.set(xlabel="tokens of a document, as far as it lies in the row", ylabel="documents")
 
 
-def plot_shares(path: str, steps: Sequence[int], counts: NDArray[np.int64], streams: Sequence[dict[str, Any]]) -> None:
+def plot_shares(
+    path: str, steps: Sequence[int], read: Counts, asked: Counts, names: Sequence[str], stages: Mapping[int, str]
+) -> None:
     """Draw each stream's share of the samples read so far, over steps, and the share asked for.
 
-    `counts` are the samples read up to each step, int64 [steps, streams]; `streams` are those of `ledger_report`.
+    `read` and `asked` are as `count_samples` and `asked_samples` give them; `stages` are the files of all but the first
+    stage, by the step before they begin.
     """
-    read = counts.sum(axis=1)
-    steps, shares = np.array(steps)[read > 0], counts[read > 0] / read[read > 0, None]
+    total = read.sum(axis=(1, 2))
+    known, places = total > 0, np.array(steps)[total > 0]
     with picture(path, "Streams: read (solid) and asked for (dotted)") as axes:
-        for number, stream in enumerate(streams):
-            [curve] = axes.plot(steps, shares[:, number], label=stream["stream"])
-            axes.axhline(stream["share_asked"], color=curve.get_color(), linestyle=":", linewidth=1)
+        for number, name in enumerate(names):
+            of_read, of_asked = (counts[known, :, number].sum(axis=1) / total[known] for counts in (read, asked))
+            [curve] = axes.plot(places, of_read, label=name)
+            axes.plot(places, of_asked, color=curve.get_color(), linestyle=":", linewidth=1)
+        for step, file in stages.items():
+            if steps[0] <= step <= steps[-1]:
+                axes.axvline(step, color="gray", linewidth=1)
+                name, place = f" {os.path.basename(file)}", axes.get_xaxis_transform()
+                axes.text(step, 0.98, name, transform=place, va="top", fontsize="small")
         axes.set(xlabel="step", ylabel="share of all samples read so far", ylim=(0, None))
 
 

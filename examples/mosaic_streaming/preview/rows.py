@@ -43,16 +43,12 @@ def rows_of(data: JobData, samples: Sequence[int]) -> list[dict[str, Any]]:
     rows = []
     for number in range(len(ids)):
         documents = documents_of(ids[number], kinds[number], last[number], data.decode)
-        of_row = [by_tokens[tokens_of(document)].pop(0) for document in documents] if by_tokens else [samples[number]]
+        tokens = [[token for span in document["spans"] for token in span["ids"]] for document in documents]
+        of_row = [by_tokens[tuple(one)].pop(0) for one in tokens] if by_tokens else [samples[number]]
         counts = {kind: int((kinds[number] == index).sum()) for index, kind in enumerate(KINDS)}
         located = [data.locate(sample) for sample in of_row]
         rows.append({"samples": located, "tokens": ids.shape[1], **counts, "documents": documents})
     return rows
-
-
-def tokens_of(document: Document) -> tuple[int, ...]:
-    """The ids of a document."""
-    return tuple(token for span in document["spans"] for token in span["ids"])
 
 
 def kinds_of(batch: Mapping[str, Any], labels: Tensor, spec: BatchSpec) -> Tensor:

@@ -8,7 +8,6 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from examples.mosaic_streaming.batch import BatchSpec
-from examples.mosaic_streaming.checkpoint import Segment
 from examples.mosaic_streaming.preview.rows import CONTEXT, TARGET
 
 Report = dict[str, Any]
@@ -113,26 +112,36 @@ def print_steps(out: Console, report: Report, full: bool, found: bool) -> None:
     """Samples of global batches, one in a row."""
     print_scope(out, report)
     print_warnings(out, report)
-    if report["segments"] != [Segment.at_beginning(report["global_batch_size"])._asdict()]:
-        for segment in report["segments"]:
-            first, batch = segment["step"] + 1, plural(segment["global_batch_size"], "sample")
-            place = f"epoch {segment['epoch']}" if report["has_epochs"] else "the run"
-            begin = f"sample {segment['sample_in_epoch']:,} of {place}"
-            out.print(f"From step {first:,} on, global batches of {batch}, from {begin}.")
+    for segment in report["segments"] if report["has_changes"] else []:
+        first, batch = segment["step"] + 1, plural(segment["global_batch_size"], "sample")
+        place = f"epoch {segment['epoch']}" if report["has_epochs"] else "the run"
+        place = f"stage {segment['stage']}" if report["stages"] > 1 else place
+        begin = f"sample {segment['sample_in_epoch']:,} of {place}"
+        out.print(f"From step {first:,} on, global batches of {batch}, from {begin}.")
+    for skip in report["skips"]:
+        reason = f" ({skip['reason']})" if skip["reason"] else ""
+        out.print(f"Batches {skip['first']:,} to {skip['last']:,}{reason} are skipped, from step {skip['step']:,} on.")
     if report["packed"]:
         out.print("A batch's samples are packed into its rows; what finds no room is left out (`show` has the rows).")
     if found:
         out.print(f"Found in {plural(len(report['samples']), 'sample')}.")
-    table = plain_table("", headings=["step", "dp rank", "batch", "sample", "stream", "shard"])
+    numbers = {"step": "step", "dp rank": "dp_rank", "batch": "batch", "sample": "sample"}
+    if report["stages"] > 1 or report["skips"]:
+        numbers = {"step": "step", "global batch": "global_batch", "stage": "stage"} | numbers
+    table = plain_table("", headings=[*numbers, "stream", "shard"])
     table.expand = True
     for number, column in enumerate(table.columns):
-        column.justify, column.no_wrap = "right" if number < 4 else "left", True
+        column.justify, column.no_wrap = "right" if number < len(numbers) else "left", True
     table.add_column("text", ratio=1, no_wrap=not full, overflow="fold" if full else "ellipsis")
     for sample in report["samples"]:
-        numbers = [str(sample[key]) for key in ("step", "dp_rank", "batch", "sample")]
+        shown = [str(sample[key]) for key in numbers.values()]
         text = (sample.get("text") or sample.get("error", "")).translate(CONTROLS)
-        table.add_row(*numbers, sample["stream"], place_of(sample), text if full else " ".join(text.split()))
+        table.add_row(*shown, sample["stream"], place_of(sample), text if full else " ".join(text.split()))
     out.print(table)
+    if around := report.get("around"):
+        out.print("\nTo leave these batches out, go back to a checkpoint before them, with this in the plan:")
+        for skip in around:
+            out.print(f'\n[[skip]]\nbatches = "{skip["batches"]}"\nreason = "{skip["reason"]}"')
 
 
 def print_ledger(out: Console, ledger: Report) -> None:
@@ -147,6 +156,7 @@ def print_ledger(out: Console, ledger: Report) -> None:
     columns |= {"difference": (f"{unit}_difference", "+z,.0f"), "asked": ("share_asked", ".2%")}
     columns |= {"share": ("share", ".2%"), "passes": ("passes", ".3f")}
     place = f" into epoch {ledger['epoch']}" if ledger["has_epochs"] else ""
+    place = f" into stage {ledger['stage'] + 1}" if ledger["stages"] > 1 else place
     title = f"After step {ledger['step']:,}: {ledger['sample_in_epoch']:,} samples{place}"
     out.print(records_table(title, ledger["streams"], columns))
     if unit == "samples":

@@ -5,10 +5,11 @@ from typing import Any
 
 from streaming.base.util import bytes_to_int
 
+from examples.mosaic_streaming.batch import DROP_WARN_FRACTION
 from examples.mosaic_streaming.checkpoint import shards_of
-from examples.mosaic_streaming.config import Job, warnings_of, warnings_of_validation
-from examples.mosaic_streaming.dataloader import DROP_WARN_FRACTION
+from examples.mosaic_streaming.config import Job, warnings_of, warnings_of_plan, warnings_of_validation
 from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.plan import needs_section
 from examples.mosaic_streaming.shards import ADD_HASHES
 from examples.mosaic_streaming.titan import own_checkpoints
 
@@ -18,20 +19,20 @@ MANY_PASSES = 4
 
 def plan_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
     """What a job would warn of, and what would hurt it later, given the other sections of its plan."""
-    return [
-        *warnings_of(data.config, data.job, data.tokenizer, data.opened.columns),
-        *order_warnings(data, plan),
-        *stream_warnings(data, plan),
-        *cache_warnings(data, plan),
-        *job_warnings(data),
-        *(plan["validation"] or {"warnings": []})["warnings"],
-        *(warnings_of_validation(data.validation[1], data.config) if data.validation else []),
-        *checkpoint_warnings(data.job, plan["resume"] is not None),
-    ]
+    warnings = warnings_of_plan(data.plan, data.job)
+    for stage in data.stages:
+        own = dict(plan) | {"streams": [stream for stream in plan["streams"] if stream["stage"] == stage.stage + 1]}
+        warnings += warnings_of(stage.config, data.job, data.tokenizer, stage.opened.columns)
+        warnings += [*stage_warnings(stage, own), *cache_warnings(stage, own)]
+    warnings += job_warnings(data)
+    if data.validation:
+        warnings += plan["validation"]["warnings"]
+        warnings += warnings_of_validation(data.validation[1], [stage.config for stage in data.stages])
+    return [*warnings, *checkpoint_warnings(data.job, plan["resume"] is not None)]
 
 
-def order_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What an epoch leaves out, and in which order the rest comes."""
+def stage_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
+    """What an epoch leaves out, in which order the rest comes, and what is read too often, or unchecked."""
     left_out, samples = plan["epoch"]["left_out"] if plan["epoch"] else 0, data.opened.dataset.epoch_size
     batch, ranges = data.opened.order.global_batch_size, int(data.opened.dataset.num_canonical_nodes or 1)
     if left_out > DROP_WARN_FRACTION * samples:
@@ -50,10 +51,6 @@ def order_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
             "dataset.shuffle is false: samples come as they were written, neighbours of one source in one batch. Set "
             "it to true, unless they were shuffled before."
         )
-
-
-def stream_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
-    """What is read too often, or unchecked."""
     for number, stream in enumerate(plan["streams"]):
         passes = stream["passes_of_run"] or (stream["passes"] or 0) * (plan["run"]["epochs"] or 0)
         if passes > MANY_PASSES:
@@ -69,7 +66,7 @@ def stream_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
 
 def cache_warnings(data: JobData, plan: Mapping[str, Any]) -> Iterator[str]:
     """What makes nodes fetch more than their share, or the same again."""
-    dataset, cache, order = data.opened.dataset, plan["needs"]["cache"], data.opened.order
+    dataset, cache, order = data.opened.dataset, needs_section(data)["cache"], data.opened.order
     nodes, ranges = data.job.layout.world().num_nodes, int(dataset.num_canonical_nodes or 1)
     if not cache:
         return

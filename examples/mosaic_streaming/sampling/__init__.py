@@ -7,9 +7,11 @@ an order out to them, and `WorkerSamples` does so piece by piece. A start checks
 that it takes (`check_memory`), and logs the streams' shares (`log_mixture`).
 """
 
+from examples.mosaic_streaming.sampling.blend import Reading
 from examples.mosaic_streaming.sampling.memory import check_memory, ordering_bytes
 from examples.mosaic_streaming.sampling.mixture import log_mixture, passes_of, passes_text, stream_shares
 from examples.mosaic_streaming.sampling.order import (
+    ENDLESS,
     MAX_CANONICAL_NODES,
     SHARE_DIGITS,
     Order,

@@ -9,6 +9,8 @@
   asks for. The ranges hardly change from pass to pass, so a machine keeps to its own shards.
 - **Shuffle.** A stream's shards are put in an order for the whole run, and each node's range is cut out of it. In each
   pass, the node permutes the shards of its range, cuts them into shuffle blocks, and permutes each block's samples.
+- **Going on.** A stream that an earlier blend has read goes on where that one stands: first, what is left of its pass,
+  in the order of that blend's nodes, is shared out to the nodes of this one; then, the next passes follow.
 
 Everything is computed from a hash with integers, and with single products and quotients of floats, which are the same
 on each machine. So no version of a library changes it.
@@ -20,69 +22,19 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
-Hashes = NDArray[np.uint64]
+from examples.mosaic_streaming.sampling.hashing import Ints, by_hash, mix, permute
 
-PERIOD = 1 << 16
-"""Positions of a period of the pattern, up to a multiple of the canonical nodes."""
-
-ENDLESS = 1 << 40
-"""Positions that an order has, so to speak; no run reads as many."""
-
-MASK = (1 << 64) - 1  # hashes have 64 bits, also where Python's numbers have more
-FEW = 16  # numbers that are permuted by their hashes alone
-ROUNDS = 8  # of a Feistel network, an even number
+PERIOD = 1 << 16  # positions of a period of the pattern, up to a multiple of the canonical nodes
 SHARDS, SPANS, SAMPLES, PATTERN = range(4)  # what a hash is for
 
 
-def mix(*parts: "Ints | Hashes | int") -> Hashes:
-    """Hash whole numbers, elementwise, into uint64 [1 or as long as the arrays], by the finalizer of SplitMix64."""
-    mixed: Any = 0
-    for part in parts:
-        if not isinstance(part, int):
-            part, mixed = part.astype(np.uint64), np.uint64(mixed) if isinstance(mixed, int) else mixed
-        mixed = (mixed ^ part) + 0x9E3779B97F4A7C15 & MASK
-        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MASK
-        mixed ^= mixed >> 31
-    return np.atleast_1d(np.asarray(mixed, np.uint64))
+class Reading(NamedTuple):
+    """How far a blend has read a stream."""
 
-
-def by_hash(hashes: Hashes) -> Ints:
-    """Return the order of hashes, int64 of the same length; places take their last digits, so that none are equal."""
-    places = np.arange(hashes.size).astype(np.uint64)
-    digits = np.uint64(hashes.size.bit_length())
-    return np.argsort(hashes >> digits << digits | places)  # whichever algorithm sorts, as nothing is equal
-
-
-def permute(index: Ints, size: Ints, key: Hashes) -> Ints:
-    """Permute each index among the `size` numbers from 0 on, as its key says; all have the same shape, 1D.
-
-    Of a few numbers, the hashes are put in order. Of more, a Feistel network permutes the numbers below the next power
-    of two, and results beyond `size` are permuted again.
-    """
-    result = np.empty_like(index)
-    few = np.flatnonzero(size <= FEW)
-    hashes = mix(key[few, None], np.arange(FEW))
-    own = np.take_along_axis(hashes, index[few, None], 1)
-    result[few] = ((hashes < own) & (np.arange(FEW) < size[few, None])).sum(1)
-    at = np.flatnonzero(size > FEW)
-    value, size, key = index[at].astype(np.uint64), size[at].astype(np.uint64), key[at]
-    bits = np.frexp(size - np.uint64(1))[1].astype(np.uint64)
-    while at.size:
-        width = np.array([bits // 2, bits - bits // 2])
-        left, right = value >> width[1], value & ~(~np.uint64(0) << width[1])
-        for number in range(ROUNDS):
-            noise = (right ^ key) * np.uint64(0xD6E8FEB86659FD93) + np.uint64(number) * key
-            noise = (noise ^ noise >> np.uint64(32)) * np.uint64(0xD6E8FEB86659FD93)
-            left, right = right, left ^ noise >> np.uint64(64) - width[number % 2]
-        value = left << width[1] | right
-        result[at] = value
-        again = value >= size
-        at, value, size, key, bits = (array[again] for array in (at, value, size, key, bits))
-    return result
+    blend: "Blend"
+    stream: int  # its place in the blend
+    times: int  # samples of it that the blend has read
 
 
 class Stream(NamedTuple):
@@ -91,6 +43,8 @@ class Stream(NamedTuple):
     first: int  # id of its first sample
     shards: Ints  # samples of each shard, int64 [shards]
     weight: int  # its share is this, of the sum of all weights
+    key: int  # by which its order differs from other streams'
+    before: Reading | None = None  # how far an earlier blend has read it; this one goes on from there
 
 
 class Period(NamedTuple):
@@ -105,7 +59,8 @@ class Period(NamedTuple):
 class Pass(NamedTuple):
     """What each canonical node reads of a stream in one pass over it.
 
-    The spans are whole shards, and the parts of those that two nodes share; each node's follow each other.
+    The spans are whole shards, and the parts of those that two nodes share; each node's follow each other. There are
+    none where the pass is the rest of one that an earlier blend has begun.
     """
 
     before: Ints  # how often each node has read the stream before the pass, int64 [nodes]
@@ -127,9 +82,12 @@ class Blend:
     """
 
     def __init__(self, streams: Sequence[Stream], nodes: int, seed: int, shuffle_block: int) -> None:
-        self.streams, self.nodes, self._seed = streams, nodes, seed
+        self.streams, self.nodes, self._seed, self._shuffle_block = streams, nodes, seed, shuffle_block
         self._is_shuffled, self._total = shuffle_block > 0, sum(stream.weight for stream in streams)
         self._sizes = np.array([stream.shards.sum() for stream in streams])
+        old = [stream.before for stream in streams]
+        self.read_before: Ints = np.array([one.blend.read_before[one.stream] + one.times if one else 0 for one in old])
+        """Samples of each stream that earlier blends have read, int64 [streams]."""
         self.shuffle_blocks = [
             max(int(shuffle_block * (stream.weight / self._total)), -(-size // stream.shards.size))
             for stream, size in zip(streams, self._sizes.tolist(), strict=True)
@@ -146,6 +104,11 @@ class Blend:
         self._read_before = functools.lru_cache(2 * len(streams))(self._read_before)  # type: ignore[method-assign]
         self._pass = functools.lru_cache(2 * len(streams))(self._pass)  # type: ignore[method-assign]
 
+    def going_on(self, streams: Sequence[tuple[int, Reading | None]]) -> "Blend":
+        """Return the same blend whose streams go on where earlier ones stand; of each stream its key, and how far."""
+        known = [one._replace(key=key, before=before) for one, (key, before) in zip(self.streams, streams, strict=True)]
+        return Blend(known, self.nodes, self._seed, self._shuffle_block)
+
     def samples(self, positions: Ints) -> Ints:
         """Return the ids of the samples at positions, int64 of the same shape, [positions]."""
         ids = np.empty_like(positions)
@@ -154,7 +117,7 @@ class Blend:
             chosen = np.flatnonzero(numbers == number)
             places, period = positions[chosen] % self._period_size, self._period(number)
             streams = period.stream[places]
-            passes = period.read[places] // self._sizes[streams]
+            passes = self._pass_of(streams, period.read[places])
             nodes, read = places % self.nodes, period.read_by_node[places]
             for stream in np.unique(streams).tolist():
                 of_stream = np.flatnonzero(streams == stream)
@@ -215,8 +178,7 @@ class Blend:
         """Return the period in which a stream is read next, and how often it is read there before."""
         scale, off = self.streams[stream].weight * self._period_size, self.nodes * (2 + len(self.streams).bit_length())
         periods = range(max(0, (count - off) * self._total // scale), (count + off) * self._total // scale + 2)
-        place = bisect.bisect_right(periods, count, key=lambda period: self._counts(period)[stream].sum())
-        number = periods[place - 1]
+        number = periods[bisect.bisect_right(periods, count, key=lambda period: self._counts(period)[stream].sum()) - 1]
         return number, count - int(self._counts(number)[stream].sum())
 
     def _read_before(self, stream: int, count: int) -> Ints:
@@ -225,25 +187,31 @@ class Blend:
         nodes = self._period(number).places[stream][:of_period] % self.nodes
         return self._counts(number)[stream] + np.bincount(nodes, minlength=self.nodes)
 
+    def _pass_of(self, stream: Any, count: Any) -> Any:
+        """Return the number of the pass in which streams are read next that this blend has read so often."""
+        return (self.read_before[stream] + count) // self._sizes[stream]
+
     def _pass(self, stream: int, number: int) -> Pass:
         """Divide a stream among the nodes for a pass, which has the given number."""
-        size, sizes = int(self._sizes[stream]), self.streams[stream].shards
+        size, sizes, key = int(self._sizes[stream]), self.streams[stream].shards, self.streams[stream].key
+        begin = number * size - int(self.read_before[stream])  # counted in this blend; an earlier one may have begun it
+        before = self._read_before(stream, max(0, begin))
+        counts = self._read_before(stream, begin + size) - before
+        node_ends = counts.cumsum()
+        if begin < 0:
+            return Pass(before, counts, node_ends - counts, node_ends, node_ends[:0])
         shards = np.arange(sizes.size)  # in their order for the whole run
         if self._is_shuffled:
-            shards = by_hash(mix(self._seed, SHARDS, stream, shards))
+            shards = by_hash(mix(self._seed, SHARDS, key, shards))
         line = sizes[shards].cumsum()
-        before = self._read_before(stream, number * size)
-        counts = self._read_before(stream, (number + 1) * size) - before
-        node_ends = counts.cumsum()
-        ends = np.insert(line, np.searchsorted(line, node_ends), node_ends)
-        ends = ends[np.diff(ends, prepend=0) > 0]
-        begins = np.concatenate([[0], ends[:-1]])
+        cuts = np.union1d(np.append(0, line), node_ends)
+        begins, ends = cuts[:-1], cuts[1:]
         shard = np.searchsorted(line, begins, "right")
         offsets = self.streams[stream].first + sizes.cumsum() - sizes
         ids = begins + (offsets[shards] - line + sizes[shards])[shard]
         if self._is_shuffled:
             nodes = np.searchsorted(node_ends, begins, "right")
-            order = by_hash(mix(self._seed, SPANS, stream, number, begins))
+            order = by_hash(mix(self._seed, SPANS, key, number, begins))
             of_node = nodes[order].astype(np.min_scalar_type(self.nodes))  # small numbers are sorted faster
             order = order[np.argsort(of_node, kind="stable")]
             ids, lengths = ids[order], (ends - begins)[order]
@@ -253,17 +221,30 @@ class Blend:
 
     def _samples_of_pass(self, stream: int, number: int, nodes: Ints, read: Ints) -> Ints:
         """Return the ids of samples of one pass over a stream, given how often their nodes have read it before."""
-        of_pass = self._pass(stream, number)
+        of_pass, earlier = self._pass(stream, number), self.streams[stream].before
         place = read - of_pass.before[nodes]
+        if not of_pass.ids.size and earlier:
+            ids = earlier.blend._rest(earlier.stream, earlier.times, place + of_pass.begins[nodes])
+            return ids - earlier.blend.streams[earlier.stream].first + self.streams[stream].first
         if self._is_shuffled:
             place = self._shuffled(stream, number, nodes, place, of_pass.counts[nodes])
         place += of_pass.begins[nodes]
         span = np.searchsorted(of_pass.ends, place, "right")
         return of_pass.ids[span] + place
 
+    def _rest(self, stream: int, count: int, places: Ints) -> Ints:
+        """Return the ids at places in what is left of a pass when a stream has been read so often: node after node."""
+        number, read = int(self._pass_of(stream, count)), self._read_before(stream, count)
+        of_pass = self._pass(stream, number)
+        left = of_pass.before + of_pass.counts - read
+        ends = left.cumsum()
+        nodes = np.searchsorted(ends, places, "right")
+        return self._samples_of_pass(stream, number, nodes, places - (ends - left - read)[nodes])
+
     def _shuffled(self, stream: int, number: int, nodes: Ints, place: Ints, counts: Ints) -> Ints:
         """Permute places in the ranges of nodes within shuffle blocks, which begin at other places on each node."""
-        key, size = mix(self._seed, SAMPLES, stream, number), self.shuffle_blocks[stream]
+        key = mix(self._seed, SAMPLES, self.streams[stream].key, number)
+        size = self.shuffle_blocks[stream]
         shift = np.where(counts > size, mix(key, nodes) % np.uint64(size), 0).astype(np.int64)
         block = (place + shift) // size
         begin = np.maximum(block * size - shift, 0)

@@ -7,19 +7,13 @@ from pathlib import Path
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.order import Order
 
-ORDER_BYTES = 47
-"""Bytes of a node's memory per sample of an epoch, measured with 100 million samples."""
-
+ORDER_BYTES = 47  # of a node's memory per sample of an epoch, measured with 100 million samples
 CGROUPS = {"": ("sys/fs/cgroup", "memory.max"), "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes")}
 """Where cgroups lie and which file has the limit, by controller; version 2 has "" (Linux, admin-guide/cgroup*)."""
 
 
 def check_memory(order: Order, epoch_size: int, source: str) -> None:
-    """Raise ConfigError unless this process may use the memory that ordering an epoch of so many samples takes.
-
-    Args:
-        source: file that configures the loader.
-    """
+    """Raise ConfigError unless there is the memory that ordering an epoch takes; `source` is the loader's file."""
     if (needed := ordering_bytes(order, epoch_size)) > (memory := memory_limit()):
         raise ConfigError(
             f"An epoch of {epoch_size:,} samples takes about {needed / 1e9:,.1f} GB of each node's memory to "

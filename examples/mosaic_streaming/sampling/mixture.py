@@ -21,32 +21,25 @@ class StreamShare(NamedTuple):
     passes: float | None  # over the stream in an epoch; None where there are no epochs
 
 
-def stream_shares(
-    names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None
-) -> list[StreamShare]:
-    """Return each stream's size and its share.
-
-    Args:
-        seq_len: tokens that the model gets of a sample; None where samples differ in length.
-    """
+def stream_shares(names: list[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> list[StreamShare]:
+    """Return each stream's size and its share; `seq_len` is in tokens of a sample, and None where samples differ."""
     found = []
-    for name, stream, size, share in zip(names, dataset.streams, dataset.samples_per_stream, order.shares, strict=True):
-        samples = int(size)
+    sizes = dataset.samples_per_stream.tolist()
+    for name, stream, samples, share in zip(names, dataset.streams, sizes, order.shares, strict=True):
         tokens = samples * seq_len if seq_len else None
         passes = None if order.blend else share * order.remaining(0) / samples
         found.append(StreamShare(name, samples, tokens, float(stream.proportion), share, passes))
     return found
 
 
-def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
+def log_mixture(names: list[str], dataset: StreamingDataset, order: Order, seq_len: int | None) -> None:
     """Log the `stream_shares` as a table."""
     head, of = ["stream", "samples", "tokens", "share asked", "share in effect", "passes per epoch"], "an epoch"
     if order.blend:
         head, of = [*head[:3], "share", "samples of all in a pass"], "all samples"
     rows = []
     for name, samples, tokens, asked, share, passes in stream_shares(names, dataset, order, seq_len):
-        shown_tokens = "-" if tokens is None else f"{tokens:,}"
-        row = [name, f"{samples:,}", shown_tokens, f"{asked:.2%}"]
+        row = [name, f"{samples:,}", "-" if tokens is None else f"{tokens:,}", f"{asked:.2%}"]
         if passes is None:
             rows.append([*row, f"{samples / share:,.0f}" if share else "-"])
         else:
@@ -55,10 +48,12 @@ def log_mixture(names: Sequence[str], dataset: StreamingDataset, order: Order, s
 
 
 def passes_of(
-    names: Sequence[str], dataset: StreamingDataset, order: Order, end: int, begin: int = 0
+    names: Sequence[str], dataset: StreamingDataset, order: Order, end: int, begin: int | None = None
 ) -> dict[str, float]:
-    """Return how often each stream of a blend is read from one position to another."""
-    passes = order.counts(dataset, 0, begin, end) / dataset.samples_per_stream
+    """Return how often each stream of a blend has been read at a position, in all or since another position."""
+    assert order.blend
+    before = order.blend.read_before if begin is None else 0
+    passes = (before + order.counts(dataset, 0, begin or 0, end)) / dataset.samples_per_stream
     return dict(zip(names, passes.tolist(), strict=True))
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from streaming.base.world import World
 
-PIECE = 16_384
-"""Positions that `WorkerSamples` works out at a time, at least."""
+from examples.mosaic_streaming.sampling.hashing import Ints
+
+PIECE = 16_384  # positions that `WorkerSamples` works out at a time, at least
 
 
 @dataclass(frozen=True)
@@ -59,15 +59,12 @@ class Layout:
         Source: like `World.replicate` (streaming 0.13.0, base/world.py), but with the rank given.
         """
         dp = self.dp_world_size
-        peers = self.degrees["cp"] * self.degrees["tp"]
-        per_node = min(dp, max(1, self.ranks_per_node // peers))
+        per_node = min(dp, max(1, self.ranks_per_node // (self.degrees["cp"] * self.degrees["tp"])))
         nodes = dp // per_node if dp % per_node == 0 else 1
         return World(nodes, dp // nodes, 1, dp_rank)
 
 
-def assign_to_ranks(
-    samples: NDArray[np.int64], world: World, local_batch_size: int, group_size: int = 1
-) -> NDArray[np.int64]:
+def assign_to_ranks(samples: Ints, world: World, local_batch_size: int, group_size: int = 1) -> Ints:
     """Assign ordered samples to nodes, ranks and workers, so that batch k doesn't depend on how many there are.
 
     Node n gets samples n, n + num_nodes, and so on. With "random" and "per_stream" batching and a multiple of the nodes
@@ -91,35 +88,32 @@ def assign_to_ranks(
 
 
 class WorkerSamples:
-    """The samples of one worker in an order without end, worked out in pieces; it is what streaming uses of an array.
+    """The samples of one worker in a blend, worked out in pieces; it is what streaming uses of an array.
 
     Args:
         samples: tells the ids of the samples at positions, both int64 [positions].
-        begin: first position.
-        length: of the array.
+        runs: the positions that all workers read together.
 
     The others are those of `assign_to_ranks`.
     """
 
     def __init__(
-        self,
-        samples: Callable[[NDArray[np.int64]], NDArray[np.int64]],
-        begin: int,
-        length: int,
-        world: World,
-        local_batch_size: int,
-        group_size: int,
+        self, samples: Callable[[Ints], Ints], runs: list[range], world: World, local_batch_size: int, group_size: int
     ) -> None:
         readers = world.num_ranks * world.workers_per_rank
-        self._size = -(-PIECE // (readers * local_batch_size)) * local_batch_size  # of a worker's piece
-        self._length = length
+        size = -(-PIECE // (readers * local_batch_size)) * local_batch_size  # of a worker's piece
+        ends = np.cumsum([len(run) for run in runs], dtype=np.int64)
+        shifts = np.array([run.stop for run in runs], np.int64) - ends  # of a run's positions, from those without gaps
+        batches, more = divmod(sum(map(len, runs)) // (world.num_ranks * local_batch_size), world.workers_per_rank)
+        self._length, self._size = (batches + (world.worker_of_rank < more)) * local_batch_size, size
 
         @functools.lru_cache(4)
-        def piece(number: int) -> NDArray[np.int64]:
-            first = begin + number * self._size * readers
-            positions = np.arange(first, first + self._size * readers)
+        def piece(number: int) -> Ints:
+            positions = np.arange(number * size * readers, (number + 1) * size * readers)
             assigned = assign_to_ranks(positions, world, local_batch_size, group_size)
-            return samples(assigned[world.node, world.rank_of_node, world.worker_of_rank].reshape(-1))
+            own = assigned[world.node, world.rank_of_node, world.worker_of_rank].reshape(-1)
+            own = own[: max(0, self._length - number * size)]
+            return samples(own + shifts[np.searchsorted(ends, own, "right")])
 
         self._piece = piece
 
@@ -127,11 +121,12 @@ class WorkerSamples:
         return self._length
 
     def __iter__(self) -> Iterator[int]:
-        return itertools.chain.from_iterable(self._piece(number).tolist() for number in range(self._length))
+        pieces = -(-self._length // self._size)
+        return itertools.chain.from_iterable(self._piece(number).tolist() for number in range(pieces))
 
     def __getitem__(self, at: Any) -> Any:
         if not isinstance(at, slice):
             return self._piece(at // self._size)[at % self._size]
-        first, stop = at.start // self._size, max(at.start, at.stop)
+        first, stop = at.start // self._size, max(at.start, min(at.stop, self._length))
         pieces = [self._piece(number) for number in range(first, stop // self._size + 1)]
         return np.concatenate(pieces)[at.start - first * self._size : stop - first * self._size]

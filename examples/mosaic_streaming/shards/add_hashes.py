@@ -26,7 +26,7 @@ INDEX = "index.json"
 
 
 def add_hashes(folder: Path, algorithm: str) -> int:
-    """Write the hashes of a stream's files into its index; return the bytes read.
+    """Write the hashes of a stream's files into its index, which is replaced atomically; return the bytes read.
 
     ConfigError if the folder has no index, DataError if the index is invalid or a file doesn't match it.
     """
@@ -40,7 +40,15 @@ def add_hashes(folder: Path, algorithm: str) -> int:
         size = sum(hash_shard(folder, shard, algorithm) for shard in index["shards"])
     except FileError as error:
         raise DataError(f"{path} can't get hashes: {error}.") from error
-    write_whole(path, json.dumps(index, sort_keys=True))
+    path = path.resolve()  # keep a link: replace its target
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as private:
+        part = Path(private, "part")
+        with part.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(index, sort_keys=True))
+            file.flush()
+            os.fsync(file)
+        shutil.copymode(path, part)
+        part.replace(path)
     return size
 
 
@@ -81,26 +89,10 @@ def add_hash(entry: dict[str, Any], content: bytes, algorithm: str) -> None:
     entry["hashes"] = hashes | {algorithm: found}
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file atomically, keeping its permissions."""
-    path = path.resolve()  # keep a link: replace its target
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent, ignore_cleanup_errors=True) as folder:
-        part = Path(folder, "part")
-        with part.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file)
-        shutil.copymode(path, part)
-        part.replace(path)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = Parser(
-        prog="python -m examples.mosaic_streaming.shards.add_hashes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, raw = "python -m examples.mosaic_streaming.shards.add_hashes", argparse.RawDescriptionHelpFormatter
+    parser = Parser(prog=prog, description=__doc__, formatter_class=raw)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="of the stream, with its index.json")
     parser.add_argument("--hash", default="xxh64", help="algorithm (default: %(default)s)")
     try:

@@ -20,13 +20,10 @@ from examples.mosaic_streaming.config import is_url, private_root
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.shards.stream import INCOMING, CheckedStream
 
-MARKER = ".mosaic_cache"
-"""The file that makes a folder a cache; it holds the source of the copies."""
-IN_USE = ".in_use"
-"""The file in a cache that the job locks."""
+MARKER = ".mosaic_cache"  # the file that makes a folder a cache; it holds the source of the copies
+IN_USE = ".in_use"  # the file in a cache that the job locks
 
-held: list[int] = []
-"""File descriptors of the locks that this process keeps until it ends."""
+held: list[int] = []  # file descriptors of the locks that this process keeps until it ends
 
 
 def take_cache(stream: CheckedStream, config_path: str) -> None:
@@ -104,9 +101,8 @@ def check_owner(folder: Path, label: str, config_path: str) -> None:
 
     In a folder that everybody may write to, like `/tmp`, each folder on the way has to belong to this user or to root.
     """
-    for place in dict.fromkeys(
-        part for whole in (folder, Path(os.path.realpath(folder))) for part in (whole, *whole.parents)
-    ):
+    real = Path(os.path.realpath(folder))
+    for place in dict.fromkeys([folder, *folder.parents, real, *real.parents]):
         try:
             found, around = os.lstat(place), os.stat(place.parent)
         except OSError:  # it doesn't exist yet

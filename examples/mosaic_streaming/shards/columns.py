@@ -1,6 +1,6 @@
 """Checks from the indexes that a loader can read the columns of its streams, and read them together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from streaming import StreamingDataset
 from streaming.base.format import Reader
@@ -25,8 +25,7 @@ FORMS: dict[str, list[dict[str, tuple[str, ...]]]] = {
 Source: llm-foundry 0.22.0, data/text_data.py and data/finetuning/tasks.py.
 """
 
-ALONE = {"messages", "prompt"}
-"""Columns of forms beside which llm-foundry accepts no other columns."""
+ALONE = {"messages", "prompt"}  # columns of forms beside which llm-foundry accepts no other columns
 
 
 def columns_of(shard: Reader) -> dict[str, str]:
@@ -45,10 +44,7 @@ def form_of(columns: Mapping[str, str], loader: str) -> tuple[str, ...]:
 
 
 def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str], path: str) -> None:
-    """Raise ConfigError unless a loader can read all shards of all streams, and mix them in a batch.
-
-    `labels` are the streams' names and `path` is the loader's config file, both for messages.
-    """
+    """Raise ConfigError unless a loader can read all shards of all streams, and mix them in a batch."""
     if loader not in FORMS:
         return
     found: dict[tuple[str, ...], list[str]] = {}
@@ -73,28 +69,19 @@ def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -
     if not form:
         others = [name for name in FORMS if form_of(columns, name)]
         hint = f'set name = "{others[0]}" in {path}' if others else f"write it with these, or leave it out in {path}"
-        raise ConfigError(
-            f"{where} has {listed(columns, list(columns))}, but the {loader} loader reads {readable(loader)}: {hint}."
-        )
+        forms = [f"`{'` and `'.join(one)}`" + " alone" * bool(ALONE & one.keys()) for one in FORMS[loader]]
+        read = f"the {loader} loader reads {' or '.join(forms)}"
+        raise ConfigError(f"{where} has {listed(columns, columns)}, but {read}: {hint}.")
     encodings = {name: kinds for columns_read in FORMS[loader] for name, kinds in columns_read.items()}
     for name in form:
         kind, _, dtype = columns[name].partition(":")
         if kind not in encodings[name] or dtype.startswith("float"):
             expected = f"{' or '.join(encodings[name][:2])}{' of whole numbers' * (encodings[name] == IDS)}"
-            raise ConfigError(
-                f"{where} has {listed(columns, [name])}, but the {loader} loader reads that column as {expected}. "
-                "Write it so."
-            )
+            read = f"the {loader} loader reads that column as {expected}"
+            raise ConfigError(f"{where} has {listed(columns, [name])}, but {read}. Write it so.")
     return form
 
 
-def listed(columns: Mapping[str, str], names: Sequence[str]) -> str:
+def listed(columns: Mapping[str, str], names: Iterable[str]) -> str:
     """List columns with their encodings, for a message."""
     return ", ".join(f"`{name}` ({columns[name]})" for name in names)
-
-
-def readable(loader: str) -> str:
-    """List the forms that a loader reads, for a message."""
-    return " or ".join(
-        " and ".join(f"`{name}`" for name in form) + (" alone" if set(form) & ALONE else "") for form in FORMS[loader]
-    )

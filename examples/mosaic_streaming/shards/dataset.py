@@ -4,14 +4,17 @@ In streaming 0.13.0 an error in a background thread ends the epoch early, or lea
 """
 
 import bisect
+import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,16 +30,16 @@ from torch.utils.data import get_worker_info
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.errors import DataError, is_rank_0
-from examples.mosaic_streaming.sampling import Order, WorkerSamples
+from examples.mosaic_streaming.sampling import Order, WorkerSamples, assign_to_ranks
 from examples.mosaic_streaming.shards.fetch_stats import fetch_stats_file
 from examples.mosaic_streaming.shards.index import FileError
 from examples.mosaic_streaming.shards.reader import CheckedReader
 from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
 from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
+from examples.mosaic_streaming.upstream.sample_order import reader_world
 from examples.mosaic_streaming.upstream.workers import prepare_worker
 
-LOOKUP_SAMPLES = 1024
-"""Samples whose shards `_prepare_thread` looks up in one go."""
+LOOKUP_SAMPLES = 1024  # whose shards `_prepare_thread` looks up in one go
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,15 @@ class Failure:
 
     @classmethod
     def of(cls, error: Exception) -> "Failure":
-        """Make the failure for an exception."""
         return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
 
 
 class CheckedDataset(StreamingDataset):
-    """A dataset whose errors reach its reader, in all processes of a node.
+    """A dataset whose errors reach its reader, in all processes of a node."""
 
-    Attributes:
-        keep_dtype: whether token samples stay arrays of their stored dtype, rather than become int64 tensors.
-        may_cut: whether text samples longer than `max_seq_len` may be truncated.
-        order: in which training reads; None for validation.
-    """
-
-    keep_dtype = False
-    may_cut = False
-    order: Order | None = None
+    keep_dtype = False  # whether token samples stay arrays of their stored dtype, rather than become int64 tensors
+    may_cut = False  # whether text samples longer than `max_seq_len` may be truncated
+    order: Order | None = None  # in which training reads; None for validation
     _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
@@ -141,13 +137,51 @@ class CheckedDataset(StreamingDataset):
         ]
         return np.array(sizes, np.int64)
 
+    def fetch_first(self, order: Order, workers: int) -> BaseProcess:
+        """Begin to fetch the shards that this machine reads first in a blend, before anything is read.
+
+        They are those that so many workers of each rank ask for at once. What fails now, the reader tries again. A
+        process of its own does it: one that has fetched must not be forked later, as the ranks are for workers.
+        """
+        assert order.blend
+        world = reader_world(self)
+        count = -(-(self.predownload or 1) * max(1, workers) * world.num_ranks // order.global_batch_size)
+        positions = itertools.islice(itertools.chain(*order.runs(order.first_epoch)), count * order.global_batch_size)
+        samples = order.blend.samples(np.array(list(positions)))
+        own = assign_to_ranks(samples, world, order.local_batch_size, order.group_size)[world.node]
+        shards = dict.fromkeys(np.searchsorted(np.array(self._ends), own.reshape(-1), side="right").tolist())
+        parent = os.getpid()
+
+        def fetch() -> None:
+            for shard in shards:
+                stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard]])
+                if stream.is_cache and os.getppid() == parent:
+                    with contextlib.suppress(Exception):
+                        stream.prepare_shard(self.shards[shard])
+
+        process = multiprocessing.get_context("fork").Process(target=fetch, daemon=True)
+        process.start()
+        return process
+
+    def take_stock(self) -> None:
+        """Look again which shards the caches have, as another dataset has changed them; the local leader calls this.
+
+        Source: what streaming does when it opens a dataset (streaming 0.13.0, base/dataset.py).
+        """
+        sizes, end = np.zeros(self.num_shards, np.int64), 0
+        for stream, count in zip(self.streams, self.shards_per_stream.tolist(), strict=True):
+            begin, end = end, end + count
+            stream.set_up_local(self.shards[begin:end], sizes[begin:end])
+        self.cache_usage = int(sizes.sum()) + sum(stream.get_index_size() for stream in self.streams)
+        self._shard_states.numpy()[:] = np.where(sizes, _ShardState.LOCAL, _ShardState.REMOTE)
+
     def _get_work(self, epoch: int, sample_in_epoch: int) -> Any:
         """Return this worker's samples; those of an order without end are worked out as they are needed."""
         order, world = self.order, self._parallel_worker_world
         if not order or not order.blend:
             return super()._get_work(epoch, sample_in_epoch)
-        begin, length, sizes = order.first_sample, order.epoch_samples, (order.local_batch_size, order.group_size)
-        return WorkerSamples(order.blend.samples, begin, length, world, *sizes)
+        sizes = (order.local_batch_size, order.group_size)
+        return WorkerSamples(order.blend.samples, order.runs(epoch), world, *sizes)
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is None:
@@ -209,10 +243,9 @@ class CheckedDataset(StreamingDataset):
     def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
         """Tokens of a text; llm-foundry would truncate a longer one silently."""
         tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
-        if not self._has_warned:
-            left_out = [part for one in getattr(tokens, "encodings", None) or () for part in one.overflowing]
-            if left_out:
-                self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
+        encodings = () if self._has_warned else getattr(tokens, "encodings", None) or ()
+        if left_out := [part for one in encodings for part in one.overflowing]:
+            self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
         return tokens
 
     def _warn_of_cut(self, found: int, row: int) -> None:
@@ -250,9 +283,8 @@ class CheckedDataset(StreamingDataset):
         """
         if self.cache_limit:
             return super()._prepare_thread(it)
-        asked: set[int] = set()
-        ends = np.array(self._ends)
-        while it.prepare_index < it.total and not self._is_over(it):
+        asked, ends = set[int](), np.array(self._ends)
+        while it.prepare_index < it.total and not (it.should_exit() or self._event.is_set()):
             end = it.prepare_index + LOOKUP_SAMPLES
             if self.predownload is not None:
                 end = min(end, it.yield_index + self.predownload + 1)
@@ -262,16 +294,12 @@ class CheckedDataset(StreamingDataset):
             for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
                 if shard in asked:
                     continue
-                if self._is_over(it):  # fetching may take long
+                if it.should_exit() or self._event.is_set():  # fetching may take long
                     break
                 self.prepare_shard(shard, False)
                 asked.add(shard)
             it.prepare_index += samples.size
         return it.on_exit()
-
-    def _is_over(self, it: _Iterator) -> bool:
-        """Whether reading has ended."""
-        return it.should_exit() or self._event.is_set()
 
     def _ready_thread(self, it: _Iterator) -> None:
         """Do nothing: only reading waits for shards. streaming's thread waits forever for one that failed elsewhere."""

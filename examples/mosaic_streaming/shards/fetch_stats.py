@@ -3,12 +3,12 @@
 import contextlib
 import functools
 import os
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
-RETRY = -1
-"""The record of a retry. The others are the bytes of a fetched shard file. Each is an int64."""
+RETRY = -1  # the record of a retry; the others are the bytes of a fetched shard file, and each is an int64
 
 
 class FetchCounts(NamedTuple):
@@ -24,23 +24,28 @@ class FetchCounts(NamedTuple):
 
 
 class FetchStats:
-    """Reads a node's fetch counts incrementally; the file is missing until something is fetched."""
+    """Reads a node's fetch counts incrementally; a file is missing until something is fetched."""
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._end = 0
-        self._fetched = FetchCounts()
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._ends = dict.fromkeys(paths, 0)
+        self._fetched = self._last = FetchCounts()
 
     def read(self) -> FetchCounts:
         """What all processes of the node have fetched since the start."""
-        with contextlib.suppress(FileNotFoundError), open(self._path, "rb") as file:
-            file.seek(self._end)
-            records = np.frombuffer(file.read(), np.int64)
-            self._end += records.nbytes
-            shards = records[records != RETRY]
-            more = (shards.size, int(shards.sum()), records.size - shards.size)
-            self._fetched = FetchCounts(*np.add(self._fetched, more).tolist())
+        for path, end in self._ends.items():
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                file.seek(end)
+                records = np.frombuffer(file.read(), np.int64)
+                self._ends[path] += records.nbytes
+                shards = records[records != RETRY]
+                more = (shards.size, int(shards.sum()), records.size - shards.size)
+                self._fetched = FetchCounts(*np.add(self._fetched, more).tolist())
         return self._fetched
+
+    def since_last(self) -> FetchCounts:
+        """What they have fetched since the last call."""
+        before, self._last = self._last, self.read()
+        return FetchCounts(*np.subtract(self._last, before).tolist())
 
 
 def fetch_stats_file(number: int) -> str:

@@ -64,8 +64,13 @@ def read_index(path: str, allow_unsafe_types: bool, validate_hash: str | None) -
                 f"it has no {validate_hash} of {file.stored.basename} (validate_hash); its hashes: {have}. Remove "
                 f"validate_hash, name a hash that it has, or add hashes: {ADD_HASHES}"
             )
-    if not allow_unsafe_types:
-        refuse_pickles(shards)
+    for number, shard in enumerate([] if allow_unsafe_types else shards):
+        for column, encoding in zip(shard.get("column_names", []), shard.get("column_encodings", []), strict=False):
+            if shard["format"] == "mds" and not is_mds_encoding_safe(encoding):
+                raise FileError(
+                    f"it has pickled data, which can run any code when it is read: column {column!r} ({encoding}) of "
+                    f"shards[{number}]. If you trust its source, set dataset.allow_unsafe_types = true"
+                )
     return files
 
 
@@ -93,21 +98,16 @@ def read_shard(name: str, shard: Any, checked: set[str]) -> list[ShardFile]:
 
 
 def read_file(name: str, entry: Any) -> FileInfo:
-    """Validate one file's entry; the file has to lie in the stream's folder."""
+    """Validate one file's entry: a path in the stream's folder, neither the index nor hidden, as our own files are."""
     expect(isinstance(entry, dict), name, entry, "a section")
     basename, size, hashes = entry.get("basename"), entry.get("bytes"), entry.get("hashes") or {}
-    expect(is_inside(basename), f"{name}.basename", basename, "a file in the stream's folder")
+    right = isinstance(basename, str) and basename.isprintable() and "\\" not in basename
+    right = right and all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()
+    expect(right, f"{name}.basename", basename, "a file in the stream's folder")
     expect(type(size) is int and 0 <= size < MAX_BYTES, f"{name}.bytes", size, "a number of bytes")
     right = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
     expect(right, f"{name}.hashes", hashes, "hashes by algorithm")
     return FileInfo(basename, size, hashes)
-
-
-def is_inside(basename: Any) -> bool:
-    """Whether a path stays in its folder and is neither the index nor a hidden file, which we may write."""
-    if not isinstance(basename, str) or not basename or not basename.isprintable() or "\\" in basename:
-        return False
-    return all(part and part[0] != "." for part in basename.split("/")) and basename != get_index_basename()
 
 
 def check_columns(name: str, shard: dict[str, Any]) -> None:
@@ -121,17 +121,6 @@ def check_columns(name: str, shard: dict[str, Any]) -> None:
         expect(known, f"{name}.column_encodings", encoding, "encodings that streaming knows")
         right = size is None or (type(size) is int and 0 <= size < MAX_BYTES)
         expect(right, f"{name}.column_sizes", size, "a number of bytes, or null")
-
-
-def refuse_pickles(shards: list[dict[str, Any]]) -> None:
-    """Raise FileError for pickled columns, which run code when they are read."""
-    for number, shard in enumerate(shards):
-        for column, encoding in zip(shard.get("column_names", []), shard.get("column_encodings", []), strict=False):
-            if shard["format"] == "mds" and not is_mds_encoding_safe(encoding):
-                raise FileError(
-                    f"it has pickled data, which can run any code when it is read: column {column!r} ({encoding}) of "
-                    f"shards[{number}]. If you trust its source, set dataset.allow_unsafe_types = true"
-                )
 
 
 def expect(right: bool, name: str, value: Any, expected: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,25 @@ from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 VERIFY_THREADS = 4
 
 
-def prepare_streams(loader: ResolvedLoader) -> None:
-    """Prepare the indexes and caches of all streams on this node; only its local leader calls this.
+def prepare_streams(loaders: Sequence[ResolvedLoader]) -> None:
+    """Prepare the indexes and caches of all streams on this node, each once; only its local leader calls this.
 
     ConfigError if a cache is in use by another job, or can't be used; DataError if an index is missing or invalid, or a
     file that can't be fetched again is damaged.
     """
     remove_stale()
-    for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
-        stream = make_stream(settings, label)
-        if stream.is_cache:
-            take_cache(stream, loader.source)
-        verify(stream, fetch_index(stream, bool(loader.dataset.get("allow_unsafe_types"))))
+    prepared: list[dict[str, Any]] = []
+    for loader in loaders:
+        unsafe = bool(loader.dataset.get("allow_unsafe_types"))
+        for settings, label in zip(loader.streams.values(), loader.labels, strict=True):
+            stream = make_stream(settings, label)
+            keys = ("remote", "local", "split", "validate_hash", "keep_zip")
+            if (found := {"unsafe": unsafe} | {key: vars(stream).get(key) for key in keys}) in prepared:
+                continue
+            prepared.append(found)
+            if stream.is_cache:
+                take_cache(stream, loader.source)
+            verify(stream, fetch_index(stream, unsafe))
 
 
 def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
@@ -76,11 +84,8 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     """
     start = time.monotonic()
     if stream.is_cache:  # which mostly has few of the files
-        found = {
-            os.path.join(place, name)
-            for place, _, names in os.walk(stream.path(""), followlinks=True)
-            for name in names
-        }
+        walk = os.walk(stream.path(""), followlinks=True)
+        found = {os.path.join(place, name) for place, _, names in walk for name in names}
 
         def may_be_wrong(name: str) -> bool:
             return stream.path(name) in found or os.path.islink(stream.source(name))
@@ -91,16 +96,13 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
     size = sum(found for found, _ in checked)
     bad = [fault for _, faults in checked for fault in faults]
     if stream.validate_hash and size:
-        logger.info(
-            f"Verified {size / 1e6:,.2f} MB of {stream.label} by {stream.validate_hash} in "
-            f"{time.monotonic() - start:.1f} s."
-        )
-    if not bad:
-        return
+        seconds = time.monotonic() - start
+        logger.info(f"Verified {size / 1e6:,.2f} MB of {stream.label} by {stream.validate_hash} in {seconds:.1f} s.")
     told = f"{len(bad)} damaged or missing files in {stream.path('')} of {stream.label}: {' '.join(bad[:3])}"
-    if not stream.is_cache:
+    if bad and not stream.is_cache:
         raise DataError(f"{told} There is no remote to fetch them from.")
-    logger.warning(f"{told} They were removed, and will be fetched again.")
+    if bad:
+        logger.warning(f"{told} They were removed, and will be fetched again.")
 
 
 def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]:

@@ -6,10 +6,10 @@ import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from streaming.base.format.mds import MDSReader
-from streaming.base.format.mds.encodings import _get_coder, mds_decode
+from streaming.base.format.mds.encodings import Encoding, _get_coder
 
 from examples.mosaic_streaming.errors import DataError
 
@@ -45,10 +45,7 @@ class CheckedReader(MDSReader):
     stays = False
 
     def get_sample_data(self, idx: int) -> bytes:
-        """Read the bytes of a sample.
-
-        A damaged file in a cache is removed; the FileNotFoundError then makes streaming fetch it again.
-        """
+        """Read a sample's bytes; of a damaged file in a cache, FileNotFoundError makes streaming fetch it again."""
         data = kept_open(self._path).sample(idx) if self.stays else OpenFile(self._path).sample(idx)
         if data is None and self.stays:
             kept_open.cache_clear()
@@ -80,9 +77,6 @@ class CheckedReader(MDSReader):
 
     @functools.cached_property
     def _decoders(self) -> list[tuple[str, Callable[[bytes], Any]]]:
-        """Each column's name and decoder."""
-        return [
-            (name, functools.partial(mds_decode, encoding) if coder is None else coder.decode)
-            for name, encoding in zip(self.column_names, self.column_encodings, strict=True)
-            for coder in [_get_coder(encoding)]
-        ]
+        """Each column's name and decoder; the index has only encodings that streaming knows."""
+        columns = zip(self.column_names, self.column_encodings, strict=True)
+        return [(name, cast(Encoding, _get_coder(encoding)).decode) for name, encoding in columns]

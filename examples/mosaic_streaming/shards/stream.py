@@ -27,24 +27,16 @@ from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.shards.fetch_stats import RETRY, count_fetched
 from examples.mosaic_streaming.shards.index import FileError, ShardFile
 
-MAX_BACKOFF = 60.0
-"""Seconds, at most, between two attempts to fetch a file."""
-INCOMING = ".incoming-"
-"""Prefix of the folders in a cache that hold files being fetched."""
+MAX_BACKOFF = 60.0  # seconds, at most, between two attempts to fetch a file
+INCOMING = ".incoming-"  # prefix of the folders in a cache that hold files being fetched
 
 
 class CheckedStream(Stream):
-    """A stream whose cache holds only whole files that match the index.
+    """A stream whose cache holds only whole files that match the index."""
 
-    Attributes:
-        label: its name in messages.
-        is_cache: whether `local` is a copy of a remote, so that files can be fetched again.
-        fetch_stats: path of the file that counts fetches; None to count nothing.
-    """
-
-    label: str
-    is_cache: bool
-    fetch_stats: str | None = None
+    label: str  # its name in messages
+    is_cache: bool  # whether `local` is a copy of a remote, so that files can be fetched again
+    fetch_stats: str | None = None  # path of the file that counts fetches; None to count nothing
 
     def path(self, basename: str) -> str:
         """The path of a file of the stream on this machine."""
@@ -83,7 +75,13 @@ class CheckedStream(Stream):
         check_file(path, file.stored, self.validate_hash, None if file.packed else file.samples)
         raw = path
         if file.packed:
-            raw = unpack_into(folder, path, compression)
+            content = Path(path).read_bytes()
+            try:
+                content = decompress(compression, content)
+            except Exception as error:  # each library raises its own
+                raise FileError(f"it doesn't decompress ({compression}): {error}") from error
+            raw = os.path.join(folder, "raw")
+            Path(raw).write_bytes(content)
             check_file(raw, file.raw, None, file.samples)
         os.replace(raw, self.path(file.raw.basename))
         if file.packed and self.safe_keep_zip:
@@ -209,18 +207,6 @@ def check_file(path: str, info: FileInfo, validate_hash: str | None, samples: in
             file.seek(0)
         if validate_hash and (hash := get_hash(validate_hash, file.read())) != info.hashes[validate_hash]:
             raise FileError(f"its {validate_hash} is {hash}, expected {info.hashes[validate_hash]}")
-
-
-def unpack_into(folder: str, packed: str, compression: str | None) -> str:
-    """Decompress a file into a folder; return the path of the result."""
-    content = Path(packed).read_bytes()
-    try:
-        content = decompress(compression, content)
-    except Exception as error:  # each library raises its own
-        raise FileError(f"it doesn't decompress ({compression}): {error}") from error
-    raw = os.path.join(folder, "raw")
-    Path(raw).write_bytes(content)
-    return raw
 
 
 def describe(error: Exception) -> str:

@@ -9,8 +9,6 @@ from transformers import PreTrainedTokenizerBase
 MIN_REPEAT_TOKENS = 32
 """Labels equal to a prompt of this many tokens or more are taken for a copy, not for a response."""
 
-PROBE = [{"type": "text", "text": "the text of a part"}]
-
 
 def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
     """Raise ValueError for an example without a response, or with labels as transformers wants them.
@@ -34,12 +32,12 @@ def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
 
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template renders the text of a message given as parts, rather than the list itself."""
+    parts: Any = [{"type": "text", "text": "the text of a part"}]
     try:
-        chat: Any = [{"role": "user", "content": PROBE}]
-        written = str(tokenizer.apply_chat_template(chat, tokenize=False))
+        written = str(tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False))
     except Exception:  # a template can raise anything, or be missing
         return False
-    return PROBE[0]["text"] in written and str(PROBE) not in written
+    return parts[0]["text"] in written and str(parts) not in written
 
 
 def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:

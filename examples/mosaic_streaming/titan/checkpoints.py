@@ -1,13 +1,19 @@
 """TorchTitan's checkpoints: their folders, what a start would load, and settings by which it would fail to."""
 
+import itertools
 import os
 import re
+import shlex
+import signal
+from concurrent import futures
 from typing import Any
 
 from examples.mosaic_streaming.config import Checkpoints, is_url
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 
+SAVE_SECONDS = 20.0
+"""How long a background checkpoint may take to finish after a signal. torchrun kills a rank after 30 s."""
 STATES = {"model", "optimizer", "dataloader", "lr_scheduler", "train_state"}
 """TorchTitan's names for the parts of a checkpoint (torchtitan 0.2.2 and 0.3.0, components/checkpoint.py)."""
 
@@ -33,10 +39,8 @@ def check_checkpoints(checkpoint: Any, folder: str, assets: str) -> None:
             "last. Set it to 2 or more, or to 0, which keeps all."
         )
     if unknown := set(checkpoint.exclude_from_loading) - STATES:
-        raise ConfigError(
-            f"checkpoint.exclude_from_loading has {', '.join(sorted(unknown))}, expected some of: "
-            f"{', '.join(sorted(STATES))}."
-        )
+        given, known = (", ".join(sorted(names)) for names in (unknown, STATES))
+        raise ConfigError(f"checkpoint.exclude_from_loading has {given}, expected some of: {known}.")
     if checkpoint.last_save_in_hf and not checkpoint.last_save_model_only:
         raise ConfigError(
             "checkpoint.last_save_in_hf = true, but checkpoint.last_save_model_only = false: in Hugging Face's form "
@@ -47,7 +51,6 @@ def check_checkpoints(checkpoint: Any, folder: str, assets: str) -> None:
         return
     whole = steps_with(folder, ".metadata")
     in_hf = steps_with(folder, "model.safetensors.index.json") - whole
-    begins = checkpoint.initial_load_path or checkpoint.initial_load_in_hf
     if checkpoint.load_step not in {-1} | whole | in_hf:
         found = ", ".join(map(str, sorted(whole | in_hf))) or "none"
         raise ConfigError(f"checkpoint.load_step = {checkpoint.load_step}, but {folder} has finished steps: {found}.")
@@ -60,8 +63,9 @@ def check_checkpoints(checkpoint: Any, folder: str, assets: str) -> None:
             f"--checkpoint.initial_load_in_hf --checkpoint.initial_load_path={folder}/step-{step} and another "
             "--checkpoint.folder."
         )
-    if begins and not whole:
+    if (checkpoint.initial_load_path or checkpoint.initial_load_in_hf) and not whole:
         check_initial_load(checkpoint, assets)
+    going_back(checkpoint, folder)
 
 
 def check_initial_load(checkpoint: Any, assets: str) -> None:
@@ -91,18 +95,48 @@ def check_initial_load(checkpoint: Any, assets: str) -> None:
 
 def checkpoints_of(checkpoint: Any, folder: str) -> Checkpoints:
     """What a `Job` knows of the section of the job config; `folder` is that of all checkpoints."""
-    return Checkpoints(
-        checkpoint.enable,
-        folder,
-        checkpoint.load_step,
-        tuple(checkpoint.exclude_from_loading),
-        checkpoint.last_save_model_only,
-    )
+    excluded = tuple(checkpoint.exclude_from_loading)
+    return Checkpoints(checkpoint.enable, folder, checkpoint.load_step, excluded, checkpoint.last_save_model_only)
 
 
 def own_checkpoints(checkpoints: Checkpoints) -> str | None:
     """The folder of a job's own checkpoints, if a start would load one of them."""
     return checkpoints.folder if checkpoints.enable and steps_with(checkpoints.folder, ".metadata") else None
+
+
+def going_back(checkpoint: Any, folder: str) -> list[str]:
+    """What a start from an earlier step (`load_step`) warns of, with the command that moves later ones away.
+
+    ConfigError if it would lose what it saves: TorchTitan keeps the highest steps (torchtitan 0.2.2 and 0.3.0).
+    """
+    saves = checkpoint.enable and not checkpoint.load_only and not is_url(folder)
+    steps = sorted(step for step in steps_with(folder, "") if saves and -1 < checkpoint.load_step < step)
+    if not steps:
+        return []
+    place = next(place for number in itertools.count(1) if not os.path.exists(place := f"{folder}/abandoned-{number}"))
+    gaps, (place, source) = {b - a for a, b in itertools.pairwise(steps)}, map(shlex.quote, (place, folder))
+    listed = ",".join(map(str, steps)) if len(gaps) > 1 else f"{steps[0]}..{steps[-1]}..{max(gaps, default=1)}"
+    told = (
+        f"checkpoint.load_step = {checkpoint.load_step} goes back, but {folder} has later steps, up to {steps[-1]}: "
+        "a start without it goes on from the last, and checkpoint.keep_latest_k counts them as the latest. To move "
+        f"them away: mkdir {place} && mv {source}/step-{{{listed}}} {place}"
+    )
+    if 0 < (kept := checkpoint.keep_latest_k) <= len(steps):
+        raise ConfigError(f"With checkpoint.keep_latest_k = {kept}, each new checkpoint would be deleted. {told}")
+    return [told]
+
+
+def log_stop(trainer: Any, job: LoadedJob, number: signal.Signals) -> None:
+    """Log on rank 0 how far a run has come that a signal ends, and what the same command would do next."""
+    from torchtitan.tools.logging import logger
+
+    if is_rank_0():
+        if saving := getattr(trainer.checkpointer, "save_future", None):  # only where checkpoints are saved
+            futures.wait([saving], SAVE_SECONDS)
+        # `trainer.step` counts the step in progress; the schedule counts those that have changed the model.
+        step = max(trainer.step - 1, trainer.lr_schedulers.schedulers[0].last_epoch)
+        place = f"after step {step}" if step else "before the first step"
+        logger.info(f"Stopped by {number.name} {place}; {next_start(job, step)}.")
 
 
 def next_start(job: LoadedJob, step: int) -> str:
@@ -114,14 +148,11 @@ def next_start(job: LoadedJob, step: int) -> str:
         return "without checkpoints (checkpoint.enable), the same command begins anew"
     if is_url(folder):
         return f"the same command goes on from the last checkpoint in {folder}"
-    finished = steps_with(folder, ".metadata")
-    if not finished:
+    if not (finished := steps_with(folder, ".metadata")):
         return "no checkpoint is finished: the same command begins anew"
-    data = ""
-    if "dataloader" in checkpoint.exclude_from_loading:
-        data = (
-            ", with the streams from their beginning again unless checkpoint.exclude_from_loading lets go of dataloader"
-        )
+    data = (
+        ", with the streams from their beginning again unless checkpoint.exclude_from_loading lets go of dataloader"
+    ) * ("dataloader" in checkpoint.exclude_from_loading)
     if checkpoint.load_step in (-1, max(finished)):
         return f"the same command goes on from the checkpoint of step {max(finished)}{data}"
     return (
@@ -133,4 +164,4 @@ def next_start(job: LoadedJob, step: int) -> str:
 def steps_with(folder: str, file: str) -> set[int]:
     """The steps in a folder whose own folder has a file. Names are read as TorchTitan reads them."""
     found = {name: re.search(r"step-(\d+)", name) for name in (os.listdir(folder) if os.path.isdir(folder) else [])}
-    return {int(step[1]) for name, step in found.items() if step and os.path.isfile(os.path.join(folder, name, file))}
+    return {int(step[1]) for name, step in found.items() if step and os.path.exists(os.path.join(folder, name, file))}

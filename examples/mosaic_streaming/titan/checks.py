@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config import BatchShape, Validation
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.checkpoints import going_back
 from examples.mosaic_streaming.titan.loaded import LoadedJob
+from examples.mosaic_streaming.titan.versions import ON_CPU, generation
 
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
@@ -36,9 +38,14 @@ def check_start(job: LoadedJob, world_size: int) -> None:
             raise ConfigError("checkpoint.create_seed_checkpoint needs checkpoint.enable = true.")
 
 
-def warnings_of_start(job: LoadedJob) -> list[str]:
+def warnings_of_job(job: LoadedJob) -> list[str]:
     """What the log has to warn of before a start."""
+    from examples.mosaic_streaming.upstream import cpu
+
     warnings = []
+    if cpu.ACTIVE:
+        told = "No accelerator: TorchTitan runs on the CPU, which is for trying out and for tests."
+        warnings.append(f"{told} {ON_CPU[generation()]}")
     if job.validation and not job.validates:
         warnings.append("validation.enable = false: the validation streams are not read.")
     if "dataloader" in job.job_config.checkpoint.exclude_from_loading:
@@ -46,7 +53,7 @@ def warnings_of_start(job: LoadedJob) -> list[str]:
             "checkpoint.exclude_from_loading has dataloader: the streams start from their beginning, again, and "
             "samples, tokens and targets are counted from there."
         )
-    return warnings
+    return warnings + going_back(job.job_config.checkpoint, job.checkpoint_folder)
 
 
 def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":
@@ -60,12 +67,11 @@ def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_si
         raise ConfigError(
             f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."
         ) from error
-    expert_tensor_parallel = getattr(dims, "etp", 1)  # 0.3 has none
-    if dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp % (dims.ep * expert_tensor_parallel):
+    etp = getattr(dims, "etp", 1)  # the expert-tensor-parallel degree, which 0.3 doesn't have
+    if dims.ep > 1 and dims.dp_shard * dims.cp * dims.tp % (dims.ep * etp):
         raise ConfigError(
-            f"parallelism.expert_parallel_degree = {dims.ep} (x expert_tensor_parallel_degree = "
-            f"{expert_tensor_parallel}) does not divide dp_shard({dims.dp_shard}) * cp({dims.cp}) * tp({dims.tp}), the "
-            "ranks that share out the experts."
+            f"parallelism.expert_parallel_degree = {dims.ep} (x expert_tensor_parallel_degree = {etp}) does not divide "
+            f"dp_shard({dims.dp_shard}) * cp({dims.cp}) * tp({dims.tp}), the ranks that share out the experts."
         )
     return dims
 
@@ -81,11 +87,7 @@ def check_seq_len(seq_len: int, divisor: int, why: str) -> None:
 
 
 def global_batch_size(training: Any, dp_world_size: int) -> int:
-    """Compute the sequences of an optimizer step as TorchTitan's Trainer does.
-
-    Raises:
-        ConfigError: they are no multiple of the micro-batches of all dp ranks.
-    """
+    """The sequences of an optimizer step, as in TorchTitan; ConfigError unless all ranks get whole micro-batches."""
     local, total = training.local_batch_size, training.global_batch_size
     if local < 1:
         raise ConfigError(f"training.local_batch_size = {local}, but each rank needs at least one sequence.")
@@ -100,10 +102,8 @@ def global_batch_size(training: Any, dp_world_size: int) -> int:
 def validation_of(settings: Any, training: Any, pipeline: int) -> Validation | None:
     """How a job validates, if it does. `settings` and `training` are sections of its config.
 
-    A shape that `settings` doesn't have is that of training. `pipeline` is the pipeline-parallel degree.
-
-    Raises:
-        ConfigError: a model which is built for training can't take the batches.
+    A shape that `settings` doesn't have is that of training. `pipeline` is the pipeline-parallel degree. ConfigError if
+    a model which is built for training can't take the batches.
 
     Source: rotary embeddings have `training.seq_len` rows; a pipeline's stages receive tensors of the first batch's
     shape (torchtitan 0.2.2, models/*/model/args.py, 0.3.0, models/common/decoder.py; torch 2.15,

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from examples.mosaic_streaming.config import refuse, wrong_value
@@ -45,10 +45,9 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool
 
 
 def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], path: str) -> Any:
-    """Return a config of dataclasses with the values of a job's file; it calls some keys by other `names`.
+    """Return a config with the values of a job's file; it calls some keys by other `names`.
 
-    Raises:
-        ConfigError: keys are unknown, or values of a wrong type.
+    ConfigError if keys are unknown, or values of a wrong type.
     """
     known, wrong = {key: (hint, is_read) for key, _, hint, is_read in leaves(config)}, []
     sections: dict[str, dict[str, Any]] = {}
@@ -58,7 +57,8 @@ def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], p
         if name in sections.get(section, {}):
             wrong.append(f"{key} in {path} is given twice: {names.get(key, key)} is another name of it.")
         elif hint is None or "." in section:
-            wrong.append(f"{key} in {path}: unknown. Keys like it: {nearest(key, [*names, *known])}.")
+            near = difflib.get_close_matches(key, [*names, *known], n=2, cutoff=0.5)
+            wrong.append(f"{key} in {path}: unknown. Keys like it: {', '.join(near) or 'none'}.")
         else:
             wrong.append(wrong_job_value(key, value, hint, is_read))
         sections.setdefault(section, {})[name] = value
@@ -67,8 +67,3 @@ def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], p
     for section, of_section in sections.items():
         changes[section] = dataclasses.replace(getattr(config, section), **of_section)
     return dataclasses.replace(config, **changes)
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """The known settings that are spelled most like a key, for a message."""
-    return ", ".join(difflib.get_close_matches(key, list(known), n=2, cutoff=0.5)) or "none"

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from examples.mosaic_streaming.config import LoaderFile, read_toml
+from examples.mosaic_streaming.config import LoaderFile, Plan, read_toml
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.job_values import leaves
+from examples.mosaic_streaming.titan.versions import RENAMED
 
 DATA_SETTINGS = (
     *("model.name", "model.flavor", "model.hf_assets_path", "training.local_batch_size", "training.global_batch_size"),
@@ -25,7 +27,7 @@ class LoadedJob:
     """A job that can be checked, built and looked at."""
 
     job_config: Any  # TorchTitan's: a JobConfig in 0.2, a Trainer.Config in 0.3
-    train: LoaderFile
+    train: Plan
     validation: LoaderFile | None
     validates: bool  # whether TorchTitan's config asks for validation
     dump_folder: str  # that the job writes to
@@ -41,17 +43,17 @@ class LoadedJob:
         if self.custom_import:
             import_module([self.custom_import], "experimental.custom_import =")
 
-    def settings(self, values: Mapping[str, Any], names: Mapping[str, str]) -> list[dict[str, Any]]:
-        """List the settings that decide what is read: `setting`, `value`, and the `owner` who has set it.
 
-        `values` are those of TorchTitan's config, which calls some settings by other `names` than a job's file does.
-        """
-        rows = []
-        for setting in DATA_SETTINGS:
-            name = names.get(setting, setting)
-            owner = self.owners.get(name, self.default_owner)
-            rows.append({"setting": setting, "value": values[name], "owner": owner})
-        return rows
+def settings_of(job: LoadedJob) -> list[dict[str, Any]]:
+    """List the settings that decide what is read: `setting`, `value`, and the `owner` who has set it."""
+    values, rows = {key: value for key, value, *_ in leaves(job.job_config)}, []
+    if spec := getattr(job.job_config, "model_spec", None):  # in 0.3
+        values |= {"model.name": spec.name, "model.flavor": spec.flavor}
+    for setting in DATA_SETTINGS:
+        name = setting if setting in values else RENAMED[setting]
+        owner = job.owners.get(name, job.default_owner)
+        rows.append({"setting": setting, "value": values[name], "owner": owner})
+    return rows
 
 
 def owners_of(keys: Mapping[str, Any], path: str, titan_flags: list[str]) -> dict[str, str]:
@@ -71,10 +73,9 @@ def read_sections(path: str) -> dict[str, Any]:
 
 
 def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
-    """Import the first module of these that there is. The last is the one that `setting` names, for messages.
+    """Import the first module of these that there is; if there is none, a ConfigError names the last and the `setting`.
 
-    Raises:
-        ConfigError: there is none. What fails within a module is raised as it is.
+    What fails within a module is raised as it is.
     """
     for name in candidates:
         try:
@@ -90,11 +91,7 @@ def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
 
 
 def find_function(candidates: Sequence[str], name: str) -> Callable[[], Any]:
-    """Find a function of the first module of these that there is, given by --module and --config.
-
-    Raises:
-        ConfigError: there is no such module, or no such function in it.
-    """
+    """Find a function, given by --config, of the first module of these that there is; ConfigError if there is none."""
     module = import_module(candidates, "--module")
     if callable(function := getattr(module, name, None)):
         return function

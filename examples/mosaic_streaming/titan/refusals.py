@@ -24,7 +24,8 @@ KINDS: tuple[type[Exception], ...] = (
 
 OURS = str(Path(__file__).parents[1]) + os.sep
 """The folder of all modules of this project."""
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib"))
+LIBRARIES = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), "<")
+"""How the files of Python and of packages begin; "<" is that of code without a file."""
 
 Call = tuple[FrameType, int]
 """A frame of a traceback, and the number of its line."""
@@ -41,12 +42,14 @@ def refusal(error: BaseException, job: LoadedJob) -> str | None:
         return None
     calls = calls_below_ours(error)
     titan = [call for call in calls if is_titans(call)]
-    if not titan or not all(is_titans(call) or is_of_library(call) for call in calls):
+    if not titan or not all(is_titans(call) or call[0].f_code.co_filename.startswith(LIBRARIES) for call in calls):
         return None
     if not isinstance(error, KINDS) and not (type(error) is RuntimeError and is_raised_by(calls[-1])):
         return None
     frame, _ = titan[-1]
-    keys = keys_named(str(error), job.job_config) or keys_read(titan, str(error), job.job_config)
+    words = {word for word in re.findall(r"\w+", str(error)) if "_" in word}  # others are also ordinary words
+    named = [key for key, *_ in leaves(job.job_config) if key.rpartition(".")[2] in words]
+    keys = named or keys_read(titan, str(error), job.job_config)
     settings = f" Look at {', '.join(keys)} in the job config." if keys else ""
     file = keep_traceback(error, job.dump_folder)
     return (
@@ -86,11 +89,6 @@ def is_titans(call: Call) -> bool:
     return str(call[0].f_globals.get("__name__", "")).startswith("torchtitan.")
 
 
-def is_of_library(call: Call) -> bool:
-    """Whether a call is in a package or in Python, not in the user's code."""
-    return call[0].f_code.co_filename.startswith((*LIBRARIES, "<"))
-
-
 def is_raised_by(call: Call) -> bool:
     """Whether a call of TorchTitan's itself raises the error, rather than something that it calls."""
     return is_titans(call) and linecache.getline(call[0].f_code.co_filename, call[1]).strip().startswith("raise")
@@ -104,12 +102,6 @@ def statement(call: Call) -> str:
     around = [node for node in statements if node.lineno <= line <= (node.end_lineno or node.lineno)]
     conditions = [ast.unparse(node.test) for node in around if isinstance(node, ast.If)]
     return ", if ".join([ast.unparse(around[-1]).splitlines()[0], *conditions]) if around else ""
-
-
-def keys_named(message: str, job_config: Any) -> list[str]:
-    """The settings that a message names. Only names with an underscore count: others are also ordinary words."""
-    words = {word for word in re.findall(r"\w+", message) if "_" in word}
-    return [key for key, *_ in leaves(job_config) if key.rpartition(".")[2] in words]
 
 
 def keys_read(calls: list[Call], message: str, job_config: Any) -> list[str]:

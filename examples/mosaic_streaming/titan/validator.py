@@ -17,9 +17,6 @@ class MeanOverTokens:
     Each loss token counts once, whatever its batch. TorchTitan's own validator takes the mean of batches' means in
     0.2.2, and its loader may end at different times on different ranks in both generations (components/validate.py). A
     generation's validator derives from this class first, and adds `loss_of`.
-
-    Attributes:
-        loader: of the validation streams.
     """
 
     loader: ValidationLoader
@@ -30,8 +27,7 @@ class MeanOverTokens:
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Log the mean loss of a round. All ranks call it at the same steps.
 
-        Raises:
-            DataError: a batch can't be read, or the round has no loss token.
+        DataError if a batch can't be read, or the round has no loss token.
         """
         for model in model_parts:
             model.eval()

@@ -21,13 +21,9 @@ RENAMED = {
     "model.hf_assets_path": "hf_assets_path",
     "parallelism.enable_async_tensor_parallel": "compile.enable_async_tensor_parallel",
     **{f"validation.{key}": f"validator.{key}" for key in ("enable", "freq", "steps", "local_batch_size", "seq_len")},
-    **{
-        f"profiling.{key}": f"profiler.{key}"
-        for key in (
-            *("enable_profiling", "profile_freq", "profiler_active", "profiler_warmup", "save_traces_folder"),
-            *("enable_memory_snapshot", "save_memory_snapshot_folder"),
-        )
-    },
+    **{f"profiling.{key}": f"profiler.{key}" for key in ("enable_profiling", "profile_freq", "profiler_active")},
+    **{f"profiling.{key}": f"profiler.{key}" for key in ("profiler_warmup", "save_traces_folder")},
+    **{f"profiling.{key}": f"profiler.{key}" for key in ("enable_memory_snapshot", "save_memory_snapshot_folder")},
 }
 """Settings of TorchTitan 0.2, and what 0.3 calls them. Settings that are in neither column have one name in both."""
 
@@ -125,14 +121,10 @@ def names_as_given(in_code: bool) -> Iterator[None]:
     except (ConfigError, DataError) as error:
         if not in_code:
             raise
-        raise type(error)(respell(str(error))) from error
-
-
-def respell(text: str) -> str:
-    """Replace 0.2's names of settings by those of 0.3."""
-    names = RENAMED | {"model.flavor": "model_spec.flavor", "model.name": "model_spec.name"}
-    keys = "|".join(map(re.escape, names))
-    return re.sub(rf"(?<![\w.])(?:{keys})(?!\w)", lambda found: names[found[0]], text)
+        names = RENAMED | {"model.flavor": "model_spec.flavor", "model.name": "model_spec.name"}
+        keys = "|".join(map(re.escape, names))
+        text = re.sub(rf"(?<![\w.])(?:{keys})(?!\w)", lambda found: names[found[0]], str(error))
+        raise type(error)(text) from error
 
 
 def without_gone(values: dict[str, Any], path: str) -> dict[str, Any]:

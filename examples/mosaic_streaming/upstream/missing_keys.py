@@ -13,13 +13,12 @@ def explain_missing(error: str) -> str | None:
     """Return what to do about a checkpoint that lacks what a run goes on from; None for any other error of DCP."""
     if not (key := re.search(MISSING_KEY, error)):
         return None
+    other = "another version of torch or torchtitan"
     if key[2] == "dataloader":
         other = (
             "another loader: keep its model and optimizer and start the streams from their beginning with "
             "--checkpoint.exclude_from_loading=dataloader, for this one start"
         )
-    else:
-        other = "another version of torch or torchtitan"
     return (
         f"The checkpoint has no {key[1]!r}. Either it is model-only, as TorchTitan writes a run's last one unless "
         "checkpoint.last_save_model_only = false: for this one start, load an earlier one with --checkpoint.load_step "

@@ -96,13 +96,8 @@ def hold(number: int) -> None:
             if os.path.samestat(os.fstat(file), os.stat(lock)):
                 break
         os.close(file)  # another job removed it before the lock was taken
-    atexit.register(let_go, file, number)
-
-
-def let_go(file: int, number: int) -> None:
-    """Release a number, and remove its shared memory if nobody else holds it."""
-    os.close(file)
-    remove_unused(number)
+    atexit.register(remove_unused, number)
+    atexit.register(os.close, file)  # which comes first: what is registered last is called first
 
 
 def remove_unused(number: int) -> None:

@@ -6,8 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that torchrun forwards to its ranks' process groups."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""The signals that end a run. torchrun forwards them to its ranks' process groups, the last one only if it is told to
+(`--signals-to-handle`)."""
+SAVING = (signal.SIGTERM, signal.SIGUSR1)
+"""Those after which a run saves a checkpoint first."""
 
 
 def write_report(message: str) -> None:

@@ -4,12 +4,14 @@ Python 3.12 and torch 2.13; a queue that reports such an error to its reader mak
 """
 
 import os
+import signal
 import sys
-from multiprocessing import queues
+from multiprocessing import process, queues
 from types import TracebackType
 from typing import Any, NoReturn
 
 from examples.mosaic_streaming.upstream.patch import replace
+from examples.mosaic_streaming.upstream.torchelastic import SAVING
 
 
 def prepare_worker(number: int = 0) -> None:
@@ -45,3 +47,24 @@ def shut_down_workers(batches: Any) -> None:
     """
     if shutdown := getattr(batches, "_shutdown_workers", None):
         shutdown()
+
+
+def let_processes_outlive_signals() -> None:
+    """Let the processes that this one starts live until it ends them, also when a signal lets it save a checkpoint.
+
+    torchrun sends signals to whole process groups, but workers are needed until the last step, and torch's process that
+    writes checkpoints until it has. They inherit blocked signals, so they are ended by SIGKILL where Python and torch
+    send SIGTERM (Python 3.12, multiprocessing/process.py, util.py). Python's resource tracker has to run by then: its
+    start unblocks them.
+    """
+    start = process.BaseProcess.start
+
+    def start_deaf(self: Any) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SAVING)
+        try:
+            start(self)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        self._popen.terminate = self._popen.kill
+
+    replace(process.BaseProcess, "start", start_deaf)

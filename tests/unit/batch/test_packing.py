@@ -138,7 +138,7 @@ def read_epoch(folder: Path, ratio: Any, world_size: int) -> tuple[float, int, s
         batches = iter(loader)
         for _ in range(loader._order.epoch_samples // loader._order.global_batch_size):
             next(batches)
-        return loader._state.data["dataset.packing_ratio"], loader._dropped_tokens
+        return loader._opened.fingerprint["dataset.packing_ratio"], loader._packing.dropped
 
     ranks = run_ranks(run, world_size)
     assert [rank.code for rank in ranks] == [0] * world_size, ranks[0].output

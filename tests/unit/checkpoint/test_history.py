@@ -1,6 +1,7 @@
 """A run's history: which samples it has read and will read in which step, against real runs that change on the way."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shutil
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.mosaic_streaming import checkpoint
-from examples.mosaic_streaming.checkpoint.history import History, Position, Segment, append_segment
+from examples.mosaic_streaming.checkpoint.history import Position, Segment, append_segment
 from examples.mosaic_streaming.checkpoint.state import State, pack, unpack
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.preview.__main__ import main
@@ -24,7 +25,7 @@ from tests.support.jobs import command, train, write_files, write_loader
 from tests.support.looking import by_dp_rank, recorded_by_dp_rank
 from tests.support.ranks import run_rank_values
 from tests.support.recording import recording
-from tests.support.streams import write_stream
+from tests.support.streams import history, write_stream
 
 SAVE = ("--checkpoint.enable", "--checkpoint.interval=100")
 WIDER = ("--training.global_batch_size=8",)
@@ -330,31 +331,31 @@ def test_history_walks_as_a_loader_does(run: tuple[Order, list[tuple[int, int]]]
     segments: tuple[Segment, ...] = ()
     for segment, _ in found:
         segments = append_segment(segments, segment)
-    history, steps = History(order, segments), [samples for _, read in found for samples in read]
+    known, steps = history(order, *segments), [samples for _, read in found for samples in read]
     for number, samples in enumerate(steps, start=1):
-        part = history.batch(number)
+        part = known.slice(number)
         assert [(part.epoch, sample) for sample in range(part.begin, part.end)] == samples
     for after, until in ((0, len(steps)), (len(steps) // 2, len(steps)), (0, len(steps) // 2)):
-        slices = [*history.slices(after, until)]
+        slices = [*known.slices(after, until)]
         read = [(part.epoch, sample) for part in slices for sample in range(part.begin, part.end)]
         assert read == [sample for samples in steps[after:until] for sample in samples]
         assert all((part.end - part.begin) % part.global_batch_size == 0 for part in slices)
-    assert history.samples(len(steps)) == sum(map(len, steps))
-    assert history.position(0) == Position(0, 0, 0)
+    assert known.samples(len(steps)) == sum(map(len, steps))
+    assert known.position(0) == Position(0, 0, 0, 0)
 
 
 def test_what_was_read_before_steps_are_counted_from_1_again_is_known() -> None:
-    history = History(Order("random", 4, 4, 64), (Segment(-6, 0, 0, 4),))
-    assert history.samples(2) == 8 * 4
-    assert [(part.step, part.begin, part.end) for part in history.slices(until=2)] == [(-6, 0, 32)]
-    assert history.batch(1)[1:4] == (0, 24, 28)
+    known = dataclasses.replace(history(Order("random", 4, 4, 64), Segment(0, 0, 0, 4)), steps_before=-6)
+    assert known.samples(2) == 8 * 4
+    assert [(part.step, part.begin, part.end) for part in known.slices(until=2)] == [(-6, 0, 32)]
+    assert known.slice(1)[3:6] == (0, 24, 28)
 
 
 def test_step_before_those_that_are_known_is_refused() -> None:
-    history = History(Order("random", 4, 4, 64), (Segment(5, 0, 0, 4),))
-    assert history.batch(6).begin == 0
+    known = history(Order("random", 4, 4, 64), Segment(5, 0, 0, 4))
+    assert known.slice(6).begin == 0
     with pytest.raises(ConfigError, match=r"Step 5 was read before step 6, and the streams began anew there"):
-        history.batch(5)
+        known.slice(5)
 
 
 @pytest.mark.parametrize(

@@ -399,8 +399,9 @@ def position(epoch: object, sample_in_epoch: object, seen: object = None) -> str
             for wrong in ({"samples": -8}, {"tokens": None}, {"targets": 0.5})
         ],
         (position(0, 8, [8, 128, 128]), "state is damaged: "),
-        ('{"version": 3, "place": 8}', f"state is of version 3, this code reads version {STATE_VERSION}."),
-        ('{"version": 1, "position": {}}', f"state is of version 1, this code reads version {STATE_VERSION}."),
+        ('{"version": 4, "place": 8}', f"state is of version 4, this code reads versions {STATE_VERSION} and 3."),
+        ('{"version": 3, "place": 8}', "state is damaged: "),
+        ('{"version": 1, "position": {}}', f"state is of version 1, this code reads versions {STATE_VERSION} and 3."),
     ],
 )
 def test_state_that_cannot_be_read_is_refused_with_words(text: str, message: str) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from examples.mosaic_streaming.config.files import read_loader, read_loaders
+from examples.mosaic_streaming.config.files import read_loader
+from examples.mosaic_streaming.config.plan import Plan, read_loaders
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, logged
@@ -51,7 +52,8 @@ def yaml(files: Path) -> str:
 
 
 def test_interpolations_are_resolved_and_other_sections_named(yaml: str, capsys: pytest.CaptureFixture[str]) -> None:
-    loader, none = read_loaders(yaml, None)
+    plan, none = read_loaders(yaml, None)
+    loader = plan.stages[0].file
     assert none is None
     assert loader.path == yaml
     assert loader.config["dataset"]["shuffle_seed"] == 17
@@ -61,7 +63,7 @@ def test_interpolations_are_resolved_and_other_sections_named(yaml: str, capsys:
         f"{yaml}: read train_loader, ignored variables, max_seq_len, model, eval_loader, optimizer.\n"
     )
     again, held_out = read_loaders(yaml, yaml)
-    assert again == loader
+    assert again == plan == Plan.of(loader)
     assert held_out and held_out.config == {
         "name": "text",
         "dataset": {"local": loader.config["dataset"]["local"]},
@@ -74,7 +76,7 @@ def test_interpolations_are_resolved_and_other_sections_named(yaml: str, capsys:
 
 def test_what_other_sections_refer_to_need_not_be_there(tmp_path: Path) -> None:
     (tmp_path / "train.yaml").write_text("run_name: ${oc.env:NOT_SET_ANYWHERE}\ntrain_loader: {name: text}\n")
-    assert read_loaders(f"{tmp_path}/train.yaml", None)[0].config == {"name": "text"}
+    assert read_loaders(f"{tmp_path}/train.yaml", None)[0].stages[0].file.config == {"name": "text"}
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """The abort channel as an object, in ranks without torchrun: what each prints, its exit code, what a signal does."""
 
+import functools
 import json
 import os
 import signal
@@ -206,3 +207,51 @@ def test_errors_of_collectives_and_of_the_store_are_known_also_as_a_cause() -> N
     assert is_connection_error(stage)
     assert is_connection_error(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:144] closed"))
     assert not is_connection_error(ValueError("/gloo/"))
+
+
+def test_ranks_that_do_not_all_answer_end_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is gone, as by SIGKILL. In the step that the other has begun, and where it waits for the agreement."""
+    monkeypatch.setattr(store, "AGREE_SECONDS", 0.5)
+
+    def body(channel: AbortChannel) -> None:
+        channel.begin_step(1, lambda: None)
+        dist.barrier()
+        if dist.get_rank() == 2:
+            os._exit(0)
+        if dist.get_rank() == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        listener = channel._listener
+        while listener and not listener.signum:
+            time.sleep(0.01)
+        channel.begin_step(2, lambda: print("saved"))
+        time.sleep(60)
+
+    ranks = run_ranks(connected(body), 3, timeout=50)
+    assert [rank.code for rank in ranks] == [128 + signal.SIGTERM] * 2 + [0]
+    # torch warns where a reply of the store is under way while rank 0, which has the store, ends.
+    assert not any(word in rank.output for rank in ranks for word in ("saved", "Traceback", "Error: "))
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_ranks_stop_after_the_last_step_that_any_has_begun(ahead: int) -> None:
+    """The main threads never wait for each other here: one may be some steps ahead of the others."""
+
+    def body(channel: AbortChannel) -> None:
+        rank, listener = dist.get_rank(), channel._listener
+        assert listener
+        begun = 2 + ahead * rank
+        for step in range(1, begun + 1):
+            channel.begin_step(step, lambda: print("too early"))
+        dist.barrier()
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        while not listener.signum:
+            time.sleep(0.01)
+        for step in range(begun + 1, 100):
+            channel.begin_step(step, functools.partial(print, "saved after", step - 1))
+
+    ranks = run_ranks(connected(body), 3, timeout=60)
+    assert [rank.code for rank in ranks] == [0] * 3
+    # What follows is torch's own, of a store that has ended with rank 0. torchrun's lives on.
+    assert [rank.output.splitlines()[0] for rank in ranks] == [f"saved after {2 + 2 * ahead}"] * 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from examples.mosaic_streaming.checkpoint.history import History, Segment
+from examples.mosaic_streaming.checkpoint.history import Segment
 from examples.mosaic_streaming.checkpoint.state import unpack
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
@@ -21,6 +21,7 @@ from tests.support.streams import (
     FIRST_ID,
     METHODS,
     build_loader,
+    history,
     job,
     loader_config,
     mixture,
@@ -81,7 +82,7 @@ def looked_up(
     found: list[list[list[list[int]]]] = with_job_data(
         config,
         lambda opened: [
-            opened.global_batch(step, start and History(opened.opened.order, (start,))).tolist() for step in steps
+            opened.global_batch(step, start and history(opened.opened.order, start))[1].tolist() for step in steps
         ],
         job_config,
         world_size=4,
@@ -197,6 +198,6 @@ def test_shuffle_block_that_has_nothing_of_a_stream_is_refused(
         settings = {"batching_method": batching_method, "shuffle_algo": shuffle_algo, "shuffle_block_size": size}
         return mixture(streams, 0, **settings)
 
-    assert with_job_data(with_block(6), lambda opened: opened.global_batch(1).size) > 0
+    assert with_job_data(with_block(6), lambda opened: opened.global_batch(1)[1].size) > 0
     with pytest.raises(AssertionError, match=r"shuffle_block_size = 4 in loader\.toml leaves stream b a block of less"):
         with_job_data(with_block(4), lambda opened: None)

@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from examples.mosaic_streaming.checkpoint.history import History, Segment
+from examples.mosaic_streaming.checkpoint.history import Segment
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.ledger import count_samples, ledger_report
+from examples.mosaic_streaming.preview.ledger import asked_samples, count_samples, ledger_report
 from examples.mosaic_streaming.preview.plots import plot_shares
 from tests.support.looking import preview, with_job_data
-from tests.support.streams import METHODS, SEQ_LEN, WEIGHTS, job, mixture, read_steps
+from tests.support.streams import METHODS, SEQ_LEN, WEIGHTS, history, job, mixture, read_steps
 
 STEPS = 25
 """Of 8 samples: more than two epochs."""
@@ -45,8 +45,8 @@ def test_ledger_counts_what_is_delivered(
         assert b["tokens_difference"] == pytest.approx(-a["tokens_difference"], abs=1e-6)
         assert a["passes"] == a["samples"] / 50 and a["tokens"] == a["samples"] * SEQ_LEN
     assert steps == list(range(STEPS + 1))
-    assert counts[:, 0].tolist() == [0, *of_a]
-    assert counts.sum(axis=1).tolist() == [8 * step for step in steps]
+    assert counts[:, 0, 0].tolist() == [0, *of_a]
+    assert counts.sum(axis=(1, 2)).tolist() == [8 * step for step in steps]
 
 
 def test_what_was_read_before_the_first_known_step_is_counted_and_drawn(
@@ -55,11 +55,10 @@ def test_what_was_read_before_the_first_known_step_is_counted_and_drawn(
     """As after a checkpoint of an earlier version of this code, which knows its own step alone."""
 
     def look(opened: JobData) -> Any:
-        history = History(opened.opened.order, (Segment(3, 0, 24, 8),))
-        steps, counts = count_samples(opened, history, 3)
-        plot_shares(
-            str(tmp_path / "shares.png"), steps, counts, ledger_report(opened, history, 3, counts[-1])["streams"]
-        )
+        known = history(opened.opened.order, Segment(3, 0, 24, 8))
+        steps, counts = count_samples(opened, known, 3)
+        asked = asked_samples(opened, counts)
+        plot_shares(str(tmp_path / "shares.png"), steps, counts, asked, opened.opened.names, {})
         return steps, counts, count_samples(opened, opened.new_run(), 3)[1]
 
     steps, counts, all_counts = with_job_data(mixture(streams), look, job(2, 8))

@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from streaming import MDSWriter
 
-from examples.mosaic_streaming.checkpoint import History, Segment
+from examples.mosaic_streaming.checkpoint import Segment
 from examples.mosaic_streaming.config.keys import NOT_WITH_BLEND
-from examples.mosaic_streaming.preview import plan as planning
+from examples.mosaic_streaming.preview import repeats
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.plan import first_repeat, is_repeat, ranges
+from examples.mosaic_streaming.preview.plan import needs_section, ranges
+from examples.mosaic_streaming.preview.repeats import first_repeat, is_repeat
 from tests.support.jobs import command
 from tests.support.looking import preview, printed, with_job_data
 from tests.support.ranks import run_rank_values, run_ranks
@@ -27,6 +28,7 @@ from tests.support.streams import (
     SEQ_LEN,
     WEIGHTS,
     build_loader,
+    history,
     job,
     loader_config,
     mixture,
@@ -55,14 +57,14 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
     )
 
     def anew(opened: JobData) -> Any:
-        return first_repeat(opened, History(opened.opened.order, (Segment(0, 0, 0, 8), Segment(2, 0, 0, 8))))
+        return first_repeat(opened, history(opened.opened.order, Segment(0, 0, 0, 8), Segment(2, 0, 0, 8)))
 
     assert with_job_data(config, anew, job(2, 8)) == (min(3, expected), True), "the streams begin anew after step 2"
     if batching_method == "blend":  # which tells it for any size
         return
 
     def bound(opened: JobData) -> Any:
-        planning.EXACT = 0
+        repeats.EXACT = 0
         return first_repeat(opened, opened.new_run()), opened.opened.order.remaining(0) // 8
 
     (step, exact), steps_per_epoch = with_job_data(config, bound, job(2, 8))
@@ -106,7 +108,7 @@ def test_plan_of_a_blend_speaks_of_passes(files: Path, capsys: pytest.CaptureFix
     assert (stream["passes"], stream["passes_of_run"]) == (None, 1.6)
     assert plan["epoch"] is None
     run = plan["run"]
-    assert (run["samples"], run["epochs"], run["passes"]) == (160, None, [1.6])
+    assert (run["samples"], run["epochs"]) == (160, None)
     assert (run["first_repeat_step"], run["first_repeat_is_exact"], run["fits"]) == (26, True, False)
     assert preview(files, "plan", titan=("--training.steps=25",))["run"]["fits"]
     needs = plan["needs"]
@@ -144,7 +146,7 @@ def test_ranks_that_share_data_are_named(files: Path) -> None:
 def test_shared_memory_is_what_a_job_takes(tmp_path: Path) -> None:
     """The order, which is shared while an epoch begins, and the shards' states; what else there is takes less."""
     config = loader_config(write_stream(tmp_path, 2000))
-    needs = with_job_data(config, planning.needs_section, job(2, 8))
+    needs = with_job_data(config, needs_section, job(2, 8))
 
     def take() -> tuple[int, dict[str, int]]:
         loader = build_loader(config, job(2, 8))
@@ -264,7 +266,7 @@ def test_what_fits_is_not_said_where_repeats_were_not_looked_for(files: Path) ->
     (files / "loader.toml").write_text(f'name = "text"\n[dataset.streams.a]\nlocal = "{files}/stream"\nrepeat = 1.5\n')
 
     def run() -> None:
-        planning.EXACT = 0
+        repeats.EXACT = 0
         main(["plan", *command(files)])
 
     [rank] = run_ranks(run)
@@ -309,3 +311,10 @@ def test_tables_have_all_sections(files: Path) -> None:
     assert "✓ first samples of each stream" in now and "✓" not in later
     assert "· checkpoint, when loaded" in later and "settings of all 2 ranks" in later
     assert "\x1b" not in said
+
+
+def test_plan_of_batches_of_one_sample_knows_the_first_repeat(files: Path) -> None:
+    loader = files / "loader.toml"
+    loader.write_text(loader.read_text() + 'batching_method = "blend"\n')
+    one = ("--training.local_batch_size=1", "--training.global_batch_size=1", "--training.steps=120")
+    assert preview(files, "plan", titan=one)["run"]["first_repeat_step"] == 101

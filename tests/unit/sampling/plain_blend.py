@@ -84,13 +84,13 @@ def pattern(streams: list[Stream], nodes: int, seed: int, shuffle: bool, positio
     return found
 
 
-def read_pass(stream: Stream, number: int, which: int, seed: int, block: int, nodes: list[int]) -> list[int]:
-    """The ids of a pass over a stream, given the node of each place in it, and the stream's block (0: no shuffle)."""
+def read_pass(stream: Stream, key: int, which: int, seed: int, block: int, nodes: list[int]) -> dict[int, list[int]]:
+    """The ids of a pass over a stream by node, given the node of each place in it, and its block (0: no shuffle)."""
     first, shards, _ = stream
     ids, begins = list(range(first, first + sum(shards))), [0, *itertools.accumulate(shards)]
     order = list(range(len(shards)))
     if block:
-        order.sort(key=lambda shard: (mix(seed, SHARDS, number, shard) >> len(shards).bit_length(), shard))
+        order.sort(key=lambda shard: (mix(seed, SHARDS, key, shard) >> len(shards).bit_length(), shard))
     line = [(shard, sample) for shard in order for sample in ids[begins[shard] : begins[shard + 1]]]
     size, lists, begin, pieces = Counter(nodes), {}, 0, {}
     for node in sorted(size):
@@ -103,38 +103,65 @@ def read_pass(stream: Stream, number: int, which: int, seed: int, block: int, no
         spans = []
         for place, (begin, (of, samples)) in enumerate(pieces.items()):
             if of == node:
-                hashed = mix(seed, SPANS, number, which, begin) >> len(pieces).bit_length()
+                hashed = mix(seed, SPANS, key, which, begin) >> len(pieces).bit_length()
                 spans.append((hashed if block else 0, place, samples))
         flat = [sample for *_, span in sorted(spans) for sample in span]
         if not block:
             lists[node] = flat
             continue
-        key = mix(seed, SAMPLES, number, which)
-        shift = mix(key, node) % block if len(flat) > block else 0
+        hashed = mix(seed, SAMPLES, key, which)
+        shift = mix(hashed, node) % block if len(flat) > block else 0
         lists[node] = []
         for place in range(len(flat)):
             part = (place + shift) // block
             low, high = max(part * block - shift, 0), min((part + 1) * block - shift, len(flat))
-            lists[node].append(flat[low + permute(place - low, high - low, mix(key, node, part))])
-    taken = {node: iter(samples) for node, samples in lists.items()}
-    return [next(taken[node]) for node in nodes]
+            lists[node].append(flat[low + permute(place - low, high - low, mix(hashed, node, part))])
+    return lists
 
 
 def blend(streams: list[Stream], nodes: int, seed: int, block: int, positions: int) -> list[int]:
     """The ids of the first samples; without shuffle, the block is 0."""
+    return stage(streams, nodes, seed, block, positions, {}, [*range(len(streams))])[0]
+
+
+Before = tuple[int, list[int]]
+"""How far a stream has been read: its samples read in all, and the numbers of those left of the pass under way."""
+
+
+def stage(
+    streams: list[Stream],
+    nodes: int,
+    seed: int,
+    block: int,
+    positions: int,
+    before: dict[int, Before],
+    keys: list[int],
+) -> tuple[list[int], dict[int, Before]]:
+    """The ids of the first samples of a stage, and how far its streams have been read then, by their keys."""
     longest = max(Fraction(sum(shards), weight) for _, shards, weight in streams if weight)
     more = floor(longest * sum(weight for *_, weight in streams)) + 65536  # until the passes end that are under way
     numbers = pattern(streams, nodes, seed, bool(block), positions + more)
     found = [-1] * len(numbers)
     total = sum(weight for *_, weight in streams)
+    after = dict(before)
     for number, stream in enumerate(streams):
-        of_stream = block and max(int(block * (stream[2] / total)), -(-sum(stream[1]) // len(stream[1])))
-        places, length = [place for place, one in enumerate(numbers) if one == number], sum(stream[1])
-        for begin in range(0, len(places) - length + 1, length):
-            if places[begin] >= positions:
-                break
-            mine = places[begin : begin + length]
-            ids = read_pass(stream, number, begin // length, seed, of_stream, [place % nodes for place in mine])
-            for place, sample in zip(mine, ids, strict=True):
-                found[place] = sample
-    return found[:positions]
+        key, length = keys[number], sum(stream[1])
+        of_stream = block and max(int(block * (stream[2] / total)), -(-length // len(stream[1])))
+        places = [place for place, one in enumerate(numbers) if one == number]
+        read, left = before.get(key, (0, []))
+        while places and places[0] < positions:
+            size = len(left) or length
+            mine, places = places[:size], places[size:]
+            of_node = [place % nodes for place in mine]
+            if left:  # shared out in order, to one node after another
+                counted, ends = Counter(of_node), iter(stream[0] + sample for sample in left)
+                lists = {node: list(itertools.islice(ends, counted[node])) for node in sorted(counted)}
+            else:
+                lists = read_pass(stream, key, read // length, seed, of_stream, of_node)
+            for place, node in zip(mine, of_node, strict=True):
+                if place < positions:
+                    found[place] = lists[node].pop(0)
+                    read += 1
+            left = [sample - stream[0] for node in sorted(lists) for sample in lists[node]]
+        after[key] = (read, left)
+    return found[:positions], after

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from examples.mosaic_streaming.sampling.blend import ENDLESS, Blend, Stream, mix, permute
+from examples.mosaic_streaming.sampling.blend import Blend, Stream
+from examples.mosaic_streaming.sampling.hashing import mix, permute
+from examples.mosaic_streaming.sampling.order import ENDLESS
 from tests.unit.sampling import plain_blend
 
 Mixture = tuple[list[plain_blend.Stream], int, int, int]
@@ -33,7 +35,9 @@ def mixtures(draw: st.DrawFn, least: int = 1, weights: tuple[int, ...] = (0, 1, 
 def made(mixture: Mixture) -> Blend:
     """A mixture's blend."""
     streams, *rest = mixture
-    return Blend([Stream(first, np.array(shards), weight) for first, shards, weight in streams], *rest)
+    return Blend(
+        [Stream(*stream[:1], np.array(stream[1]), stream[2], key) for key, stream in enumerate(streams)], *rest
+    )
 
 
 def streams_of(mixture: Mixture, ids: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -85,7 +89,10 @@ def test_each_pass_over_a_stream_has_each_of_its_samples_once(mixture: Mixture, 
 
 def check_shares(weights: list[int], nodes: int) -> None:
     """Hold the stated bounds against the counts of a blend, over periods of the pattern and within its first."""
-    blend, total = Blend([Stream(0, np.array([9]), weight) for weight in weights], nodes, 3, 9), sum(weights)
+    blend, total = (
+        Blend([Stream(0, np.array([9]), weight, key) for key, weight in enumerate(weights)], nodes, 3, 9),
+        sum(weights),
+    )
     size, shares, streams = blend._period_size, np.array(weights) / total, len(weights)
     before = np.zeros((streams, nodes), np.int64)
     for number in (*range(50), 10**6, 10**6 + 1):
@@ -125,7 +132,7 @@ def test_position_is_told_without_what_comes_before() -> None:
 def test_nodes_ranges_hardly_change_from_pass_to_pass() -> None:
     """So that machines keep to the shards that they have."""
     size, nodes = 64_000, 64
-    blend = Blend([Stream(0, np.full(640, 100), 3), Stream(size, np.full(100, 100), 1)], nodes, 5, 1 << 18)
+    blend = Blend([Stream(0, np.full(640, 100), 3, 0), Stream(size, np.full(100, 100), 1, 1)], nodes, 5, 1 << 18)
     ids = blend.samples(np.arange(4 * size))
     positions = np.flatnonzero(ids < size)
     shards = []
@@ -140,7 +147,7 @@ def test_nodes_ranges_hardly_change_from_pass_to_pass() -> None:
 
 
 def test_without_shuffle_a_single_node_reads_streams_in_order() -> None:
-    blend = Blend([Stream(0, np.array([5, 7]), 1), Stream(12, np.array([9]), 1)], 1, 17, 0)
+    blend = Blend([Stream(0, np.array([5, 7]), 1, 0), Stream(12, np.array([9]), 1, 1)], 1, 17, 0)
     ids = blend.samples(np.arange(60))
     assert ids[ids < 12].tolist() == [*range(12), *range(12), *range(6)]
     assert ids[ids >= 12].tolist() == [*range(12, 21)] * 3 + [12, 13, 14]
@@ -149,7 +156,11 @@ def test_without_shuffle_a_single_node_reads_streams_in_order() -> None:
 
 @pytest.mark.parametrize("nodes", [1, 4, 64])
 def test_without_shuffle_streams_take_turns_all_the_same(nodes: int) -> None:
-    streams = [Stream(0, np.array([1000]), 6), Stream(1000, np.array([900]), 3), Stream(1900, np.array([50]), 1)]
+    streams = [
+        Stream(0, np.array([1000]), 6, 0),
+        Stream(1000, np.array([900]), 3, 1),
+        Stream(1900, np.array([50]), 1, 2),
+    ]
     ids = Blend(streams, nodes, 17, 0).samples(np.arange(20_000))
     for first, last, share in ((0, 1000, 0.6), (1000, 1900, 0.3), (1900, 1950, 0.1)):
         at = np.flatnonzero((ids >= first) & (ids < last))

@@ -8,9 +8,9 @@ import pytest
 
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling import memory
-from examples.mosaic_streaming.sampling.blend import ENDLESS, Blend, Stream
+from examples.mosaic_streaming.sampling.blend import Blend, Stream
 from examples.mosaic_streaming.sampling.memory import memory_limit
-from examples.mosaic_streaming.sampling.order import Order
+from examples.mosaic_streaming.sampling.order import ENDLESS, Order
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 NONE_V1 = 9223372036854771712
@@ -60,5 +60,5 @@ def test_epoch_that_the_limit_has_no_room_for_is_refused(tmp_path: Path, monkeyp
         ConfigError, match=r"An epoch of 200,000,000 samples takes about 9\.4 GB .* of 4\.7 GB that a process may use"
     ):
         memory.check_memory(order, 200_000_000, "loader.toml")
-    blend = Blend([Stream(0, np.array([10**12]), 1)], 64, 1, 1 << 18)
+    blend = Blend([Stream(0, np.array([10**12]), 1, 0)], 64, 1, 1 << 18)
     memory.check_memory(Order("blend", 8, 8, ENDLESS, blend=blend), 10**12, "loader.toml")

@@ -139,7 +139,7 @@ def test_damaged_file_behind_a_linked_folder_of_a_cache_is_removed_at_a_start(tm
     damaged = tmp_path / "elsewhere/shard.00001.mds"
     damaged.write_bytes(damaged.read_bytes()[:-7])
     config = support.resolved(loader_config(mark(tmp_path / "cache"), remote=str(train)))
-    run_rank_values(lambda: prepare_streams(config))
+    run_rank_values(lambda: prepare_streams([config]))
     assert not damaged.exists() and (tmp_path / "elsewhere/shard.00002.mds").exists()
 
 
@@ -233,7 +233,7 @@ def prepare(config: dict[str, Any], folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     folder.chmod(0o1777)
     tempfile.tempdir = str(folder)
-    prepare_streams(support.resolved(config))
+    prepare_streams([support.resolved(config)])
 
 
 def test_default_cache_is_this_users_alone(tmp_path: Path, train: Path) -> None:

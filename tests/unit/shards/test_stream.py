@@ -33,7 +33,7 @@ def test_file_is_fetched_once_and_its_bytes_are_counted(tmp_path: Path) -> None:
     assert [stream.prepare(part, None) for part in parts] == [part.raw.bytes for part in parts]
     assert [stream.prepare(part, None) for part in parts] == [0] * len(parts)
     size = sum(part.raw.bytes for part in parts)
-    assert FetchStats(stream.fetch_stats).read() == FetchCounts(len(parts), size, 0)
+    assert FetchStats([stream.fetch_stats]).read() == FetchCounts(len(parts), size, 0)
     for part in parts:
         name = part.raw.basename
         assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "remote" / name).read_bytes()
@@ -68,7 +68,7 @@ def test_what_fails_once_is_fetched_again(tmp_path: Path) -> None:
 
     stream.fetch(part.raw.basename, part.raw.bytes, store)
     assert os.listdir(tmp_path / "cache") == [part.raw.basename]
-    assert FetchStats(stream.fetch_stats).read().retries == 1
+    assert FetchStats([stream.fetch_stats]).read().retries == 1
 
 
 def test_stream_without_a_remote_names_the_file_that_is_missing(tmp_path: Path) -> None:

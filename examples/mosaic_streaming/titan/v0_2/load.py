@@ -1,7 +1,7 @@
 """Reads TorchTitan 0.2's job config, the way TorchTitan does."""
 
 import argparse
-import dataclasses
+import os
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config import flat, read_loaders, read_toml, refuse
@@ -9,7 +9,6 @@ from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
-from examples.mosaic_streaming.titan.v0_2.checks import checkpoint_folder
 from examples.mosaic_streaming.titan.versions import RENAMED, check_flags
 
 if TYPE_CHECKING:
@@ -32,26 +31,15 @@ def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
     if not flags.config:  # `-- --help`
         load_job_config(titan_flags)
     in_file = flat(read_toml(flags.config))  # before the slow imports; TorchTitan reads it again
-    train, validation = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
-    job_config = load_job_config([f"{CONFIG_FILE}{flags.config}", *titan_flags])
-    return LoadedJob(
-        job_config,
-        train,
-        validation,
-        job_config.validation.enable,
-        job_config.job.dump_folder,
-        checkpoint_folder(job_config),
-        owners_of(in_file, flags.config, titan_flags),
-        custom_import=job_config.experimental.custom_import,
-    )
+    loaders = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
+    config = load_job_config([f"{CONFIG_FILE}{flags.config}", *titan_flags])
+    folders, custom = (config.job.dump_folder, checkpoint_folder(config)), config.experimental.custom_import
+    owners = owners_of(in_file, flags.config, titan_flags)
+    return LoadedJob(config, *loaders, config.validation.enable, *folders, owners, custom_import=custom)
 
 
 def load_job_config(titan_flags: list[str]) -> "JobConfig":
-    """Read the job config from TorchTitan's flags, which name the file.
-
-    Raises:
-        ConfigError: TorchTitan refuses the file or a flag, or would do so later.
-    """
+    """Read the job config from TorchTitan's flags, which name the file; ConfigError for what it would refuse."""
     from examples.mosaic_streaming.upstream import cpu
 
     cpu.prepare_torchtitan()
@@ -73,6 +61,6 @@ def load_job_config(titan_flags: list[str]) -> "JobConfig":
     return job_config
 
 
-def settings_of(loaded: LoadedJob) -> list[dict[str, Any]]:
-    """List the settings that decide what is read and how, as `LoadedJob.settings` does."""
-    return loaded.settings(flat(dataclasses.asdict(loaded.job_config)), {})
+def checkpoint_folder(job_config: "JobConfig") -> str:
+    """The folder of all checkpoints of a job."""
+    return os.path.join(job_config.job.dump_folder, job_config.checkpoint.folder)

@@ -17,6 +17,7 @@ from examples.mosaic_streaming.titan.v0_2.documents import within_documents
 from examples.mosaic_streaming.titan.v0_2.job import make_job
 from examples.mosaic_streaming.titan.v0_2.models import base_spec
 from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
+from examples.mosaic_streaming.titan.way_out import WayOut
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from examples.mosaic_streaming.upstream import cpu
 from examples.mosaic_streaming.upstream.train_specs import register_again
@@ -48,8 +49,12 @@ def mosaic_spec(spec: TrainSpec, loaders: Loaders) -> TrainSpec:
     )
 
 
-def build_trainer(job_config: JobConfig, loaders: Loaders) -> Trainer:
+class MosaicTrainer(WayOut, Trainer):
+    """TorchTitan's Trainer, with a way out after each step."""
+
+
+def build_trainer(job_config: JobConfig, loaders: Loaders) -> MosaicTrainer:
     """Register the Mosaic form of the job's model, in place of an earlier one, and build a Trainer of it."""
     name = job_config.model.name
     register_again(name, mosaic_spec(base_spec(name), loaders))
-    return Trainer(job_config)
+    return MosaicTrainer(job_config)

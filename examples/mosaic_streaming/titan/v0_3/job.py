@@ -27,8 +27,7 @@ def checkpoint_folder(config: Any) -> str:
 def parallel_dims(config: Any, world_size: int) -> ParallelDims:
     """Compute the degrees of parallelism as TorchTitan does.
 
-    Raises:
-        ConfigError: they don't fit the ranks, or the length of rows doesn't fit them (torchtitan 0.3.0, trainer.py).
+    ConfigError if they don't fit the ranks, or the length of rows doesn't fit them (torchtitan 0.3.0, trainer.py).
     """
     parallelism = config.parallelism
     dims = checks.parallel_dims(lambda: ParallelDims.from_config(parallelism, world_size), parallelism, world_size)
@@ -38,11 +37,7 @@ def parallel_dims(config: Any, world_size: int) -> ParallelDims:
 
 
 def make_job(config: Any, world_size: int, ranks_per_node: int) -> Job:
-    """Make the `Job` that a config, made by `mosaic`, describes.
-
-    Raises:
-        ConfigError: TorchTitan would refuse it, or not do what it says.
-    """
+    """Make the `Job` of a config that `mosaic` made; a ConfigError says what TorchTitan would refuse, or not do."""
     dims, spec, training = parallel_dims(config, world_size), config.model_spec, config.training
     degrees = {name: getattr(dims, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
     layout = Layout(world_size, ranks_per_node, degrees)

@@ -6,7 +6,7 @@ from typing import Any
 from examples.mosaic_streaming.config import flat, read_loaders, refuse
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
-from examples.mosaic_streaming.titan.job_values import leaves, wrong_job_values
+from examples.mosaic_streaming.titan.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
 from examples.mosaic_streaming.upstream import cpu
@@ -77,11 +77,3 @@ def parse(config: Any, titan_flags: list[str], source: str) -> Any:
 
     with explain_parsing(source):
         return Manager().parse_args([spell_boolean(flag, config) for flag in titan_flags])
-
-
-def settings_of(loaded: LoadedJob) -> list[dict[str, Any]]:
-    """List the settings that decide what is read and how, as `LoadedJob.settings` does."""
-    config = loaded.job_config
-    values = {key: value for key, value, *_ in leaves(config)}
-    values |= {"model.name": config.model_spec.name, "model.flavor": config.model_spec.flavor}
-    return loaded.settings(values, RENAMED)

@@ -15,22 +15,17 @@ from torchtitan.trainer import Trainer
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.v0_3.job import make_job
 from examples.mosaic_streaming.titan.v0_3.validator import MosaicValidator, StreamsConfig
+from examples.mosaic_streaming.titan.way_out import WayOut
 from examples.mosaic_streaming.upstream import cpu
 
-VALIDATION = ("enable", "freq", "steps", "local_batch_size", "seq_len")
-"""Settings of a validator that its Mosaic form keeps."""
+VALIDATION = ("enable", "freq", "steps", "local_batch_size", "seq_len")  # what a validator's Mosaic form keeps
 
 
 def mosaic(config: Any, train: str | None, validation: str | None = None) -> Any:
     """Make a config of a text model read Mosaic streams: its training loader, and its validator if that is enabled.
 
-    Args:
-        config: a Trainer.Config: TorchTitan's own, or one made of it. It is left as it is.
-        train: path of the file that configures the training loader.
-        validation: path of the file that configures the validation loader, if there is one.
-
-    Returns:
-        a config of the same kind, whose Trainer derives from that of `config`.
+    `config` is a Trainer.Config, TorchTitan's own or one made of it, and is left as it is. The result is of the same
+    kind, and its Trainer derives from that of `config`. The others are paths of the files that configure the loaders.
 
     Raises:
         ConfigError: the model doesn't read text.
@@ -70,8 +65,8 @@ def mosaic_config_of(kind: Any) -> Any:
     return config
 
 
-class MosaicTrainer(Trainer):
-    """TorchTitan's Trainer, with the loaders that `loaders` builds, before the model is built."""
+class MosaicTrainer(WayOut, Trainer):
+    """TorchTitan's Trainer, with the loaders that `loaders` builds, before the model is built, and a way out."""
 
     def __init__(self, config: Trainer.Config, *, loaders: Any = None) -> None:
         from examples.mosaic_streaming.metrics import add_data_metrics
