@@ -212,7 +212,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._stages, self._plan, self._dp_rank, self._channel = tuple(stages), plan, dp_rank, channel
         self._microbatches, self._ranks_per_node = job.microbatches, job.layout.ranks_per_node
         self._prefetching: BaseProcess | None = None
-        self._steps_of_run = 0 if {"dataloader", "train_state"} & {*job.checkpoints.exclude_from_loading} else job.steps
+        self._steps_of_run = 0 if job.checkpoints.counts_anew else job.steps
         """`training.steps`, or 0 where the steps and the streams of a run may not begin together."""
         self._counter = checkpoint.ConsumptionCounter()
         self._fetch_stats = shards.FetchStats(shards.fetch_stats_file(one.dataset._shm_prefix_int) for one in stages)

@@ -35,6 +35,11 @@ class Checkpoints:
     exclude_from_loading: tuple[str, ...]  # states that a start doesn't load: "dataloader", "train_state" and others
     last_save_model_only: bool  # so that no run can go on from the last one
 
+    @property
+    def counts_anew(self) -> bool:
+        """Whether a start counts the steps of the run, or its streams, from their beginning again."""
+        return bool({"dataloader", "train_state"} & {*self.exclude_from_loading})
+
 
 @dataclass(frozen=True)
 class Job:

@@ -177,8 +177,7 @@ def read_skip(table: dict[str, Any], number: int, path: str) -> Skip:
 
 def last_step(job: Job, position: str | None) -> float:
     """Return the last step of a run, or no end where it doesn't begin with the steps of its plan, at `position`."""
-    apart = {"dataloader", "train_state"} & {*job.checkpoints.exclude_from_loading}
-    return math.inf if position or apart else job.steps
+    return math.inf if position or job.checkpoints.counts_anew else job.steps
 
 
 def resolve_stages(plan: Plan, job: Job, position: str | None = None) -> list[ResolvedLoader]:

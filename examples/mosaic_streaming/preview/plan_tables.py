@@ -56,7 +56,7 @@ def print_stages(out: Console, plan: Report) -> None:
         columns |= {"from batch": ("first_batch", ",.0f")} | {key: (key, ",.0f") for key in ("samples", "tokens")}
         out.print()
         out.print(records_table("Stages", plan["stages"], columns | {"loader": ("file", "")}))
-    if (common := plan["in_common"]) and len(plan["stages"]) > 1:
+    if common := plan["in_common"]:
         known = "not counted, as there are too many" if common["samples"] is None else f"{common['samples']:,}"
         out.print(f"  Streams begin anew after stage 1. Samples that it and later stages both read: {known}.")
     for skip in plan["skips"]:
