@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,5 +254,6 @@ def test_ranks_stop_after_the_last_step_that_any_has_begun(ahead: int) -> None:
 
     ranks = run_ranks(connected(body), 3, timeout=60)
     assert [rank.code for rank in ranks] == [0] * 3
-    # What follows is torch's own, of a store that has ended with rank 0. torchrun's lives on.
-    assert [rank.output.splitlines()[0] for rank in ranks] == [f"saved after {2 + 2 * ahead}"] * 3
+    # All else is torch's own, of a store that has ended with rank 0. torchrun's lives on.
+    said = [re.findall("saved after .*|too early", rank.output) for rank in ranks]
+    assert said == [[f"saved after {2 + 2 * ahead}"]] * 3
