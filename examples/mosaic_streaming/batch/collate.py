@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import DataCollatorForLanguageModeling
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-from examples.mosaic_streaming.shards import CheckedDataset, Failure
+from examples.mosaic_streaming.shards import CheckedDataset, as_data_error
 
 DROPPED_TOKENS, PACKED_TOKENS = "dropped_tokens", "packed_tokens"
 """Keys of a packed batch: how many tokens of its samples were dropped, and how many are in its rows."""
@@ -36,18 +36,18 @@ class Collator:
         self.packs = isinstance(collate, BinPackCollator)  # a row holds several samples
 
     def __call__(self, samples: list[Any]) -> Any:
-        """Return a batch; in a worker, its small tensors are arrays, and an error becomes a `Failure`."""
+        """Return a batch; in a worker, its small tensors are arrays, and an error takes its place."""
         if get_worker_info() is None:
             return self._make_batch(samples)
         try:
             return to_arrays(self._make_batch(samples))
         except Exception as error:
-            return Failure.of(error)
+            return as_data_error(error)
 
     def _make_batch(self, samples: list[Any]) -> Any:
         """A batch, with token counts if it is packed. Raises DataError if this worker couldn't read a sample."""
-        if failure := next((sample for sample in samples if isinstance(sample, Failure)), None):
-            raise DataError(failure.reason)
+        if error := next((sample for sample in samples if isinstance(sample, DataError)), None):
+            raise error
         batch = self._collate(samples)
         if isinstance(packer := self._collate, BinPackCollator):
             packed, total = packer.n_packed_tokens, packer.n_total_tokens
@@ -66,8 +66,8 @@ def to_arrays(batch: Any) -> Any:
 
 def to_tensors(batch: Any) -> dict[str, Any]:
     """Turn arrays back into tensors; raise DataError for a failed batch, or one of a user's loader that is no dict."""
-    if isinstance(batch, Failure):
-        raise DataError(batch.reason)
+    if isinstance(batch, DataError):
+        raise batch
     if not isinstance(batch, Mapping):
         raise DataError(f"A batch of the loader is a {type(batch).__name__}, expected a dict of tensors.")
     return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}

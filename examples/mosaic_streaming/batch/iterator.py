@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from examples.mosaic_streaming.batch.collate import Collator, to_tensors
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.sampling import Order, stream_numbers
-from examples.mosaic_streaming.shards import CheckedDataset, CheckedStream, Failure
+from examples.mosaic_streaming.shards import CheckedDataset, as_data_error
 from examples.mosaic_streaming.upstream.torchelastic import SIGNALS
 from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down_workers
 
@@ -41,7 +41,7 @@ class Batches:
         try:
             return [to_tensors(batch) for batch in itertools.islice(self._batches, count)]
         except Exception as error:
-            raise DataError(self.lost_workers() or f"{Failure.of(error).reason} {self._source}") from error
+            raise DataError(self.lost_workers() or f"{as_data_error(error)} {self._source}") from error
 
     def lost_workers(self) -> str:
         """Say which dataloader workers have died, and how; signals that end the whole job don't count."""
@@ -94,10 +94,9 @@ def no_loss_token_error(
     told, of_stage = ", ".join(map(str, samples[:SHOWN_SAMPLES])), f" --stage {stage}" if stage > 1 else ""
     more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
     numbers = np.unique(stream_numbers(dataset, samples))
-    streams = [cast(CheckedStream, dataset.streams[number]).label for number in numbers]
+    streams = [dataset.streams[number].label for number in numbers]
     return DataError(
         f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
         f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}{of_stage}` "
-        "shows one. "
-        "Remove such samples, or raise training.global_batch_size, so that others are in a batch with them."
+        "shows one. Remove such samples, or raise training.global_batch_size, so that others are in a batch with them."
     )

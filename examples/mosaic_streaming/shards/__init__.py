@@ -9,7 +9,7 @@ whole samples. `check_columns` finds data that a loader can't read or would misr
 """
 
 from examples.mosaic_streaming.shards.columns import FORMS, check_columns, columns_of, form_of
-from examples.mosaic_streaming.shards.dataset import CheckedDataset, Failure, make_checked_dataset
+from examples.mosaic_streaming.shards.dataset import CheckedDataset, as_data_error, make_checked_dataset
 from examples.mosaic_streaming.shards.fetch_stats import FetchCounts, FetchStats, fetch_stats_file
 from examples.mosaic_streaming.shards.index import ADD_HASHES
 from examples.mosaic_streaming.shards.prepare import fetch_index, make_stream, prepare_streams

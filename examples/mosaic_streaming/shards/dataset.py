@@ -3,7 +3,6 @@
 In streaming 0.13.0 an error in a background thread ends the epoch early, or leaves other workers waiting forever.
 """
 
-import bisect
 import contextlib
 import functools
 import itertools
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
@@ -42,23 +40,18 @@ from examples.mosaic_streaming.upstream.workers import prepare_worker
 LOOKUP_SAMPLES = 1024  # whose shards `_prepare_thread` looks up in one go
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error in a dataloader worker, sent to the training process in place of a sample or a batch.
+def as_data_error(error: Exception) -> DataError:
+    """Return what a dataloader worker sends to the training process in place of a sample or a batch that it can't make.
 
-    torch would raise the error itself there, with the worker's traceback in its message.
+    If it raised the error, torch would put the worker's traceback into the message.
     """
-
-    reason: str
-
-    @classmethod
-    def of(cls, error: Exception) -> "Failure":
-        return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+    return error if isinstance(error, DataError) else DataError(f"{type(error).__name__}: {error}")
 
 
 class CheckedDataset(StreamingDataset):
     """A dataset whose errors reach its reader, in all processes of a node."""
 
+    streams: list[CheckedStream]
     keep_dtype = False  # whether token samples stay arrays of their stored dtype, rather than become int64 tensors
     may_cut = False  # whether text samples longer than `max_seq_len` may be truncated
     order: Order | None = None  # in which training reads; None for validation
@@ -79,20 +72,14 @@ class CheckedDataset(StreamingDataset):
 
         Without a cache limit nothing is evicted, so streaming need not record which shards are in use.
         """
-        sample_id, ends = int(sample_id), self._ends
         has_failed = "_event" in self.__dict__ and self._event.is_set()
-        if not self.cache_limit and 0 <= sample_id < ends[-1] and not has_failed:
-            shard = bisect.bisect_right(ends, sample_id)
+        if not self.cache_limit and not has_failed:
+            shard, number = self.spanner[int(sample_id)]
             try:
-                return self.shards[shard].get_item(sample_id - (ends[shard - 1] if shard else 0))
+                return self.shards[shard].get_item(number)
             except FileNotFoundError:
                 pass
         return super().get_item(sample_id, retry)
-
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        """The id after the last sample of each shard."""
-        return cast(list[int], self.spanner.shard_bounds[1:].tolist())
 
     def failure_reason(self) -> str | None:
         """Why a shard failed on this node, if one did."""
@@ -130,7 +117,7 @@ class CheckedDataset(StreamingDataset):
     @functools.cached_property
     def _sizes_in_cache(self) -> NDArray[np.int64]:
         """Bytes of each shard in a cache; 0 where its stream has none."""
-        streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
+        streams = [self.streams[number] for number in self.stream_per_shard]
         sizes = [
             shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
             for shard, stream in zip(self.shards, streams, strict=True)
@@ -149,12 +136,12 @@ class CheckedDataset(StreamingDataset):
         positions = itertools.islice(itertools.chain(*order.runs(order.first_epoch)), count * order.global_batch_size)
         samples = order.blend.samples(np.array(list(positions)))
         own = assign_to_ranks(samples, world, order.local_batch_size, order.group_size)[world.node]
-        shards = dict.fromkeys(np.searchsorted(np.array(self._ends), own.reshape(-1), side="right").tolist())
+        shards = self._shards_of(own.reshape(-1))
         parent = os.getpid()
 
         def fetch() -> None:
             for shard in shards:
-                stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard]])
+                stream = self.streams[self.stream_per_shard[shard]]
                 if stream.is_cache and os.getppid() == parent:
                     with contextlib.suppress(Exception):
                         stream.prepare_shard(self.shards[shard])
@@ -162,6 +149,10 @@ class CheckedDataset(StreamingDataset):
         process = multiprocessing.get_context("fork").Process(target=fetch, daemon=True)
         process.start()
         return process
+
+    def _shards_of(self, samples: NDArray[np.int64]) -> list[int]:
+        """The shards of samples, each once, in order."""
+        return list(dict.fromkeys((np.searchsorted(self.spanner.shard_bounds, samples, "right") - 1).tolist()))
 
     def take_stock(self) -> None:
         """Look again which shards the caches have, as another dataset has changed them; the local leader calls this.
@@ -191,7 +182,7 @@ class CheckedDataset(StreamingDataset):
         try:
             yield from super().__iter__()
         except Exception as error:
-            yield from itertools.repeat(Failure.of(error))  # a single one could be dropped with the last, partial batch
+            yield from itertools.repeat(as_data_error(error))  # a single one could be dropped with a last, short batch
 
     def __getitem__(self, at: Any) -> Any:
         try:
@@ -206,13 +197,9 @@ class CheckedDataset(StreamingDataset):
 
     def tokenize_example(self, example: Any) -> Any:
         """Tokenize an example, joining message parts where the chat template would print them as a list."""
-        if isinstance(example, Mapping) and not self._takes_parts:
+        if isinstance(example, Mapping) and not takes_parts(cast(StreamingFinetuningDataset, self).tokenizer):
             example = join_parts(example)
         return super().tokenize_example(example)  # type: ignore[misc]
-
-    @functools.cached_property
-    def _takes_parts(self) -> bool:
-        return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
 
     def stored(self, sample_id: int) -> dict[str, Any]:
         """The columns of a sample as its shard stores them; DataError if it can't be read."""
@@ -261,7 +248,7 @@ class CheckedDataset(StreamingDataset):
     def _describe(self, sample_id: int, error: Exception) -> str:
         """Name the sample that can't be read, its shard and the error."""
         shard_id, index = self.spanner[sample_id]
-        stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
+        stream = self.streams[self.stream_per_shard[shard_id]]
         file = self.shards[shard_id].file_pairs[0][0].basename
         hint = " Is dataset.token_encoding_type right?" if "buffer size must be a multiple" in str(error) else ""
         return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
@@ -283,7 +270,7 @@ class CheckedDataset(StreamingDataset):
         """
         if self.cache_limit:
             return super()._prepare_thread(it)
-        asked, ends = set[int](), np.array(self._ends)
+        asked = set[int]()
         while it.prepare_index < it.total and not (it.should_exit() or self._event.is_set()):
             end = it.prepare_index + LOOKUP_SAMPLES
             if self.predownload is not None:
@@ -291,7 +278,7 @@ class CheckedDataset(StreamingDataset):
             samples = it.sample_ids[it.prepare_index : end]
             if not samples.size:
                 time.sleep(TICK)
-            for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
+            for shard in self._shards_of(samples[samples >= 0]):
                 if shard in asked:
                     continue
                 if it.should_exit() or self._event.is_set():  # fetching may take long
@@ -323,9 +310,8 @@ def make_checked_dataset(dataset: StreamingDataset, labels: list[str], may_cut: 
     """
     kind = type(dataset)
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
-    streams = [make_checked(stream, label) for stream, label in zip(dataset.streams, labels, strict=True)]
-    for stream in streams:
-        stream.fetch_stats = fetch_stats_file(dataset._shm_prefix_int)
+    stats = fetch_stats_file(dataset._shm_prefix_int)
+    streams = [make_checked(stream, label, stats) for stream, label in zip(dataset.streams, labels, strict=True)]
     for shard, number in zip(dataset.shards, dataset.stream_per_shard, strict=True):
         if type(shard) is MDSReader:
             shard.__class__ = CheckedReader

@@ -36,7 +36,7 @@ class CheckedStream(Stream):
 
     label: str  # its name in messages
     is_cache: bool  # whether `local` is a copy of a remote, so that files can be fetched again
-    fetch_stats: str | None = None  # path of the file that counts fetches; None to count nothing
+    fetch_stats: str | None  # path of the file that counts fetches; None to count nothing
 
     def path(self, basename: str) -> str:
         """The path of a file of the stream on this machine."""
@@ -219,11 +219,11 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}{f' ({code})' if code else ''}: {error}".strip().rstrip(".") + "."
 
 
-def make_checked(stream: Stream, label: str) -> CheckedStream:
+def make_checked(stream: Stream, label: str, fetch_stats: str | None = None) -> CheckedStream:
     """Turn a stream made by streaming or llm-foundry into a checked one."""
     stream.__class__ = CheckedStream
     assert isinstance(stream, CheckedStream)
-    stream.label = label
+    stream.label, stream.fetch_stats = label, fetch_stats
     stream.is_cache = is_copy(stream.remote, stream.local, stream.split)
     stream.safe_keep_zip |= not stream.is_cache
     return stream

@@ -1,5 +1,6 @@
 """Finds finetuning examples that llm-foundry 0.22.0 would silently train on in an unintended way."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ def check_turns(turns: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+@functools.cache
 def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a chat template renders the text of a message given as parts, rather than the list itself."""
     parts: Any = [{"type": "text", "text": "the text of a part"}]
