@@ -87,14 +87,9 @@ def build_validation_loader(
 
 
 class ValidationLoader(batch.Batches):
-    """Yields the batches of a round each time it is iterated: the same every time, and equally many on each rank.
+    """Yields the `count` batches of a round, the same each time it is iterated, and equally many on each rank.
 
-    Args:
-        loader: llm-foundry's loader, over a dataset whose order is a `ValidationOrder`.
-        spec: what the batches have to look like.
-        count: the number of batches in a round.
-        dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        config_file: the file that configures the loader.
+    The order of the loader's dataset is a `ValidationOrder`. `dp_rank` is this rank's place on TorchTitan's batch mesh.
     """
 
     def __init__(self, loader: DataLoader[Any], spec: BatchSpec, count: int, dp_rank: int, config_file: str) -> None:
@@ -128,12 +123,7 @@ class ValidationLoader(batch.Batches):
 
 
 def pad_batch(foundry_batch: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
-    """Convert a batch for TorchTitan, and fill it with rows without loss tokens.
-
-    Args:
-        foundry_batch: llm-foundry's batch; None where this rank has no sample left.
-        spec: what the batch has to look like in the end.
-    """
+    """Convert llm-foundry's batch, None where this rank has no sample left; fill it with rows without loss tokens."""
     row = torch.zeros(spec.rows, spec.max_seq_len, dtype=torch.int64)
     filled = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
     rows = 0
