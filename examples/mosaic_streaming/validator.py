@@ -42,10 +42,8 @@ def resolve_validation(file: LoaderFile, job: Job, training: Sequence[ResolvedLo
         config.check_folders(loader_config.folders, stage.folders)
     # With more canonical nodes, the last samples of an epoch would be left out.
     loader_config = loader_config.with_settings(num_canonical_nodes=1)
-    settings = {
-        "drop_last": False,  # `pad_batch` fills the last batch
-        "persistent_workers": loader_config.config["num_workers"] > 0,  # which the next round needs, too
-    }
+    # `pad_batch` fills the last batch, and the next round needs the workers, too.
+    settings = {"drop_last": False, "persistent_workers": loader_config.config["num_workers"] > 0}
     return dataclasses.replace(loader_config, config=loader_config.config | settings)
 
 

@@ -26,9 +26,7 @@ class Batches:
     """The batches of a loader, epoch by epoch. Messages name `source`, the streams and the rank, and `config_file`."""
 
     def __init__(self, loader: DataLoader[Any], source: str, config_file: str) -> None:
-        self._loader = loader
-        self._source = source
-        self._config_file = config_file
+        self._loader, self._source, self._config_file = loader, source, config_file
         self._batches: Iterator[Any] | None = None
 
     def begin(self) -> None:

@@ -171,8 +171,7 @@ class CheckedDataset(StreamingDataset):
         order, world = self.order, self._parallel_worker_world
         if not order or not order.blend:
             return super()._get_work(epoch, sample_in_epoch)
-        sizes = (order.local_batch_size, order.group_size)
-        return WorkerSamples(order.blend.samples, order.runs(epoch), world, *sizes)
+        return WorkerSamples(order.blend.samples, order.runs(epoch), world, order.local_batch_size, order.group_size)
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is None:

@@ -74,7 +74,7 @@ def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFi
         logger.warning(f"{index} in the cache of {stream.label} is fetched again: {describe(fault)}")
         os.remove(index)
     stream.fetch(get_index_basename(), 0, store)
-    return fetched or read(index)
+    return fetched
 
 
 def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
@@ -108,13 +108,12 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
 def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]:
     """Return a file's verified bytes and what is wrong with it; remove it if it is damaged and in a cache."""
     size, faults = 0, []
-    samples = {file.raw.basename: file.samples}
     for info in filter(None, (file.raw, file.packed)):
         place, source = stream.path(info.basename), stream.source(info.basename)
         if stream.is_cache and os.path.islink(source) and identity(source) == identity(place):
             raise DataError(f"{source} of {stream.label} is a link to {place} in its cache. Put the file in its place.")
         try:
-            check_file(place, info, stream.validate_hash, samples.get(info.basename))
+            check_file(place, info, stream.validate_hash, file.samples if info is file.raw else None)
             size += info.bytes
         except FileNotFoundError:
             if not stream.is_cache and info is file.stored:
