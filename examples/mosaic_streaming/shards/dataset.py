@@ -30,10 +30,10 @@ from torchtitan.tools.logging import logger
 from examples.mosaic_streaming.errors import DataError, is_rank_0
 from examples.mosaic_streaming.sampling import Order, WorkerSamples, assign_to_ranks
 from examples.mosaic_streaming.shards.fetch_stats import fetch_stats_file
+from examples.mosaic_streaming.shards.forms import check_turns, join_parts, takes_parts
 from examples.mosaic_streaming.shards.index import FileError
 from examples.mosaic_streaming.shards.reader import CheckedReader
 from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
-from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
 from examples.mosaic_streaming.upstream.sample_order import reader_world
 from examples.mosaic_streaming.upstream.workers import prepare_worker
 
