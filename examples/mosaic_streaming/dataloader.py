@@ -1,11 +1,10 @@
 """The training loader: `build_mosaic_dataloader` builds it, and `MosaicDataLoader` is what TorchTitan iterates."""
 
 import copy
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
@@ -118,8 +117,7 @@ class OpenLoader:
 
     @property
     def dataset(self) -> shards.CheckedDataset:
-        assert isinstance(self.loader.dataset, shards.CheckedDataset)
-        return self.loader.dataset
+        return cast(shards.CheckedDataset, self.loader.dataset)
 
     @property
     def names(self) -> list[str]:
@@ -145,7 +143,7 @@ class OpenLoader:
         sampling.check_order(order, dataset, self.names, self.config.source)
         own = {f"dataset.{key}": getattr(dataset, key) for key in ("num_canonical_nodes", "shuffle_block_size")}
         fingerprint = {key: own.get(key, value) for key, value in self.fingerprint.items()}
-        return dataclasses.replace(self, order=order, fingerprint=fingerprint)
+        return replace(self, order=order, fingerprint=fingerprint)
 
     @property
     def tokens_of_a_sample(self) -> int | None:
@@ -344,8 +342,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._history = saved.history(self._plan, [one.order for one in self._stages], self._fingerprints)
         self._steps, self.is_new_run = saved.steps, False
         self._use_stage(len(saved.past))
-        seen = saved.seen
-        if seen is None:  # in a state of an earlier version, whose run had one global batch size
+        if (seen := saved.seen) is None:  # in a state of an earlier version, whose run had one global batch size
             in_an_epoch = sampling.round_down(self._order.epoch_samples, saved.global_batch_size)
             samples = saved.epoch * in_an_epoch + saved.sample_in_epoch
             seen = checkpoint.ConsumedCounts(samples, self._counter.tokens(samples))

@@ -158,7 +158,8 @@ def check_lengths(lengths: Sequence[int], row: int, shape: BatchShape, label: st
 def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: Tokenizer, label: str) -> list[str]:
     """Raise ConfigError for ids that another tokenizer than the model's wrote; return a warning if that can't be told.
 
-    `texts` are ids, int64 [tokens], each of a sample or of a part of one.
+    `texts` are ids, int64 [tokens], each of a sample or of a part of one. Decoded and encoded again, a tokenizer's own
+    ids come back, and another's don't.
     """
     limit = max(MIN_IDS_OF_TEXT, MAX_IDS // max(1, len(texts)))
     added = {token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special}
@@ -169,8 +170,7 @@ def check_round_trip(texts: Sequence[NDArray[Any]], tokenizer: Tokenizer, label:
         for is_special, run in itertools.groupby(text[:limit].tolist(), special.__contains__)
         if not is_special
     ]
-    ids = sum(map(len, runs))
-    if ids < MIN_IDS:
+    if (ids := sum(map(len, runs))) < MIN_IDS:
         return []
     share = 1 - sum(max(0, lost_ids(run, tokenizer) - ALLOWED_MISSES) for run in runs) / ids
     if share >= RIGHT:

@@ -52,6 +52,7 @@ class CheckedDataset(StreamingDataset):
     """A dataset whose errors reach its reader, in all processes of a node."""
 
     streams: list[CheckedStream]
+    predownload: int  # streaming has filled it in
     keep_dtype = False  # whether token samples stay arrays of their stored dtype, rather than become int64 tensors
     may_cut = False  # whether text samples longer than `max_seq_len` may be truncated
     order: Order | None = None  # in which training reads; None for validation
@@ -271,9 +272,7 @@ class CheckedDataset(StreamingDataset):
             return super()._prepare_thread(it)
         asked = set[int]()
         while it.prepare_index < it.total and not (it.should_exit() or self._event.is_set()):
-            end = it.prepare_index + LOOKUP_SAMPLES
-            if self.predownload is not None:
-                end = min(end, it.yield_index + self.predownload + 1)
+            end = min(it.prepare_index + LOOKUP_SAMPLES, it.yield_index + self.predownload + 1)
             samples = it.sample_ids[it.prepare_index : end]
             if not samples.size:
                 time.sleep(TICK)

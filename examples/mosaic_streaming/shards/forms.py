@@ -72,8 +72,7 @@ def check_columns(dataset: StreamingDataset, loader: str, labels: Sequence[str],
 
 def check_form(columns: Mapping[str, str], loader: str, where: str, path: str) -> tuple[str, ...]:
     """The columns that a loader reads of a shard or stream (`where`); ConfigError if it can't read any."""
-    form = form_of(columns, loader)
-    if not form:
+    if not (form := form_of(columns, loader)):
         others = [name for name in FORMS if form_of(columns, name)]
         hint = f'set name = "{others[0]}" in {path}' if others else f"write it with these, or leave it out in {path}"
         forms = [f"`{'` and `'.join(one)}`" + " alone" * bool(ALONE & one.keys()) for one in FORMS[loader]]
