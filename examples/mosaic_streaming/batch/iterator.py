@@ -91,8 +91,7 @@ def no_loss_token_error(
     samples = order.samples(dataset, epoch, sample_in_epoch + np.arange(order.global_batch_size))
     told, of_stage = ", ".join(map(str, samples[:SHOWN_SAMPLES])), f" --stage {stage}" if stage > 1 else ""
     more = f" and {samples.size - SHOWN_SAMPLES:,} more" if samples.size > SHOWN_SAMPLES else ""
-    numbers = np.unique(stream_numbers(dataset, samples))
-    streams = [dataset.streams[number].label for number in numbers]
+    streams = [dataset.streams[number].label for number in np.unique(stream_numbers(dataset, samples))]
     return DataError(
         f"The global batch at sample {sample_in_epoch:,} of epoch {epoch} has no loss token: all its labels are -100. "
         f"It is made of samples {told}{more} of {', '.join(streams)}. `preview show --sample {samples[0]}{of_stage}` "

@@ -119,10 +119,8 @@ class CheckedDataset(StreamingDataset):
     def _sizes_in_cache(self) -> NDArray[np.int64]:
         """Bytes of each shard in a cache; 0 where its stream has none."""
         streams = [self.streams[number] for number in self.stream_per_shard]
-        sizes = [
-            shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
-            for shard, stream in zip(self.shards, streams, strict=True)
-        ]
+        pairs = zip(self.shards, streams, strict=True)
+        sizes = [shard.get_persistent_size(own.safe_keep_zip) if own.is_cache else 0 for shard, own in pairs]
         return np.array(sizes, np.int64)
 
     def fetch_first(self, order: Order, workers: int) -> BaseProcess:

@@ -150,20 +150,18 @@ class CheckedStream(Stream):
 
         DataError if the disk here refuses it, with what to do; errors of the remote pass.
         """
-        path, root = self.path(basename), self.path("")
+        path, root, folder = self.path(basename), self.path(""), ""
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             folder = tempfile.mkdtemp(prefix=INCOMING, dir=root)
-        except OSError as error:
-            raise self.not_stored(path, needed, error) from error
-        try:
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
-            is_here = str(error.filename).startswith(root)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) or (is_here and error.errno in (errno.EROFS, errno.EACCES)):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_closed = error.errno in (errno.EROFS, errno.EACCES) and str(error.filename).startswith(root)
+            if not folder or is_full or is_closed:
                 raise self.not_stored(path, needed, error) from error
             raise
 
