@@ -302,7 +302,7 @@ class MosaicDataLoader(BaseDataLoader):
         if self._steps == self._prefetch_step and dist.get_rank() % self._job.layout.ranks_per_node == 0:
             stage, order = self._history.order(self._steps + self._history.steps_left(self._steps))
             following = self._stages[stage]
-            self._prefetching = following.dataset.fetch_first(order, following.loader.num_workers)
+            self._prefetching = shards.fetch_first(following.dataset, order, following.loader.num_workers)
         micro_batches = self._batches.take(self._accumulation)
         if len(micro_batches) < self._accumulation:
             place = f"{sample} of {self._order.epoch_samples} samples"

@@ -12,5 +12,5 @@ from examples.mosaic_streaming.shards.dataset import CheckedDataset, as_data_err
 from examples.mosaic_streaming.shards.fetch_stats import FetchCounts, FetchStats, fetch_stats_file
 from examples.mosaic_streaming.shards.forms import FORMS, check_columns, columns_of, form_of
 from examples.mosaic_streaming.shards.index import ADD_HASHES
-from examples.mosaic_streaming.shards.prepare import fetch_index, make_stream, prepare_streams
+from examples.mosaic_streaming.shards.prepare import fetch_first, fetch_index, make_stream, prepare_streams
 from examples.mosaic_streaming.shards.stream import CheckedStream

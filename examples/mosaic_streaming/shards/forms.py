@@ -1,15 +1,19 @@
-"""Finds data that a loader can't read, or would misread: columns, by the indexes, and turns of chats."""
+"""Finds data that a loader can't read, or would misread or cut: columns, by the indexes, and examples."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from streaming import StreamingDataset
 from streaming.base.format import Reader
+from torch.utils.data import get_worker_info
 from torchtitan.components.loss import IGNORE_INDEX
+from torchtitan.tools.logging import logger
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.shards.index import FileError
 
 TEXT, IDS, LISTS = ("str", "json", "pkl"), ("ndarray", "bytes", "pkl"), ("json", "pkl")
 """The encodings that a loader accepts for a kind of column."""
@@ -140,3 +144,54 @@ def text_of(content: Any) -> Any:
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             raise ValueError(f"a message has a part that is no text: {str(part)[:100]}")
     return "".join(part["text"] for part in content)
+
+
+class WholeExamples:
+    """Keeps the class of llm-foundry's that follows it from misreading or cutting examples without a word."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_len: int  # in tokens of a row
+    token_encoding_type: str  # of tokens that are stored as bytes
+    keep_dtype = False  # whether token samples stay arrays of their stored dtype, rather than become int64 tensors
+    may_cut = False  # whether text samples longer than `max_seq_len` may be truncated
+    _has_warned = False
+
+    def tokenize_example(self, example: Any) -> Any:
+        """Tokenize an example, joining message parts where the chat template would print them as a list."""
+        if isinstance(example, Mapping) and not takes_parts(self.tokenizer):
+            example = join_parts(example)
+        return super().tokenize_example(example)  # type: ignore[misc]
+
+    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
+        """Tokens of a text sample; llm-foundry would truncate a longer one silently."""
+        tokens, row = sample["tokens"], self.max_seq_len
+        if not isinstance(tokens, np.ndarray):
+            tokens = np.frombuffer(tokens, self.token_encoding_type)
+        if len(tokens) > row:
+            if not self.may_cut:
+                raise FileError(
+                    f"it has {len(tokens):,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} "
+                    f"tokens, or set dataset.max_seq_len = {row} to leave out the rest"
+                )
+            self._warn_of_cut(len(tokens), row)
+        if self.keep_dtype:
+            return tokens[:row]
+        return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
+
+    def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
+        """Tokens of a text; llm-foundry would truncate a longer one silently."""
+        tokens, row = super()._tokenize(text_sample), self.max_seq_len  # type: ignore[misc]
+        encodings = () if self._has_warned else getattr(tokens, "encodings", None) or ()
+        if left_out := [part for one in encodings for part in one.overflowing]:
+            self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
+        return tokens
+
+    def _warn_of_cut(self, found: int, row: int) -> None:
+        """Warn once that samples are truncated."""
+        worker = get_worker_info()
+        if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
+            logger.warning(
+                f"A sample has {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
+                "and never the others."
+            )
+        self._has_warned = True

@@ -1,22 +1,30 @@
 """Prepares a loader's streams on a node before streaming opens them: indexes, caches, and verified files."""
 
+import contextlib
 import functools
+import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from streaming import Stream
 from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.config import ResolvedLoader, identity, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.sampling import Order, assign_to_ranks
 from examples.mosaic_streaming.shards.cache import take_cache
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from examples.mosaic_streaming.shards.index import FileError, ShardFile, read_index
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe, make_checked
+from examples.mosaic_streaming.upstream.sample_order import reader_world
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
 VERIFY_THREADS = 4
@@ -123,3 +131,30 @@ def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]
             if stream.is_cache:
                 Path(place).unlink(missing_ok=True)
     return size, faults
+
+
+def fetch_first(dataset: CheckedDataset, order: Order, workers: int) -> BaseProcess:
+    """Begin to fetch the shards that this machine reads first in a blend, before anything is read.
+
+    They are those that so many workers of each rank ask for at once. What fails now, the reader tries again. A
+    process of its own does it: one that has fetched must not be forked later, as the ranks are for workers.
+    """
+    assert order.blend
+    world = reader_world(dataset)
+    count = -(-(dataset.predownload or 1) * max(1, workers) * world.num_ranks // order.global_batch_size)
+    positions = itertools.islice(itertools.chain(*order.runs(order.first_epoch)), count * order.global_batch_size)
+    samples = order.blend.samples(np.array(list(positions)))
+    own = assign_to_ranks(samples, world, order.local_batch_size, order.group_size)[world.node]
+    shards = dataset.shards_of(own.reshape(-1))
+    parent = os.getpid()
+
+    def fetch() -> None:
+        for shard in shards:
+            stream = dataset.streams[dataset.stream_per_shard[shard]]
+            if stream.is_cache and os.getppid() == parent:
+                with contextlib.suppress(Exception):
+                    stream.prepare_shard(dataset.shards[shard])
+
+    process = multiprocessing.get_context("fork").Process(target=fetch, daemon=True)
+    process.start()
+    return process
