@@ -167,7 +167,7 @@ def open_loader(
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    packs, method = cast(batch.Collator, loader.collate_fn).packs, loader_config.batching_method(dataset)
+    packs, method = cast(Any, loader.collate_fn).packs, loader_config.batching_method(dataset)
     order = sampling.set_order(dataset, method, batch_size, global_batch_size, packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch.spec_of(job, job.training, loader_config, hf_tokenizer, who)

@@ -13,7 +13,7 @@ from streaming.base.format import Reader
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from examples.mosaic_streaming.batch.iterator import read_in_workers
+from examples.mosaic_streaming.batch.reading import read_in_workers
 from examples.mosaic_streaming.batch.titan_batch import BatchSpec
 from examples.mosaic_streaming.config import BatchShape, ResolvedLoader
 from examples.mosaic_streaming.errors import ConfigError

@@ -10,8 +10,7 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.collate import DROPPED_TOKENS, PACKED_TOKENS
-from examples.mosaic_streaming.batch.iterator import read_in_workers
+from examples.mosaic_streaming.batch.reading import DROPPED_TOKENS, PACKED_TOKENS, read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.sampling import check_order, set_order
