@@ -1,4 +1,4 @@
-"""Prepares a loader's streams on a node before streaming opens them: indexes, caches, and verified files."""
+"""Prepares a loader's streams on a node before they are read: indexes, caches, verified files, and first shards."""
 
 import contextlib
 import functools
