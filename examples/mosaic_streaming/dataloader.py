@@ -1,11 +1,10 @@
 """The training loader: `build_mosaic_dataloader` builds it, and `MosaicDataLoader` is what TorchTitan iterates."""
 
 import copy
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from typing import Any, cast
 
@@ -43,9 +42,8 @@ def build_mosaic_dataloader(
 ) -> "MosaicDataLoader":
     """Build the training loader of one rank, `dp_rank` on TorchTitan's batch mesh. All ranks call it together.
 
-    Raises:
-        ConfigError: the loaders, the tokenizer, the model and the job don't fit together.
-        DataError: an index or a first sample can't be read.
+    ConfigError if the loaders, the tokenizer, the model and the job don't fit together. DataError if an index or a
+    first sample can't be read.
     """
     hf_tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
     check_tokenizer(titan_tokenizer, job)
@@ -81,9 +79,7 @@ def build_foundry_loader(
     """Build llm-foundry's loader over streams that are ready on this machine. All ranks call it together.
 
     `batch_size` is in rows per dp rank. `shm_number` names the dataset's shared memory, and is the same on all ranks.
-
-    Raises:
-        ConfigError: llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
+    ConfigError if llm-foundry or streaming refuses the configuration, or the streams don't have the right columns.
     """
     name, source = loader_config.name, loader_config.source
     arguments = copy.deepcopy(loader_config.arguments)  # because build_dataloader changes them
@@ -121,8 +117,7 @@ class OpenLoader:
 
     @property
     def dataset(self) -> shards.CheckedDataset:
-        assert isinstance(self.loader.dataset, shards.CheckedDataset)
-        return self.loader.dataset
+        return cast(shards.CheckedDataset, self.loader.dataset)
 
     @property
     def names(self) -> list[str]:
@@ -148,7 +143,7 @@ class OpenLoader:
         sampling.check_order(order, dataset, self.names, self.config.source)
         own = {f"dataset.{key}": getattr(dataset, key) for key in ("num_canonical_nodes", "shuffle_block_size")}
         fingerprint = {key: own.get(key, value) for key, value in self.fingerprint.items()}
-        return dataclasses.replace(self, order=order, fingerprint=fingerprint)
+        return replace(self, order=order, fingerprint=fingerprint)
 
     @property
     def tokens_of_a_sample(self) -> int | None:
@@ -164,18 +159,15 @@ def open_loader(
     shm_number: int,
     who: str,
 ) -> OpenLoader:
-    """Open the training streams, which are ready on this machine. `who` reads them, for messages.
+    """Open the training streams with `build_foundry_loader`. `who` reads them, for messages.
 
-    All ranks call it together, with one `shm_number`, which names the dataset's shared memory.
-
-    Raises:
-        ConfigError: llm-foundry or streaming refuses the configuration, or an epoch fills no global batch.
+    ConfigError also if an epoch fills no global batch.
     """
     loader = build_foundry_loader(loader_config, hf_tokenizer, job.training.local_batch_size, shm_number)
     dataset, batch_size = cast(StreamingDataset, loader.dataset), cast(int, loader.batch_size)
     # In samples. `batch_size` differs from the rows of a batch where several samples are packed into a row.
     global_batch_size = batch_size * job.global_batch_size // job.training.local_batch_size
-    packs, method = cast(batch.Collator, loader.collate_fn).packs, loader_config.batching_method(dataset)
+    packs, method = cast(Any, loader.collate_fn).packs, loader_config.batching_method(dataset)
     order = sampling.set_order(dataset, method, batch_size, global_batch_size, packs)
     sampling.check_order(order, dataset, list(loader_config.streams), loader_config.source)
     spec = batch.spec_of(job, job.training, loader_config, hf_tokenizer, who)
@@ -209,17 +201,13 @@ class MosaicDataLoader(BaseDataLoader):
     def __init__(self, stages: Sequence[OpenLoader], plan: Plan, dp_rank: int, job: Job, channel: AbortChannel) -> None:
         self.has_started = False  # whether a batch has been asked for
         self.is_new_run = True  # whether the run begins with this start
-        self._stages, self._plan, self._dp_rank, self._channel = tuple(stages), plan, dp_rank, channel
-        self._microbatches, self._ranks_per_node = job.microbatches, job.layout.ranks_per_node
+        self._stages, self._plan, self._dp_rank, self._job, self._channel = tuple(stages), plan, dp_rank, job, channel
         self._prefetching: BaseProcess | None = None
-        self._steps_of_run = 0 if job.checkpoints.counts_anew else job.steps
-        """`training.steps`, or 0 where the steps and the streams of a run may not begin together."""
         self._counter = checkpoint.ConsumptionCounter()
         self._fetch_stats = shards.FetchStats(shards.fetch_stats_file(one.dataset._shm_prefix_int) for one in stages)
         self._packing = batch.PackingLog()
         self._steps = self._epoch = self._sample_in_epoch = 0
         """Optimizer steps since the streams began, the epoch that is read, and where in it the last step has ended."""
-        self._steps_with_skips = {plan.steps(skip.last) for skip in plan.skips}  # behind which batches are skipped
         self._history = checkpoint.History.of(plan, [one.order for one in stages], self._fingerprints)
         self._use_stage(0)
 
@@ -237,10 +225,8 @@ class MosaicDataLoader(BaseDataLoader):
     def __iter__(self) -> Iterator[TitanBatch]:
         """Yield batches from the present position on, forever. `to_titan_batch` describes them.
 
-        Raises:
-            DataError: a batch is not as it has to be, ranks don't read the same data, an epoch ends early, or a global
-                batch has no loss token.
-            RuntimeError: this is not the first iteration.
+        DataError if a batch is not as it has to be, ranks don't read the same data, an epoch ends early, or a global
+        batch has no loss token. RuntimeError if this is not the first iteration.
         """
         if self.has_started:
             raise RuntimeError("A MosaicDataLoader can be iterated once.")
@@ -253,16 +239,15 @@ class MosaicDataLoader(BaseDataLoader):
                 micro_batches, loss_tokens = self._next_step(sample), 0
                 for number, micro_batch in enumerate(micro_batches, start=1):
                     titan_batch, padding = batch.convert(micro_batch, self._spec)
-                    _, labels = titan_batch
                     if not self._is_checked:
                         self._check_peers(titan_batch, sample)
-                    loss_tokens += self._counter.add(labels, padding)
+                    loss_tokens += self._counter.add(titan_batch[1], padding)
                     if number == len(micro_batches):  # TorchTitan saves after a step, before it asks for another batch
                         if not loss_tokens:
                             self._stop_if_no_rank_has_loss_tokens(sample)
                         self._counter.add_step(self._order.global_batch_size)
                         self._steps, self._sample_in_epoch = self._steps + 1, sample + self._order.global_batch_size
-                    yield from batch.split_rows(titan_batch, self._microbatches)
+                    yield from batch.split_rows(titan_batch, self._job.microbatches)
             self._log_epoch_end()
             self._go_on()
 
@@ -314,16 +299,16 @@ class MosaicDataLoader(BaseDataLoader):
     def _next_step(self, sample: int) -> list[Mapping[str, Any]]:
         """This rank's micro-batches of the next optimizer step, which begins at a sample of the epoch."""
         self._channel.exit_if_signalled()
-        if self._steps == self._prefetch_step and dist.get_rank() % self._ranks_per_node == 0:
+        if self._steps == self._prefetch_step and dist.get_rank() % self._job.layout.ranks_per_node == 0:
             stage, order = self._history.order(self._steps + self._history.steps_left(self._steps))
             following = self._stages[stage]
-            self._prefetching = following.dataset.fetch_first(order, following.loader.num_workers)
+            self._prefetching = shards.fetch_first(following.dataset, order, following.loader.num_workers)
         micro_batches = self._batches.take(self._accumulation)
         if len(micro_batches) < self._accumulation:
             place = f"{sample} of {self._order.epoch_samples} samples"
             raise DataError(f"Epoch {self._epoch} ended after {place}. {self._spec.source}")
         self._packing.add(micro_batches)
-        if self._steps in self._steps_with_skips and is_rank_0():
+        if is_rank_0() and any(self._plan.steps(skip.last) == self._steps for skip in self._plan.skips):
             logger.info(checkpoint.skip_message(self._history, self._steps))
         return micro_batches
 
@@ -344,10 +329,8 @@ class MosaicDataLoader(BaseDataLoader):
     def load_state_dict(self, state_dict: dict[str, str]) -> None:
         """Continue from a saved position. Call it before iterating.
 
-        Raises:
-            DataError: the state is damaged, or of another version.
-            ConfigError: the data, or the plan up to the position, is not what it was when the state was saved.
-            RuntimeError: the loader is iterated already.
+        DataError if the state is damaged, or of another version. ConfigError if the data, or the plan up to the
+        position, is not what it was when the state was saved. RuntimeError if the loader is iterated already.
         """
         if self.has_started:
             raise RuntimeError("A MosaicDataLoader that is iterated can't load another position: build a new one.")
@@ -359,8 +342,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._history = saved.history(self._plan, [one.order for one in self._stages], self._fingerprints)
         self._steps, self.is_new_run = saved.steps, False
         self._use_stage(len(saved.past))
-        seen = saved.seen
-        if seen is None:  # in a state of an earlier version, whose run had one global batch size
+        if (seen := saved.seen) is None:  # in a state of an earlier version, whose run had one global batch size
             in_an_epoch = sampling.round_down(self._order.epoch_samples, saved.global_batch_size)
             samples = saved.epoch * in_an_epoch + saved.sample_in_epoch
             seen = checkpoint.ConsumedCounts(samples, self._counter.tokens(samples))
@@ -395,8 +377,8 @@ class MosaicDataLoader(BaseDataLoader):
             return
         data = (self._opened.names, self._dataset, self._history)
         message, left_out = checkpoint.start_message(*data, self._steps)
-        if self._steps_of_run and self.is_new_run:
-            message += checkpoint.run_message(*data, self._steps, self._steps_of_run, self._counter)
+        if self.is_new_run and self._job.steps and not self._job.checkpoints.counts_anew:
+            message += checkpoint.run_message(*data, self._steps, self._job.steps, self._counter)
         if before := self._counter.seen().samples:
             message += f" {before:,} samples were read before this start."
         logger.log(logging.INFO if left_out < batch.DROP_WARN_FRACTION else logging.WARNING, message)

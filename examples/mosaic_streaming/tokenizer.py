@@ -95,9 +95,7 @@ def check_tokenizer(titan_tokenizer: HuggingFaceTokenizer, job: Job) -> None:
 
 
 def check_pad_token(loader_name: str, shard: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ConfigError if text is tokenized as it is read, but the tokenizer has no padding token.
-
-    The columns are those of `shard`, the first one.
+    """Raise ConfigError if text of a shard is tokenized as it is read, but the tokenizer has no padding token.
 
     Source: llm-foundry 0.22.0, data/text_data.py, refuses it at the first sample.
     """

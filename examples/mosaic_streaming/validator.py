@@ -42,10 +42,8 @@ def resolve_validation(file: LoaderFile, job: Job, training: Sequence[ResolvedLo
         config.check_folders(loader_config.folders, stage.folders)
     # With more canonical nodes, the last samples of an epoch would be left out.
     loader_config = loader_config.with_settings(num_canonical_nodes=1)
-    settings = {
-        "drop_last": False,  # `pad_batch` fills the last batch
-        "persistent_workers": loader_config.config["num_workers"] > 0,  # which the next round needs, too
-    }
+    # `pad_batch` fills the last batch, and the next round needs the workers, too.
+    settings = {"drop_last": False, "persistent_workers": loader_config.config["num_workers"] > 0}
     return dataclasses.replace(loader_config, config=loader_config.config | settings)
 
 
@@ -87,14 +85,9 @@ def build_validation_loader(
 
 
 class ValidationLoader(batch.Batches):
-    """Yields the batches of a round each time it is iterated: the same every time, and equally many on each rank.
+    """Yields the `count` batches of a round, the same each time it is iterated, and equally many on each rank.
 
-    Args:
-        loader: llm-foundry's loader, over a dataset whose order is a `ValidationOrder`.
-        spec: what the batches have to look like.
-        count: the number of batches in a round.
-        dp_rank: this rank's coordinate on TorchTitan's batch mesh.
-        config_file: the file that configures the loader.
+    The order of the loader's dataset is a `ValidationOrder`. `dp_rank` is this rank's place on TorchTitan's batch mesh.
     """
 
     def __init__(self, loader: DataLoader[Any], spec: BatchSpec, count: int, dp_rank: int, config_file: str) -> None:
@@ -128,12 +121,7 @@ class ValidationLoader(batch.Batches):
 
 
 def pad_batch(foundry_batch: Mapping[str, Any] | None, spec: BatchSpec) -> TitanBatch:
-    """Convert a batch for TorchTitan, and fill it with rows without loss tokens.
-
-    Args:
-        foundry_batch: llm-foundry's batch; None where this rank has no sample left.
-        spec: what the batch has to look like in the end.
-    """
+    """Convert llm-foundry's batch, None where this rank has no sample left; fill it with rows without loss tokens."""
     row = torch.zeros(spec.rows, spec.max_seq_len, dtype=torch.int64)
     filled = {"input_ids": row, "attention_mask": row, "labels": row + IGNORE_INDEX, "sequence_id": row}
     rows = 0

@@ -23,7 +23,7 @@ from torchtitan.components.checkpoint import CheckpointManager
 from torchtitan.train import Trainer
 
 from examples.mosaic_streaming import dataloader
-from examples.mosaic_streaming.batch.iterator import Batches
+from examples.mosaic_streaming.batch.reading import Batches
 from examples.mosaic_streaming.config import LoaderFile
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.store import Listener

@@ -33,7 +33,7 @@ def recording(folder: Path) -> Iterator[None]:
     def read_and_record(self: MosaicDataLoader) -> Iterator[TitanBatch]:
         with open(folder / f"{os.environ['RANK']}.jsonl", "w", buffering=1) as file:
             for number, batch in enumerate(read_batches(self)):
-                step = number // (self._accumulation * self._microbatches)
+                step = number // (self._accumulation * self._job.microbatches)
                 if step == int(os.environ.get(PAUSE, -1)):
                     time.sleep(600)
                 samples = (batch[0]["input"][:, 0] - FIRST_ID).tolist()

@@ -1,5 +1,6 @@
 """Batches, epochs, state and end of the loader: over real streams, in real ranks, by the numbers of the samples."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -78,7 +79,7 @@ def test_batch_is_handed_out_in_a_pipelines_parts(stream: Path) -> None:
         job_config, channel = job(local_batch_size=4), AbortChannel()
         whole = build_loader(loader_config(stream), job_config, channel=channel)
         in_parts = build_loader(loader_config(stream), job_config, channel=channel)
-        in_parts._microbatches = 2
+        in_parts._job = dataclasses.replace(in_parts._job, microbatches=2)
         samples = read_samples(whole, 3), read_samples(in_parts, 6)
         return *samples, whole.state_dict() == in_parts.state_dict()
 

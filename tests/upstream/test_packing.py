@@ -1,6 +1,6 @@
 """Tripwires for llm-foundry's packing (0.22.0, data/packing.py), whose counters and private method `batch/` uses.
 
-When one fails, adapt `Collator` in batch/collate.py, or `dropped_tokens` in batch/packing_ratio.py.
+When one fails, adapt `Collator` in batch/reading.py, or `dropped_tokens` in batch/packing.py.
 """
 
 import inspect

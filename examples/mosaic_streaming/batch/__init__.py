@@ -6,12 +6,9 @@ shifts, masks and checks them by a `BatchSpec` (`to_titan_batch` returns the sam
 `packing_ratio = "auto"`.
 """
 
-from examples.mosaic_streaming.batch.collate import Collator, to_tensors, use_fast_collator
-from examples.mosaic_streaming.batch.first_samples import check_first_samples
-from examples.mosaic_streaming.batch.iterator import Batches, no_loss_token_error
-from examples.mosaic_streaming.batch.packing_log import DROP_WARN_FRACTION, PackingLog
-from examples.mosaic_streaming.batch.packing_ratio import choose_ratio
-from examples.mosaic_streaming.batch.round_trip import PROBE
+from examples.mosaic_streaming.batch.first_samples import PROBE, check_first_samples
+from examples.mosaic_streaming.batch.packing import DROP_WARN_FRACTION, PackingLog, choose_ratio
+from examples.mosaic_streaming.batch.reading import Batches, no_loss_token_error, to_tensors, use_fast_collator
 from examples.mosaic_streaming.batch.titan_batch import (
     SEQUENCE_ID,
     BatchSpec,

@@ -159,8 +159,7 @@ def is_padding(ids: Tensor, attention_mask: Tensor | None, spec: BatchSpec) -> T
 def check_keys(batch: Mapping[str, Any], spec: BatchSpec) -> None:
     """Raise DataError unless a batch has the tensors it needs, all of one shape; a user's own loader may not."""
     needed = ("input_ids",) if spec.labels_are_ids else ("input_ids", "labels")
-    missing = [key for key in needed if not isinstance(batch.get(key), Tensor)]
-    if missing:
+    if missing := [key for key in needed if not isinstance(batch.get(key), Tensor)]:
         raise DataError(
             f"A batch has no tensor {' nor '.join(missing)}, but: {', '.join(batch)}. Have the loader make them: ids, "
             f"and as labels the same ids, with {IGNORE_INDEX} for what is not to be learned. {spec.source}"

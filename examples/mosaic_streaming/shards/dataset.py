@@ -3,66 +3,49 @@
 In streaming 0.13.0 an error in a background thread ends the epoch early, or leaves other workers waiting forever.
 """
 
-import bisect
-import contextlib
 import functools
 import itertools
-import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from llmfoundry.data import StreamingFinetuningDataset
-from llmfoundry.data.text_data import StreamingTextDataset
 from numpy.typing import NDArray
 from streaming import StreamingDataset
 from streaming.base.constant import TICK
 from streaming.base.dataset import _Iterator, _ShardState
 from streaming.base.format.mds import MDSReader
 from torch.utils.data import get_worker_info
-from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.errors import DataError, is_rank_0
-from examples.mosaic_streaming.sampling import Order, WorkerSamples, assign_to_ranks
+from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.sampling import Order, WorkerSamples
 from examples.mosaic_streaming.shards.fetch_stats import fetch_stats_file
-from examples.mosaic_streaming.shards.index import FileError
+from examples.mosaic_streaming.shards.forms import WholeExamples, check_turns
 from examples.mosaic_streaming.shards.reader import CheckedReader
 from examples.mosaic_streaming.shards.stream import CheckedStream, describe, make_checked
-from examples.mosaic_streaming.shards.turns import check_turns, join_parts, takes_parts
-from examples.mosaic_streaming.upstream.sample_order import reader_world
 from examples.mosaic_streaming.upstream.workers import prepare_worker
 
 LOOKUP_SAMPLES = 1024  # whose shards `_prepare_thread` looks up in one go
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error in a dataloader worker, sent to the training process in place of a sample or a batch.
+def as_data_error(error: Exception) -> DataError:
+    """Return what a dataloader worker sends to the training process in place of a sample or a batch that it can't make.
 
-    torch would raise the error itself there, with the worker's traceback in its message.
+    If it raised the error, torch would put the worker's traceback into the message.
     """
-
-    reason: str
-
-    @classmethod
-    def of(cls, error: Exception) -> "Failure":
-        return cls(str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
+    return error if isinstance(error, DataError) else DataError(f"{type(error).__name__}: {error}")
 
 
-class CheckedDataset(StreamingDataset):
+class CheckedDataset(WholeExamples, StreamingDataset):
     """A dataset whose errors reach its reader, in all processes of a node."""
 
-    keep_dtype = False  # whether token samples stay arrays of their stored dtype, rather than become int64 tensors
-    may_cut = False  # whether text samples longer than `max_seq_len` may be truncated
+    streams: list[CheckedStream]
+    predownload: int  # streaming has filled it in
     order: Order | None = None  # in which training reads; None for validation
-    _has_warned = False
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
         """Prepare a shard as streaming does, and mark it as failed for the whole node on an error."""
@@ -79,20 +62,14 @@ class CheckedDataset(StreamingDataset):
 
         Without a cache limit nothing is evicted, so streaming need not record which shards are in use.
         """
-        sample_id, ends = int(sample_id), self._ends
         has_failed = "_event" in self.__dict__ and self._event.is_set()
-        if not self.cache_limit and 0 <= sample_id < ends[-1] and not has_failed:
-            shard = bisect.bisect_right(ends, sample_id)
+        if not self.cache_limit and not has_failed:
+            shard, number = self.spanner[int(sample_id)]
             try:
-                return self.shards[shard].get_item(sample_id - (ends[shard - 1] if shard else 0))
+                return self.shards[shard].get_item(number)
             except FileNotFoundError:
                 pass
         return super().get_item(sample_id, retry)
-
-    @functools.cached_property
-    def _ends(self) -> list[int]:
-        """The id after the last sample of each shard."""
-        return cast(list[int], self.spanner.shard_bounds[1:].tolist())
 
     def failure_reason(self) -> str | None:
         """Why a shard failed on this node, if one did."""
@@ -130,38 +107,14 @@ class CheckedDataset(StreamingDataset):
     @functools.cached_property
     def _sizes_in_cache(self) -> NDArray[np.int64]:
         """Bytes of each shard in a cache; 0 where its stream has none."""
-        streams = [cast(CheckedStream, self.streams[number]) for number in self.stream_per_shard]
-        sizes = [
-            shard.get_persistent_size(stream.safe_keep_zip) if stream.is_cache else 0
-            for shard, stream in zip(self.shards, streams, strict=True)
-        ]
+        streams = [self.streams[number] for number in self.stream_per_shard]
+        pairs = zip(self.shards, streams, strict=True)
+        sizes = [shard.get_persistent_size(own.safe_keep_zip) if own.is_cache else 0 for shard, own in pairs]
         return np.array(sizes, np.int64)
 
-    def fetch_first(self, order: Order, workers: int) -> BaseProcess:
-        """Begin to fetch the shards that this machine reads first in a blend, before anything is read.
-
-        They are those that so many workers of each rank ask for at once. What fails now, the reader tries again. A
-        process of its own does it: one that has fetched must not be forked later, as the ranks are for workers.
-        """
-        assert order.blend
-        world = reader_world(self)
-        count = -(-(self.predownload or 1) * max(1, workers) * world.num_ranks // order.global_batch_size)
-        positions = itertools.islice(itertools.chain(*order.runs(order.first_epoch)), count * order.global_batch_size)
-        samples = order.blend.samples(np.array(list(positions)))
-        own = assign_to_ranks(samples, world, order.local_batch_size, order.group_size)[world.node]
-        shards = dict.fromkeys(np.searchsorted(np.array(self._ends), own.reshape(-1), side="right").tolist())
-        parent = os.getpid()
-
-        def fetch() -> None:
-            for shard in shards:
-                stream = cast(CheckedStream, self.streams[self.stream_per_shard[shard]])
-                if stream.is_cache and os.getppid() == parent:
-                    with contextlib.suppress(Exception):
-                        stream.prepare_shard(self.shards[shard])
-
-        process = multiprocessing.get_context("fork").Process(target=fetch, daemon=True)
-        process.start()
-        return process
+    def shards_of(self, samples: NDArray[np.int64]) -> list[int]:
+        """The shards of samples, each once, in order."""
+        return list(dict.fromkeys((np.searchsorted(self.spanner.shard_bounds, samples, "right") - 1).tolist()))
 
     def take_stock(self) -> None:
         """Look again which shards the caches have, as another dataset has changed them; the local leader calls this.
@@ -180,8 +133,7 @@ class CheckedDataset(StreamingDataset):
         order, world = self.order, self._parallel_worker_world
         if not order or not order.blend:
             return super()._get_work(epoch, sample_in_epoch)
-        sizes = (order.local_batch_size, order.group_size)
-        return WorkerSamples(order.blend.samples, order.runs(epoch), world, *sizes)
+        return WorkerSamples(order.blend.samples, order.runs(epoch), world, order.local_batch_size, order.group_size)
 
     def __iter__(self) -> Iterator[Any]:
         if get_worker_info() is None:
@@ -191,7 +143,7 @@ class CheckedDataset(StreamingDataset):
         try:
             yield from super().__iter__()
         except Exception as error:
-            yield from itertools.repeat(Failure.of(error))  # a single one could be dropped with the last, partial batch
+            yield from itertools.repeat(as_data_error(error))  # a single one could be dropped with a last, short batch
 
     def __getitem__(self, at: Any) -> Any:
         try:
@@ -204,16 +156,6 @@ class CheckedDataset(StreamingDataset):
         except Exception as error:
             raise DataError(self.failure_reason() or self._describe(at, error)) from error
 
-    def tokenize_example(self, example: Any) -> Any:
-        """Tokenize an example, joining message parts where the chat template would print them as a list."""
-        if isinstance(example, Mapping) and not self._takes_parts:
-            example = join_parts(example)
-        return super().tokenize_example(example)  # type: ignore[misc]
-
-    @functools.cached_property
-    def _takes_parts(self) -> bool:
-        return takes_parts(cast(StreamingFinetuningDataset, self).tokenizer)
-
     def stored(self, sample_id: int) -> dict[str, Any]:
         """The columns of a sample as its shard stores them; DataError if it can't be read."""
         try:
@@ -223,45 +165,10 @@ class CheckedDataset(StreamingDataset):
         except Exception as error:
             raise DataError(self.failure_reason() or self._describe(sample_id, error)) from error
 
-    def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:
-        """Tokens of a text sample; llm-foundry would truncate a longer one silently."""
-        dataset = cast(StreamingTextDataset, self)
-        tokens, row = sample["tokens"], dataset.max_seq_len
-        if not isinstance(tokens, np.ndarray):
-            tokens = np.frombuffer(tokens, dataset.token_encoding_type)
-        if len(tokens) > row:
-            if not self.may_cut:
-                raise FileError(
-                    f"it has {len(tokens):,} tokens, but rows take {row:,}. Raise seq_len, write samples of {row:,} "
-                    f"tokens, or set dataset.max_seq_len = {row} to leave out the rest"
-                )
-            self._warn_of_cut(len(tokens), row)
-        if self.keep_dtype:
-            return tokens[:row]
-        return super()._read_binary_tokenized_sample(sample)  # type: ignore[misc]
-
-    def _tokenize(self, text_sample: Mapping[str, Any]) -> Any:
-        """Tokens of a text; llm-foundry would truncate a longer one silently."""
-        tokens, row = super()._tokenize(text_sample), cast(StreamingTextDataset, self).max_seq_len  # type: ignore[misc]
-        encodings = () if self._has_warned else getattr(tokens, "encodings", None) or ()
-        if left_out := [part for one in encodings for part in one.overflowing]:
-            self._warn_of_cut(row + sum(sum(part.attention_mask) for part in left_out), row)
-        return tokens
-
-    def _warn_of_cut(self, found: int, row: int) -> None:
-        """Warn once that samples are truncated."""
-        worker = get_worker_info()
-        if not self._has_warned and is_rank_0() and (worker is None or worker.id == 0):
-            logger.warning(
-                f"A sample has {found:,} tokens, but the model reads the first {row:,} of each (dataset.max_seq_len), "
-                "and never the others."
-            )
-        self._has_warned = True
-
     def _describe(self, sample_id: int, error: Exception) -> str:
         """Name the sample that can't be read, its shard and the error."""
         shard_id, index = self.spanner[sample_id]
-        stream = cast(CheckedStream, self.streams[int(self.stream_per_shard[shard_id])])
+        stream = self.streams[self.stream_per_shard[shard_id]]
         file = self.shards[shard_id].file_pairs[0][0].basename
         hint = " Is dataset.token_encoding_type right?" if "buffer size must be a multiple" in str(error) else ""
         return f"Sample {index} in {file} of {stream.label} can't be read: {describe(error)}{hint}"
@@ -283,15 +190,13 @@ class CheckedDataset(StreamingDataset):
         """
         if self.cache_limit:
             return super()._prepare_thread(it)
-        asked, ends = set[int](), np.array(self._ends)
+        asked = set[int]()
         while it.prepare_index < it.total and not (it.should_exit() or self._event.is_set()):
-            end = it.prepare_index + LOOKUP_SAMPLES
-            if self.predownload is not None:
-                end = min(end, it.yield_index + self.predownload + 1)
+            end = min(it.prepare_index + LOOKUP_SAMPLES, it.yield_index + self.predownload + 1)
             samples = it.sample_ids[it.prepare_index : end]
             if not samples.size:
                 time.sleep(TICK)
-            for shard in dict.fromkeys(np.searchsorted(ends, samples[samples >= 0], side="right").tolist()):
+            for shard in self.shards_of(samples[samples >= 0]):
                 if shard in asked:
                     continue
                 if it.should_exit() or self._event.is_set():  # fetching may take long
@@ -323,9 +228,8 @@ def make_checked_dataset(dataset: StreamingDataset, labels: list[str], may_cut: 
     """
     kind = type(dataset)
     dataset.__class__ = type(f"Checked{kind.__name__}", (CheckedDataset, kind), {"may_cut": may_cut})
-    streams = [make_checked(stream, label) for stream, label in zip(dataset.streams, labels, strict=True)]
-    for stream in streams:
-        stream.fetch_stats = fetch_stats_file(dataset._shm_prefix_int)
+    stats = fetch_stats_file(dataset._shm_prefix_int)
+    streams = [make_checked(stream, label, stats) for stream, label in zip(dataset.streams, labels, strict=True)]
     for shard, number in zip(dataset.shards, dataset.stream_per_shard, strict=True):
         if type(shard) is MDSReader:
             shard.__class__ = CheckedReader

@@ -1,22 +1,30 @@
-"""Prepares a loader's streams on a node before streaming opens them: indexes, caches, and verified files."""
+"""Prepares a loader's streams on a node before they are read: indexes, caches, verified files, and first shards."""
 
+import contextlib
 import functools
+import itertools
+import multiprocessing
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from streaming import Stream
 from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
 from examples.mosaic_streaming.config import ResolvedLoader, identity, stream_defaults
 from examples.mosaic_streaming.errors import ConfigError, DataError
+from examples.mosaic_streaming.sampling import Order, assign_to_ranks
 from examples.mosaic_streaming.shards.cache import take_cache
+from examples.mosaic_streaming.shards.dataset import CheckedDataset
 from examples.mosaic_streaming.shards.index import FileError, ShardFile, read_index
 from examples.mosaic_streaming.shards.stream import CheckedStream, check_file, describe, make_checked
+from examples.mosaic_streaming.upstream.sample_order import reader_world
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 
 VERIFY_THREADS = 4
@@ -74,7 +82,7 @@ def fetch_index(stream: CheckedStream, allow_unsafe_types: bool) -> list[ShardFi
         logger.warning(f"{index} in the cache of {stream.label} is fetched again: {describe(fault)}")
         os.remove(index)
     stream.fetch(get_index_basename(), 0, store)
-    return fetched or read(index)
+    return fetched
 
 
 def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
@@ -108,13 +116,12 @@ def verify(stream: CheckedStream, files: list[ShardFile]) -> None:
 def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]:
     """Return a file's verified bytes and what is wrong with it; remove it if it is damaged and in a cache."""
     size, faults = 0, []
-    samples = {file.raw.basename: file.samples}
     for info in filter(None, (file.raw, file.packed)):
         place, source = stream.path(info.basename), stream.source(info.basename)
         if stream.is_cache and os.path.islink(source) and identity(source) == identity(place):
             raise DataError(f"{source} of {stream.label} is a link to {place} in its cache. Put the file in its place.")
         try:
-            check_file(place, info, stream.validate_hash, samples.get(info.basename))
+            check_file(place, info, stream.validate_hash, file.samples if info is file.raw else None)
             size += info.bytes
         except FileNotFoundError:
             if not stream.is_cache and info is file.stored:
@@ -124,3 +131,30 @@ def verify_file(stream: CheckedStream, file: ShardFile) -> tuple[int, list[str]]
             if stream.is_cache:
                 Path(place).unlink(missing_ok=True)
     return size, faults
+
+
+def fetch_first(dataset: CheckedDataset, order: Order, workers: int) -> BaseProcess:
+    """Begin to fetch the shards that this machine reads first in a blend, before anything is read.
+
+    They are those that so many workers of each rank ask for at once. What fails now, the reader tries again. A
+    process of its own does it: one that has fetched must not be forked later, as the ranks are for workers.
+    """
+    assert order.blend
+    world = reader_world(dataset)
+    count = -(-(dataset.predownload or 1) * max(1, workers) * world.num_ranks // order.global_batch_size)
+    positions = itertools.islice(itertools.chain(*order.runs(order.first_epoch)), count * order.global_batch_size)
+    samples = order.blend.samples(np.array(list(positions)))
+    own = assign_to_ranks(samples, world, order.local_batch_size, order.group_size)[world.node]
+    shards = dataset.shards_of(own.reshape(-1))
+    parent = os.getpid()
+
+    def fetch() -> None:
+        for shard in shards:
+            stream = dataset.streams[dataset.stream_per_shard[shard]]
+            if stream.is_cache and os.getppid() == parent:
+                with contextlib.suppress(Exception):
+                    stream.prepare_shard(dataset.shards[shard])
+
+    process = multiprocessing.get_context("fork").Process(target=fetch, daemon=True)
+    process.start()
+    return process

@@ -36,7 +36,7 @@ class CheckedStream(Stream):
 
     label: str  # its name in messages
     is_cache: bool  # whether `local` is a copy of a remote, so that files can be fetched again
-    fetch_stats: str | None = None  # path of the file that counts fetches; None to count nothing
+    fetch_stats: str | None  # path of the file that counts fetches; None to count nothing
 
     def path(self, basename: str) -> str:
         """The path of a file of the stream on this machine."""
@@ -150,20 +150,18 @@ class CheckedStream(Stream):
 
         DataError if the disk here refuses it, with what to do; errors of the remote pass.
         """
-        path, root = self.path(basename), self.path("")
+        path, root, folder = self.path(basename), self.path(""), ""
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             folder = tempfile.mkdtemp(prefix=INCOMING, dir=root)
-        except OSError as error:
-            raise self.not_stored(path, needed, error) from error
-        try:
             try:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
         except OSError as error:
-            is_here = str(error.filename).startswith(root)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) or (is_here and error.errno in (errno.EROFS, errno.EACCES)):
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            is_closed = error.errno in (errno.EROFS, errno.EACCES) and str(error.filename).startswith(root)
+            if not folder or is_full or is_closed:
                 raise self.not_stored(path, needed, error) from error
             raise
 
@@ -219,11 +217,11 @@ def describe(error: Exception) -> str:
     return f"{type(error).__name__}{f' ({code})' if code else ''}: {error}".strip().rstrip(".") + "."
 
 
-def make_checked(stream: Stream, label: str) -> CheckedStream:
+def make_checked(stream: Stream, label: str, fetch_stats: str | None = None) -> CheckedStream:
     """Turn a stream made by streaming or llm-foundry into a checked one."""
     stream.__class__ = CheckedStream
     assert isinstance(stream, CheckedStream)
-    stream.label = label
+    stream.label, stream.fetch_stats = label, fetch_stats
     stream.is_cache = is_copy(stream.remote, stream.local, stream.split)
     stream.safe_keep_zip |= not stream.is_cache
     return stream

@@ -15,8 +15,8 @@ from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from examples.mosaic_streaming.batch import collate
-from examples.mosaic_streaming.batch.collate import (
+from examples.mosaic_streaming.batch import reading
+from examples.mosaic_streaming.batch.reading import (
     PIPE_BYTES,
     Collator,
     collate_rows,
@@ -105,7 +105,7 @@ def test_batches_are_those_of_llm_foundry(tmp_path: Path, form: str) -> None:
 def test_workers_hand_on_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
     """As arrays through their pipes, and as torch does."""
     config = write(tmp_path, "documents") | {"num_workers": 2}
-    monkeypatch.setattr(collate, "PIPE_BYTES", limit)
+    monkeypatch.setattr(reading, "PIPE_BYTES", limit)
 
     def read() -> list[bool]:
         loader, theirs = build_loader(config, job(ROWS)), llm_foundry(config | {"num_workers": 0})
@@ -164,7 +164,7 @@ def test_packing_that_a_restart_could_not_repeat_is_refused() -> None:
 
 
 def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collate, "PIPE_BYTES", 64)
+    monkeypatch.setattr(reading, "PIPE_BYTES", 64)
     batch: dict[str, Any] = {"small": torch.arange(8), "large": torch.arange(9), "count": 3}
     packed = to_arrays(batch)
     assert isinstance(packed["small"], np.ndarray) and packed["large"] is batch["large"] and packed["count"] == 3

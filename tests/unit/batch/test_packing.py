@@ -11,7 +11,7 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger, logger
 
-from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.batch import reading
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import run_rank_values, run_ranks
@@ -228,7 +228,7 @@ def test_auto_stops_where_its_worker_cannot_hand_on_samples(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here too many for the pipe, for a temporary folder whose path is too long for a socket."""
-    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
+    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torchtitan.tools.logging import init_logger
 from transformers import PreTrainedTokenizerFast
 
-from examples.mosaic_streaming.batch.round_trip import check_round_trip
+from examples.mosaic_streaming.batch.first_samples import check_round_trip
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import Rank, run_ranks

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from examples.mosaic_streaming.batch import collate
+from examples.mosaic_streaming.batch import reading
 from examples.mosaic_streaming.shards.stream import CheckedStream
 from tests.support.ranks import run_rank_values
 from tests.support.reading import Read, read_job, write_turns
@@ -338,7 +338,7 @@ def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As torch's handler of SIGCHLD makes it, when another worker ends; of batches that are too large for the pipe."""
-    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
+    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
 
     connect: Callable[[str], connection.Connection] = connection.SocketClient  # type: ignore[attr-defined]
 
@@ -358,7 +358,7 @@ def test_worker_that_cannot_hand_on_a_batch_stops_the_job(
     place: Place, whole: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Here one that is too large for the pipe, for a temporary folder whose path is too long for a socket."""
-    monkeypatch.setattr(collate, "PIPE_BYTES", 0)
+    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 

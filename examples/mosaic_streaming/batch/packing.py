@@ -1,6 +1,7 @@
-"""Chooses the ratio for `packing_ratio = "auto"`: as many samples in a row as drop no token."""
+"""Chooses the ratio for `packing_ratio = "auto"`, and logs how many tokens packing drops."""
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,12 +10,16 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.iterator import read_in_workers
+from examples.mosaic_streaming.batch.reading import DROPPED_TOKENS, PACKED_TOKENS, read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
+from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.sampling import check_order, set_order
 
 SAMPLES = 2_000  # the most that are read
 WORKER_BATCH_SIZE = 16  # samples in a worker's batch
+DROP_WARN_FRACTION = 0.01  # the log warns if a larger share of the data is left out
+LOG_STEPS = {10**digits for digits in range(10)}
+"""Steps after a start (1, 10, 100, …) at which the log says how much packing has dropped, as at each epoch's end."""
 
 
 def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> float:
@@ -66,3 +71,30 @@ def dropped_tokens(lengths: list[int], rows: int, samples: int, max_seq_len: int
     for begin in range(0, len(lengths) - samples + 1, samples):
         packer._pack_trimmed_examples([{}] * samples, lengths[begin : begin + samples])
     return int(packer.n_total_tokens - packer.n_packed_tokens)
+
+
+class PackingLog:
+    """Counts the tokens of this rank that packing has dropped and kept since this start."""
+
+    def __init__(self) -> None:
+        self.dropped = self._packed = self._steps = 0
+
+    def add(self, micro_batches: Sequence[Mapping[str, Any]]) -> None:
+        """Count the batches of an optimizer step."""
+        self.dropped += sum(one.get(DROPPED_TOKENS, 0) for one in micro_batches)
+        self._packed += sum(one.get(PACKED_TOKENS, 0) for one in micro_batches)
+        self._steps += 1
+        if self._steps in LOG_STEPS:
+            self.log()
+
+    def log(self) -> None:
+        """Log on rank 0 how many tokens have been dropped."""
+        if not self._packed or not is_rank_0():
+            return
+        tokens = self.dropped + self._packed
+        is_much = (share := self.dropped / tokens) > DROP_WARN_FRACTION
+        logger.log(
+            logging.WARNING if is_much else logging.INFO,
+            f"Packing has left out {self.dropped:,} of {tokens:,} tokens of rank 0's samples ({share:.2%})."
+            f"{' Lower dataset.packing_ratio.' if is_much else ''}",
+        )
