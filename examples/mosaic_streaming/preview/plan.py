@@ -196,11 +196,11 @@ def stored_bytes(data: JobData, cached: bool, earlier: Set[Any]) -> int:
 def settings_section(data: JobData) -> list[dict[str, Any]]:
     """Each setting that decides what is read and how, its value, and who has set it."""
     rows = []
-    for stage in data.stages:
+    for stage, read in zip(data.stages, data.plan.stages, strict=True):
         resolved, recorded = flat(stage.config.config), stage.opened.fingerprint
         place = f"stage {stage.stage + 1}, " if len(data.stages) > 1 else ""
         owners = dict.fromkeys(resolved, "this project's default") | DERIVED
-        owners |= dict.fromkeys(flat(stage.file.config), stage.config.source)
+        owners |= dict.fromkeys(flat(read.file.config), stage.config.source)
         more = {key: value for key, value in recorded.items() if key.startswith("dataset.") and key not in resolved}
         for key, value in (resolved | more).items():
             rows.append({"setting": place + key, "value": value, "owner": owners.get(key, "streaming's default")})
