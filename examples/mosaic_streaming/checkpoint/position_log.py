@@ -39,10 +39,10 @@ def run_message(
     if len(plan.stages) > 1:
         stages = "; ".join(f"from step {stage.from_step:,} {stage.file.path}" for stage in plan.stages)
         return f" In all, {steps:,} steps (training.steps) read {stages}.{skips}"
-    samples, here = (history.samples(begin + steps) or 0) - (history.samples(begin) or 0), history.position(begin)
+    samples = history.samples_between(begin, begin + steps)
     rounds = f"{samples / order.remaining(0):.2f} epochs"
     if order.blend:
-        ends = (history.position(begin + steps).sample_in_epoch, here.sample_in_epoch)
+        ends = (history.position(step).sample_in_epoch for step in (begin + steps, begin))
         rounds = f"passes {passes_text(passes_of(names, dataset, order, *ends))}"
     return (
         f" In all, {steps:,} steps (training.steps) read {samples:,} samples, {counter.tokens(samples):,} tokens, "

@@ -44,8 +44,7 @@ class Checkpoint(NamedTuple):
             raise saved.damaged_state_error(
                 f"its position after {state.steps:,} steps is not that of {list(state.segments)}"
             )
-        read = history.samples(state.steps)
-        before = state.seen.samples - read if state.seen and read is not None else None
+        before = state.seen.samples - history.samples_between(None, state.steps) if state.seen else None
         if before and history.begins_anew:
             raise saved.damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
         if goes_on:

@@ -79,8 +79,7 @@ def stage_section(data: JobData, history: History | None) -> dict[str, Any]:
     """What a stage reads: its steps, its samples and their tokens, as far as these are known."""
     steps, samples = steps_of(data, history), None
     if history and (not steps or steps[0] > history.first_step):
-        known = dataclasses.replace(history, samples_before=0)  # which cancel out
-        samples = (known.samples(steps.stop - 1) or 0) - (known.samples(steps.start - 1) or 0) if steps else 0
+        samples = history.samples_between(steps.start - 1, steps.stop - 1)
     return {
         "stage": data.stage + 1,
         "file": data.config.source,
