@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from streaming import StreamingDataset
 
-from examples.mosaic_streaming.checkpoint.changes import changes_ahead, plan_ahead
+from examples.mosaic_streaming.checkpoint.changes import changes_ahead
 from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint
 from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.progress import ConsumptionCounter
-from examples.mosaic_streaming.checkpoint.state import State
+from examples.mosaic_streaming.checkpoint.state import State, plan_ahead
 from examples.mosaic_streaming.sampling import Order, passes_of, passes_text
 from examples.mosaic_streaming.shards import FetchCounts
 

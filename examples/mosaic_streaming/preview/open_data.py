@@ -37,11 +37,9 @@ from examples.mosaic_streaming.upstream.large_index import without_collection
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation
 
+GPUS_OF_A_NODE = 8  # unless the user says another number
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """What torchrun tells its processes. Here each of them would be wrong."""
-
-GPUS_OF_A_NODE = 8
-"""Unless the user says another number."""
 
 PREFIX, LOCK = "mosaic_streaming-preview-", "in_use"
 """How the names of private folders begin, and the file in each of them that its process keeps locked."""
@@ -53,9 +51,7 @@ def open_job_data(
 ) -> Iterator[JobData]:
     """A context in which the streams of a job can be read; `check_ranks` explains the nodes.
 
-    Raises:
-        ConfigError: the job would not start with this configuration, or not on this many ranks.
-        DataError: an index can't be read, or is damaged.
+    ConfigError if the job would not start so, or not on so many ranks; DataError if an index can't be read.
     """
     for name in TORCHRUN_VARIABLES:
         os.environ.pop(name, None)

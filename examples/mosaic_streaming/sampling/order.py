@@ -21,8 +21,7 @@ BLOCK_ALGOS = ("py1e", "py1br")  # the shuffle algorithms that use `shuffle_bloc
 MAX_CANONICAL_NODES = 64
 """Default of `num_canonical_nodes`, unless the data is small. streaming's own is the machines of the first run."""
 MAX_LEFT_OUT = 0.01  # share of an epoch's samples that this default may leave out
-SHARE_DIGITS = 12
-"""Decimal digits that count of a stream's share in a blend, so that equal shares are equal however they are given."""
+SHARE_DIGITS = 12  # decimals that count of a stream's share in a blend: equal ones are equal however they are given
 ENDLESS = 1 << 40  # positions that a blend has, so to speak; no run reads as many
 
 
@@ -220,7 +219,7 @@ def samples_per_batch(proportions: Sequence[float], global_batch_size: int) -> l
     exact = np.array(proportions) * global_batch_size
     whole = exact.astype(np.int64)
     whole[np.argsort(exact - whole)[::-1][: global_batch_size - whole.sum()]] += 1
-    return [int(size) for size in whole]
+    return whole.tolist()
 
 
 def round_down(samples: int, multiple: int) -> int:
