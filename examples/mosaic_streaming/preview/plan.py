@@ -225,8 +225,7 @@ def checks_section(data: JobData) -> dict[str, list[str]]:
 
 def resume_section(data: JobData, checkpoint: Checkpoint, history: History | None) -> dict[str, Any]:
     """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
-    settings, state = data.job.checkpoints, checkpoint.state
-    differences = checkpoint.differences(data)
+    settings, state, differences = data.job.checkpoints, checkpoint.state, checkpoint.differences(data)
     anew = "dataloader" in settings.exclude_from_loading
     done = 0 if "train_state" in settings.exclude_from_loading else checkpoint.step
     place = next(history.slices(done)) if history else None
