@@ -29,7 +29,7 @@ from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.distributed.store import Listener
 from examples.mosaic_streaming.errors import DataError
 from examples.mosaic_streaming.preview import __main__ as preview
-from examples.mosaic_streaming.preview.private_folder import PREFIX
+from examples.mosaic_streaming.preview.open_data import PREFIX
 from examples.mosaic_streaming.titan.checkpoints import next_start
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader

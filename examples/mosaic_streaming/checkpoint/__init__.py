@@ -5,7 +5,7 @@ which batches (`Segment`), and the `Fingerprint` of the data, which `check_same_
 segments which samples a run has read, and will read, in which step. `read_position` reads the state in a checkpoint.
 """
 
-from examples.mosaic_streaming.checkpoint.changes import changes_ahead, check_same_data, data_differences, plan_ahead
+from examples.mosaic_streaming.checkpoint.changes import changes_ahead, check_same_data, data_differences
 from examples.mosaic_streaming.checkpoint.fingerprint import (
     Fingerprint,
     differences,
@@ -24,12 +24,14 @@ from examples.mosaic_streaming.checkpoint.position_log import (
     start_message,
 )
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts, ConsumptionCounter, Progress
-from examples.mosaic_streaming.checkpoint.reader import read_checkpoint, read_position
 from examples.mosaic_streaming.checkpoint.state import (
     STATE_KEY,
     State,
     check_position,
     damaged_state_error,
     pack,
+    plan_ahead,
+    read_checkpoint,
+    read_position,
     unpack,
 )

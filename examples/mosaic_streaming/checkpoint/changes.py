@@ -1,24 +1,14 @@
 """What may change at a resume, and what may not: the past is fixed, the future is free."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from examples.mosaic_streaming.checkpoint.fingerprint import (
-    START_ANEW,
-    Fingerprint,
-    differences,
-    digest,
-    streams_in,
-    without_name,
-)
+from examples.mosaic_streaming.checkpoint.fingerprint import START_ANEW, Fingerprint, differences
+from examples.mosaic_streaming.checkpoint.state import State
 from examples.mosaic_streaming.config import Plan, Skip
 from examples.mosaic_streaming.errors import ConfigError, text_table
 
-if TYPE_CHECKING:
-    from examples.mosaic_streaming.checkpoint.state import State
 
-
-def check_same_data(saved: "State", plan: Plan, fingerprints: Sequence[Fingerprint]) -> None:
+def check_same_data(saved: State, plan: Plan, fingerprints: Sequence[Fingerprint]) -> None:
     """Raise ConfigError unless a run with a plan, whose stages have the fingerprints, can go on from a saved state."""
     batch = saved.read.batch(saved.steps)
     for skip in plan.skips:
@@ -42,7 +32,7 @@ def check_same_data(saved: "State", plan: Plan, fingerprints: Sequence[Fingerpri
         )
 
 
-def begun(saved: "State", plan: Plan) -> tuple[list[int], list[int]]:
+def begun(saved: State, plan: Plan) -> tuple[list[int], list[int]]:
     """Return the first steps of the stages that have begun at a saved position: then, and by the plan now."""
     before = [1, *(saved.read.steps(end) + 1 for end, _ in saved.past)]
     return before, [stage.from_step for stage in plan.stages if stage.from_step <= max(saved.steps, 1)]
@@ -55,7 +45,7 @@ def go_back(step: int) -> str:
     return f"Go back to step {step:,} or an earlier one with --checkpoint.load_step, or change it."
 
 
-def data_differences(saved: "State", plan: Plan, fingerprints: Sequence[Fingerprint]) -> list[list[str]]:
+def data_differences(saved: State, plan: Plan, fingerprints: Sequence[Fingerprint]) -> list[list[str]]:
     """Return what differs of the stages and skips up to a saved position, as rows of a table."""
     batch, rows = saved.read.batch(saved.steps), []
     skips = (saved.read.skips, [skip for skip in plan.skips if skip.first <= batch])
@@ -82,18 +72,7 @@ def joined(skips: Sequence[Skip]) -> list[list[int]]:
     return found
 
 
-def plan_ahead(plan: Plan, steps: int, fingerprints: Sequence[Fingerprint]) -> tuple[str, ...]:
-    """Name the stages and skips that follow after a number of steps; other data of a stage gives another name."""
-    stages = [
-        f"stage from step {stage.from_step:,}, batch {begin + 1:,}: {', '.join(name for _, name in streams_in(data))} "
-        f"({digest([without_name(value) for value in data.values()])[:4]})"
-        for stage, begin, data in zip(plan.stages, plan.begins, fingerprints, strict=True)
-        if stage.from_step > max(steps, 1)
-    ]
-    return (*stages, *(f"skip of {skip}" for skip in plan.skips if skip.first > plan.batch(steps)))
-
-
-def changes_ahead(saved: "State", ahead: Sequence[str]) -> str:
+def changes_ahead(saved: State, ahead: Sequence[str]) -> str:
     """Say what of the plan behind a saved position has changed; nothing if nothing has."""
     new, gone = ([one for one in of if one not in other] for of, other in ((ahead, saved.ahead), (saved.ahead, ahead)))
     parts = [f"{word}: {'; '.join(which)}" for word, which in (("New", new), ("Gone", gone)) if which]

@@ -55,12 +55,10 @@ def fingerprint_of(
         data["training.global_batch_size"] = order.global_batch_size
     if order.group_size > 1 or order.packed:
         data["samples packed into a batch" if order.packed else "training.local_batch_size"] = order.local_batch_size
-    keys = ORDER_KEYS if order.blend else ORDER_KEYS + EPOCH_KEYS
-    data |= {f"dataset.{key}": getattr(dataset, key) for key in keys}
-    if dataset.shuffle and not order.blend:
-        data["dataset.shuffle_algo"] = dataset.shuffle_algo
+    keys: tuple[str, ...] = ORDER_KEYS if order.blend else ORDER_KEYS + EPOCH_KEYS
     if dataset.shuffle:
-        data["dataset.shuffle_block_size"] = dataset.shuffle_block_size
+        keys += ("shuffle_block_size",) if order.blend else ("shuffle_algo", "shuffle_block_size")
+    data |= {f"dataset.{key}": getattr(dataset, key) for key in keys}
     rest = sorted({*loader.dataset} - OTHER_KEYS - {*ORDER_KEYS, *EPOCH_KEYS})
     data |= {f"dataset.{key}": loader.dataset[key] for key in rest}
     return dict(json.loads(json.dumps(data)))  # as it will be read back

@@ -137,13 +137,11 @@ class History:
 
     def samples(self, until: int) -> int | None:
         """Return the samples of these streams that are read up to a step; None if unknown."""
-        if (samples := self.samples_before) is None:
-            return None
-        ends, last = [*(segment.batch for segment in self.segments[1:]), ENDLESS], self.batch(until)
-        for one, end in zip(self.segments, ends, strict=True):
-            steps = self.plan.steps(min(end, last)) - self.plan.steps(one.batch)
-            samples += max(0, steps) * one.global_batch_size
-        return samples
+        return None if self.samples_before is None else self.samples_before + self.samples_between(None, until)
+
+    def samples_between(self, after: int | None, until: int) -> int:
+        """Return the samples that are read after a step, or from the first known one on, up to another."""
+        return sum(piece.end - piece.begin for piece in self.slices(after, until))
 
     def remaining(self, stage: int, sample_in_epoch: int, global_batch_size: int) -> int:
         """Return the samples of an epoch that follow a position, in whole global batches of a size."""

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from streaming import StreamingDataset
 
-from examples.mosaic_streaming.checkpoint.changes import changes_ahead, plan_ahead
+from examples.mosaic_streaming.checkpoint.changes import changes_ahead
 from examples.mosaic_streaming.checkpoint.fingerprint import Fingerprint
 from examples.mosaic_streaming.checkpoint.history import History
 from examples.mosaic_streaming.checkpoint.progress import ConsumptionCounter
-from examples.mosaic_streaming.checkpoint.state import State
+from examples.mosaic_streaming.checkpoint.state import State, plan_ahead
 from examples.mosaic_streaming.sampling import Order, passes_of, passes_text
 from examples.mosaic_streaming.shards import FetchCounts
 
@@ -37,17 +37,15 @@ def run_message(
     plan, order = history.plan, history.orders[0]
     skips = "".join(f" It skips {skip}." for skip in plan.skips)
     if len(plan.stages) > 1:
-        stages = "; ".join(f"from step {stage.from_step:,} {stage.file.path}" for stage in plan.stages)
-        return f" In all, {steps:,} steps (training.steps) read {stages}.{skips}"
-    samples, here = (history.samples(begin + steps) or 0) - (history.samples(begin) or 0), history.position(begin)
-    rounds = f"{samples / order.remaining(0):.2f} epochs"
-    if order.blend:
-        ends = (history.position(begin + steps).sample_in_epoch, here.sample_in_epoch)
-        rounds = f"passes {passes_text(passes_of(names, dataset, order, *ends))}"
-    return (
-        f" In all, {steps:,} steps (training.steps) read {samples:,} samples, {counter.tokens(samples):,} tokens, "
-        f"{rounds}.{skips}"
-    )
+        read = "; ".join(f"from step {stage.from_step:,} {stage.file.path}" for stage in plan.stages)
+    else:
+        samples = history.samples_between(begin, begin + steps)
+        rounds = f"{samples / order.remaining(0):.2f} epochs"
+        if order.blend:
+            ends = (history.position(step).sample_in_epoch for step in (begin + steps, begin))
+            rounds = f"passes {passes_text(passes_of(names, dataset, order, *ends))}"
+        read = f"{samples:,} samples, {counter.tokens(samples):,} tokens, {rounds}"
+    return f" In all, {steps:,} steps (training.steps) read {read}.{skips}"
 
 
 def stage_message(names: Sequence[str], dataset: StreamingDataset, history: History, steps: int) -> str:

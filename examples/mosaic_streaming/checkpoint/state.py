@@ -1,17 +1,30 @@
-"""The saved state as one string of JSON."""
+"""The saved state as one string of JSON, and how it is read without a job."""
 
 import json
+import logging
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from examples.mosaic_streaming.checkpoint.changes import plan_ahead
-from examples.mosaic_streaming.checkpoint.fingerprint import START_ANEW, Fingerprint
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from examples.mosaic_streaming.checkpoint.fingerprint import (
+    START_ANEW,
+    Fingerprint,
+    digest,
+    streams_in,
+    without_name,
+)
 from examples.mosaic_streaming.checkpoint.history import History, Segment, append_segment
 from examples.mosaic_streaming.checkpoint.progress import ConsumedCounts
 from examples.mosaic_streaming.config import Plan, Skip
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order
+from examples.mosaic_streaming.upstream.missing_keys import explain_missing
 
+FLAG = "--mosaic-position"  # names the folder whose position is read
 STATE_KEY = "mosaic"
 STATE_VERSION, PLAN_VERSION = 2, 3
 """Of a state, and of one that has stages behind it or skips, which earlier versions of this code don't know."""
@@ -49,8 +62,7 @@ class State(NamedTuple):
     ) -> History:
         """Return the history of the run, which goes on with a plan; or only up to here, with the global batch it had.
 
-        Raises:
-            ConfigError: the global batch changes, and batches are to be skipped that its size would give other samples.
+        ConfigError if the global batch changes, and batches are to be skipped that its size would give other samples.
         """
         done, size = len(self.past), orders[len(self.past)].global_batch_size
         segments, batch = self.segments, self.read.batch(self.steps)
@@ -77,6 +89,17 @@ class State(NamedTuple):
         return [*(data for _, data in self.past), self.data]
 
 
+def plan_ahead(plan: Plan, steps: int, fingerprints: Sequence[Fingerprint]) -> tuple[str, ...]:
+    """Name the stages and skips that follow after a number of steps; other data of a stage gives another name."""
+    stages = [
+        f"stage from step {stage.from_step:,}, batch {begin + 1:,}: {', '.join(name for _, name in streams_in(data))} "
+        f"({digest([without_name(value) for value in data.values()])[:4]})"
+        for stage, begin, data in zip(plan.stages, plan.begins, fingerprints, strict=True)
+        if stage.from_step > max(steps, 1)
+    ]
+    return (*stages, *(f"skip of {skip}" for skip in plan.skips if skip.first > plan.batch(steps)))
+
+
 def pack(state: State) -> dict[str, str]:
     """Return the state under one key: DCP asks only for the keys of the fresh state, so it finds any version."""
     seen = state.seen and dict(zip(COUNT_KEYS, state.seen, strict=True))
@@ -87,11 +110,7 @@ def pack(state: State) -> dict[str, str]:
 
 
 def unpack(saved_state: Mapping[str, object]) -> State:
-    """Return a saved state.
-
-    Raises:
-        DataError: it is damaged, or of a version that this code doesn't know.
-    """
+    """Return a saved state; DataError if it is damaged, or of a version that this code doesn't know."""
     text = str(saved_state.get(STATE_KEY))
     try:
         saved = json.loads(text)
@@ -155,3 +174,30 @@ def check_position(state: State, epoch_size: int, order: Order) -> None:
         raise damaged_state_error(f"epoch {state.epoch:,} of an order without epochs")
     if state.sample_in_epoch > epoch_size and not order.blend:
         raise damaged_state_error(f"{state.sample_in_epoch:,} samples read of an epoch of {epoch_size:,}")
+
+
+def read_checkpoint(folder: str, content: dict[str, Any], flag: str) -> None:
+    """Fill in states, by their keys and of the right types, from a step's folder; ConfigError if one can't be read."""
+    logging.disable(logging.WARNING)  # torch logs the traceback of what is one line here
+    try:
+        with warnings.catch_warnings(action="ignore"):  # that there is no process group
+            dcp.load(content, checkpoint_id=folder, no_dist=True)
+    except CheckpointException as error:
+        [root_cause, *_] = [cause for cause, _ in error.failures.values()]
+        words = [type(root_cause).__name__, *str(root_cause).strip().splitlines()[:1]]
+        reason = f"it can't be read: {': '.join(words)}. Name an earlier one."
+        raise ConfigError(f"{flag} {folder}: {explain_missing(str(error)) or reason}") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def read_position(folder: str) -> dict[str, str]:
+    """The state of the loader in a step's folder, as a run has it that begins there.
+
+    ConfigError if there is no such checkpoint, or no such state in it; DataError if the state is damaged.
+    """
+    if not os.path.isfile(os.path.join(folder, ".metadata")):
+        raise ConfigError(f"{FLAG} {folder} is no finished checkpoint. Expected a step's folder, such as step-500.")
+    content = {"dataloader": {STATE_KEY: ""}}
+    read_checkpoint(folder, content, FLAG)
+    return pack(unpack(content["dataloader"]))

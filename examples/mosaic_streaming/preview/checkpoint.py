@@ -44,8 +44,7 @@ class Checkpoint(NamedTuple):
             raise saved.damaged_state_error(
                 f"its position after {state.steps:,} steps is not that of {list(state.segments)}"
             )
-        read = history.samples(state.steps)
-        before = state.seen.samples - read if state.seen and read is not None else None
+        before = state.seen.samples - history.samples_between(None, state.steps) if state.seen else None
         if before and history.begins_anew:
             raise saved.damaged_state_error(f"{before:,} samples more read than {state.steps:,} steps have")
         if goes_on:
@@ -86,9 +85,8 @@ def known_history(data: JobData, checkpoint: Checkpoint | None, goes_on: bool = 
 def checkpoint_of_start(data: JobData, path: str | None) -> Checkpoint | None:
     """The checkpoint that a start loads: the one at `path` or, if the job's settings say how to load one, its own.
 
-    The job's data is given the checkpoint's canonical nodes where a start would take them.
-
-    ConfigError if there is none, or none with what a start loads; DataError if its state is damaged.
+    The job's data is given the checkpoint's canonical nodes where a start would take them. ConfigError if there is no
+    checkpoint, or none with what a start loads; DataError if its state is damaged.
     """
     settings, excluded = data.job.checkpoints, set(data.job.checkpoints.exclude_from_loading)
     if not path and (settings.load_step != -1 or excluded & {"dataloader", "train_state"}):

@@ -22,11 +22,8 @@ from examples.mosaic_streaming.preview.progress import progress_bar
 from examples.mosaic_streaming.preview.rows import rows_of
 from examples.mosaic_streaming.preview.warnings import checkpoint_warnings, plan_warnings
 
-WIDTH = 140
-"""Columns where the output is no terminal."""
-
-STEPS_AROUND = 10
-"""Steps that `step --around` shows: a spike's cause is read in its step, or a few steps before."""
+WIDTH = 140  # columns where the output is no terminal
+STEPS_AROUND = 10  # that `step --around` shows: a spike's cause is read in its step, or a few steps before
 
 
 def emit(report: Any, flags: Namespace, print_tables: Callable[[Console], None]) -> None:

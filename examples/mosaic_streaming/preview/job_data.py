@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
 from examples.mosaic_streaming.checkpoint import Fingerprint, History, Slice
-from examples.mosaic_streaming.config import BatchShape, Job, LoaderFile, Plan, ResolvedLoader
+from examples.mosaic_streaming.config import BatchShape, Job, Plan, ResolvedLoader
 from examples.mosaic_streaming.dataloader import OpenLoader
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order, assign_to_ranks, check_memory, stream_numbers
@@ -27,13 +27,12 @@ class JobData:
 
     job: Job
     job_settings: list[dict[str, Any]]  # of the job config, with their owners
-    file: LoaderFile  # the loader's configuration as it was read
     config: ResolvedLoader  # as the job would have it; `opened` has other caches
     opened: OpenLoader
     tokenizer: PreTrainedTokenizerBase
     folder: str  # of this process, for what it fetches
     shape: BatchShape
-    validation: tuple[LoaderFile, ResolvedLoader] | None  # those of the validation loader, if the job has one
+    validation: ResolvedLoader | None  # of the validation loader, if the job has one
     plan: Plan
     stage: int  # of the plan, whose loader this is, counted from 0
     stages: list["JobData"]  # all of the plan

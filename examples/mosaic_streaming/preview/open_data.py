@@ -1,15 +1,20 @@
 """Opens the streams of a job in one process, on any machine, for any number of ranks.
 
-The caches of jobs are neither used nor changed: what has to be fetched or unpacked goes into a folder of its own, which
-is removed.
+The caches of jobs are neither used nor changed: what has to be fetched or unpacked goes into a private folder, which is
+removed with its process. What a killed process has left is removed by the next.
 """
 
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import math
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 from streaming import StreamingDataset
 
@@ -25,7 +30,6 @@ from examples.mosaic_streaming.config import (
 from examples.mosaic_streaming.distributed import AbortChannel, draw_number
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview.job_data import JobData
-from examples.mosaic_streaming.preview.private_folder import private_folder
 from examples.mosaic_streaming.sampling import Order
 from examples.mosaic_streaming.shards import fetch_index, make_stream
 from examples.mosaic_streaming.tokenizer import build_tokenizer, build_transformers_tokenizer, check_tokenizer
@@ -33,11 +37,12 @@ from examples.mosaic_streaming.upstream.large_index import without_collection
 from examples.mosaic_streaming.upstream.shared_memory import remove_stale
 from examples.mosaic_streaming.validator import resolve_validation
 
+GPUS_OF_A_NODE = 8  # unless the user says another number
 TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 """What torchrun tells its processes. Here each of them would be wrong."""
 
-GPUS_OF_A_NODE = 8
-"""Unless the user says another number."""
+PREFIX, LOCK = "mosaic_streaming-preview-", "in_use"
+"""How the names of private folders begin, and the file in each of them that its process keeps locked."""
 
 
 @contextlib.contextmanager
@@ -46,9 +51,7 @@ def open_job_data(
 ) -> Iterator[JobData]:
     """A context in which the streams of a job can be read; `check_ranks` explains the nodes.
 
-    Raises:
-        ConfigError: the job would not start with this configuration, or not on this many ranks.
-        DataError: an index can't be read, or is damaged.
+    ConfigError if the job would not start so, or not on so many ranks; DataError if an index can't be read.
     """
     for name in TORCHRUN_VARIABLES:
         os.environ.pop(name, None)
@@ -59,11 +62,11 @@ def open_job_data(
     titan_tokenizer = build_tokenizer(job.assets)
     tokenizer = build_transformers_tokenizer(job.assets, titan_tokenizer)
     check_tokenizer(titan_tokenizer, job)
-    held_out = (validation, resolve_validation(validation, job, configs)) if validation and job.validation else None
+    held_out = resolve_validation(validation, job, configs) if validation and job.validation else None
     settings, stages = titan.settings_of(loaded), list[JobData]()
     remove_stale()
     with private_folder(channel) as folder:
-        for number, (stage, config) in enumerate(zip(plan.stages, configs, strict=True)):
+        for number, config in enumerate(configs):
             config = without_token_ids(config, tokenizer)
             own = with_own_caches(config, os.path.join(folder, f"stage-{number}"))
             own = dataloader.fill_in_packing_ratio(own, job, tokenizer, lambda choose: choose())
@@ -72,7 +75,7 @@ def open_job_data(
             with without_collection():
                 opened = dataloader.open_loader(job, own, titan_tokenizer, tokenizer, draw_number(), "The preview")
             of_run = (tokenizer, folder, job.training, held_out, plan, number, stages)
-            stages.append(JobData(job, settings, stage.file, config, opened, *of_run))
+            stages.append(JobData(job, settings, config, opened, *of_run))
         yield stages[0]
 
 
@@ -80,15 +83,15 @@ def open_validation(data: JobData) -> JobData | None:
     """The validation streams of a job, if it has any, with ids of their own; raises as `open_job_data` does."""
     if not data.validation or not data.job.validation:
         return None
-    (file, config), shape = data.validation, data.job.validation.shape
-    config, rows = without_token_ids(config, data.tokenizer), shape.local_batch_size
+    config, shape = without_token_ids(data.validation, data.tokenizer), data.job.validation.shape
+    rows = shape.local_batch_size
     own = with_own_caches(config, os.path.join(data.folder, "validation"))
     loader = dataloader.build_foundry_loader(own, data.tokenizer, rows, draw_number())
     assert isinstance(loader.dataset, StreamingDataset)
     order = Order("random", rows * data.job.layout.dp_world_size, rows, loader.dataset.epoch_size)
     spec = batch.spec_of(data.job, shape, own, data.tokenizer, "The preview")
     opened = dataloader.OpenLoader(own, loader, order, spec, {})
-    return dataclasses.replace(data, file=file, config=config, opened=opened, validation=None, shape=shape, stages=[])
+    return dataclasses.replace(data, config=config, opened=opened, validation=None, shape=shape, stages=[])
 
 
 def check_ranks(world_size: int, ranks_per_node: int | None) -> int:
@@ -121,3 +124,34 @@ def with_own_caches(loader: ResolvedLoader, folder: str) -> ResolvedLoader:
             own["local"] = source
         sections[number] |= own
     return dataclasses.replace(loader, config=config)
+
+
+@contextlib.contextmanager
+def private_folder(channel: AbortChannel) -> Iterator[str]:
+    """Make a folder, and remove those that this user's killed processes have left; ConfigError if none can be made."""
+    try:
+        for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            with contextlib.suppress(OSError):
+                remove_stale_folder(folder)
+        own = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigError(f"No temporary folder can be made ({error}): set TMPDIR to a folder with space.") from error
+    with own as mine, open(f"{mine}/{LOCK}.part", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        os.rename(lock.name, f"{mine}/{LOCK}")  # so that nobody sees it unlocked
+        try:
+            yield mine
+        finally:
+            channel.begin_shutdown()
+
+
+def remove_stale_folder(folder: Path) -> None:
+    """Remove a folder of this user's whose process has ended; raise OSError for one that is in use.
+
+    The temporary folder is open to all users: a link is not followed, and a pipe in place of the lock can't block.
+    """
+    with open(os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as lock:
+        found = os.fstat(lock.fileno())
+        if {found.st_uid, folder.lstat().st_uid} == {os.getuid()} and stat.S_ISREG(found.st_mode):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)  # which refuses a link

@@ -10,8 +10,8 @@ from examples.mosaic_streaming.checkpoint import History, changes_ahead, plan_ah
 from examples.mosaic_streaming.config import Plan, flat
 from examples.mosaic_streaming.preview.checkpoint import Checkpoint
 from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.ledger import first_repeat, in_common
 from examples.mosaic_streaming.preview.open_data import open_validation
-from examples.mosaic_streaming.preview.repeats import first_repeat, in_common
 
 DERIVED = {
     "dataset.num_canonical_nodes": "this project's default",
@@ -27,14 +27,14 @@ def plan_report(data: JobData, checkpoint: Checkpoint | None, history: History |
     samples, folders = order.remaining(0), [{folder[2:] for folder in stage.config.folders} for stage in data.stages]
     needs = [needs_section(stage, set().union(*folders[: stage.stage])) for stage in data.stages]
     adds_up = ("cache", "hashed_at_a_start", "shared_memory_shards")  # the others are of one stage at a time
-    epochs = {"left_out": data.opened.dataset.epoch_size - samples, "steps": samples // order.global_batch_size}
-    epochs = {} if order.blend else epochs
+    epoch = {"left_out": data.opened.dataset.epoch_size - samples, "steps": samples // order.global_batch_size}
+    begins_anew = len(data.stages) > 1 and not order.blend  # in the second stage
     return {
         "streams": [stream for stage in data.stages for stream in streams_section(stage, history)],
         "stages": [stage_section(stage, history) for stage in data.stages],
         "skips": skips_section(data.plan, history.steps_before if history else 0),
-        "in_common": {"samples": in_common(data, history)} if history and len(data.stages) > 1 and epochs else None,
-        "epoch": epochs | amounts(data, samples) if epochs else None,
+        "in_common": {"samples": in_common(data, history)} if history and begins_anew else None,
+        "epoch": None if order.blend else epoch | amounts(data.opened.tokens_of_a_sample, samples),
         "run": run_section(data, history),
         "validation": validation_section(data),
         "layout": {
@@ -79,8 +79,7 @@ def stage_section(data: JobData, history: History | None) -> dict[str, Any]:
     """What a stage reads: its steps, its samples and their tokens, as far as these are known."""
     steps, samples = steps_of(data, history), None
     if history and (not steps or steps[0] > history.first_step):
-        known = dataclasses.replace(history, samples_before=0)  # which cancel out
-        samples = (known.samples(steps.stop - 1) or 0) - (known.samples(steps.start - 1) or 0) if steps else 0
+        samples = history.samples_between(steps.start - 1, steps.stop - 1)
     return {
         "stage": data.stage + 1,
         "file": data.config.source,
@@ -88,7 +87,7 @@ def stage_section(data: JobData, history: History | None) -> dict[str, Any]:
         "first_batch": data.plan.begins[data.stage] + 1,
         "last_step": steps[-1] if steps else None,
         "steps": len(steps),
-        **amounts(data, samples),
+        **amounts(data.opened.tokens_of_a_sample, samples),
     }
 
 
@@ -104,9 +103,8 @@ def files_of(data: JobData, stream: int) -> dict[str, Any]:
     return {"source": data.config.sources[data.opened.names[stream]], "shards": len(shards), "bytes": size}
 
 
-def amounts(data: JobData, samples: int | None, prefix: str = "") -> dict[str, int | None]:
-    """A number of samples of a stage, and of their tokens, as far as these are known."""
-    size = data.opened.tokens_of_a_sample
+def amounts(size: int | None, samples: int | None, prefix: str = "") -> dict[str, int | None]:
+    """A number of samples, and of their tokens, given those of each, as far as these are known."""
     return {f"{prefix}samples": samples, f"{prefix}tokens": samples * size if samples is not None and size else None}
 
 
@@ -116,21 +114,19 @@ def run_section(data: JobData, history: History | None) -> dict[str, Any]:
     repeat, exact = first_repeat(data, history) if history else (None, False)
     samples = history.samples(steps) if history else None
     has_epochs = not order.blend and len(data.stages) == 1
-    # Tokens are those of all stages only if each sample has equally many.
-    alike = {stage.opened.tokens_of_a_sample for stage in data.stages} == {data.opened.tokens_of_a_sample}
-    unknown = {} if alike else {"tokens": None, "first_repeat_tokens": None}
+    sizes = {stage.opened.tokens_of_a_sample for stage in data.stages}
+    size = sizes.pop() if len(sizes) == 1 else None  # or tokens would be those of one stage
     return {
         "steps": steps,
         "global_batch_size": order.global_batch_size,
         "since_step": history.first_step if history and history.begins_anew else 0,
-        **amounts(data, samples),
+        **amounts(size, samples),
         "epochs": samples / order.remaining(0) if has_epochs and samples is not None else None,
         "first_repeat_step": repeat,
         "first_repeat_epoch": history.slice(repeat).epoch if history and repeat else None,
-        **amounts(data, history.samples(repeat - 1) if history and repeat else None, "first_repeat_"),
+        **amounts(size, history.samples(repeat - 1) if history and repeat else None, "first_repeat_"),
         "first_repeat_is_exact": exact,
         "fits": steps < repeat if repeat and (exact or steps < repeat) else None,
-        **unknown,
     }
 
 
@@ -196,11 +192,11 @@ def stored_bytes(data: JobData, cached: bool, earlier: Set[Any]) -> int:
 def settings_section(data: JobData) -> list[dict[str, Any]]:
     """Each setting that decides what is read and how, its value, and who has set it."""
     rows = []
-    for stage in data.stages:
+    for stage, read in zip(data.stages, data.plan.stages, strict=True):
         resolved, recorded = flat(stage.config.config), stage.opened.fingerprint
         place = f"stage {stage.stage + 1}, " if len(data.stages) > 1 else ""
         owners = dict.fromkeys(resolved, "this project's default") | DERIVED
-        owners |= dict.fromkeys(flat(stage.file.config), stage.config.source)
+        owners |= dict.fromkeys(flat(read.file.config), stage.config.source)
         more = {key: value for key, value in recorded.items() if key.startswith("dataset.") and key not in resolved}
         for key, value in (resolved | more).items():
             rows.append({"setting": place + key, "value": value, "owner": owners.get(key, "streaming's default")})
@@ -229,8 +225,7 @@ def checks_section(data: JobData) -> dict[str, list[str]]:
 
 def resume_section(data: JobData, checkpoint: Checkpoint, history: History | None) -> dict[str, Any]:
     """Where a checkpoint's run stands, what has changed since, and what a start would do with it."""
-    settings, state = data.job.checkpoints, checkpoint.state
-    differences = checkpoint.differences(data)
+    settings, state, differences = data.job.checkpoints, checkpoint.state, checkpoint.differences(data)
     anew = "dataloader" in settings.exclude_from_loading
     done = 0 if "train_state" in settings.exclude_from_loading else checkpoint.step
     place = next(history.slices(done)) if history else None

@@ -14,9 +14,7 @@ Report = dict[str, Any]
 Columns = dict[str, tuple[str, str]]
 """For each heading, the key of a record and the format of its numbers: Python's, or "bytes". Texts have none."""
 
-SHOWN_TEXT, SHOWN_IDS = 600, 12
-"""Characters of a text, and ids, beyond which the middle is left out."""
-
+SHOWN_TEXT, SHOWN_IDS = 600, 12  # characters of a text, and ids, beyond which the middle is left out
 STYLES = {TARGET: "green", CONTEXT: "yellow"}
 CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 160)] if chr(code) not in "\n\t"}
 """What is printed in place of characters that a terminal would obey. rich itself replaces only some of them."""

@@ -27,7 +27,7 @@ def plan_warnings(data: JobData, plan: Mapping[str, Any]) -> list[str]:
     warnings += job_warnings(data)
     if data.validation:
         warnings += plan["validation"]["warnings"]
-        warnings += warnings_of_validation(data.validation[1], [stage.config for stage in data.stages])
+        warnings += warnings_of_validation(data.validation, [stage.config for stage in data.stages])
     return [*warnings, *checkpoint_warnings(data.job, plan["resume"] is not None)]
 
 

@@ -111,8 +111,7 @@ class Blend:
 
     def samples(self, positions: Ints) -> Ints:
         """Return the ids of the samples at positions, int64 of the same shape, [positions]."""
-        ids = np.empty_like(positions)
-        numbers = positions // self._period_size
+        ids, numbers = np.empty_like(positions), positions // self._period_size
         for number in np.unique(numbers).tolist():
             chosen = np.flatnonzero(numbers == number)
             places, period = positions[chosen] % self._period_size, self._period(number)
@@ -243,8 +242,7 @@ class Blend:
 
     def _shuffled(self, stream: int, number: int, nodes: Ints, place: Ints, counts: Ints) -> Ints:
         """Permute places in the ranges of nodes within shuffle blocks, which begin at other places on each node."""
-        key = mix(self._seed, SAMPLES, self.streams[stream].key, number)
-        size = self.shuffle_blocks[stream]
+        key, size = mix(self._seed, SAMPLES, self.streams[stream].key, number), self.shuffle_blocks[stream]
         shift = np.where(counts > size, mix(key, nodes) % np.uint64(size), 0).astype(np.int64)
         block = (place + shift) // size
         begin = np.maximum(block * size - shift, 0)

@@ -1,8 +1,4 @@
-"""The order of samples: `Order` for training, `ValidationOrder` for validation.
-
-streaming puts a whole epoch in order, for a single reader. Then, as with "blend", the samples are assigned to those who
-read them.
-"""
+"""The order of samples: `Order` for training, `ValidationOrder` for validation."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +17,7 @@ BLOCK_ALGOS = ("py1e", "py1br")  # the shuffle algorithms that use `shuffle_bloc
 MAX_CANONICAL_NODES = 64
 """Default of `num_canonical_nodes`, unless the data is small. streaming's own is the machines of the first run."""
 MAX_LEFT_OUT = 0.01  # share of an epoch's samples that this default may leave out
-SHARE_DIGITS = 12
-"""Decimal digits that count of a stream's share in a blend, so that equal shares are equal however they are given."""
+SHARE_DIGITS = 12  # decimals that count of a stream's share in a blend: equal ones are equal however they are given
 ENDLESS = 1 << 40  # positions that a blend has, so to speak; no run reads as many
 
 
@@ -30,8 +25,8 @@ ENDLESS = 1 << 40  # positions that a blend has, so to speak; no run reads as ma
 class Order:
     """Which sample is at which position, and which samples stay together.
 
-    A blend tells the samples at any positions, and its only epoch never ends. Otherwise, streaming puts an epoch in
-    order, and calls this as a batching method.
+    A blend tells the samples at any positions, and its only epoch never ends. Otherwise, streaming puts a whole epoch
+    in order, for a single reader, and calls this as a batching method, which assigns the samples to the readers.
     """
 
     batching_method: str  # "blend", or streaming's: "random", "per_stream", "stratified" or "device_per_stream"
@@ -205,22 +200,16 @@ def samples_of_epoch(
     else:
         counts = [round_down(chosen, nodes) for chosen in choose]
         if method == "stratified":
-            per_batch = samples_per_batch(proportions, global_batch)
-            batches = min(count // size if size else 0 for count, size in zip(counts, per_batch, strict=True))
-            counts = [batches * size for size in per_batch]
+            exact = np.array(proportions) * global_batch  # of each stream in a batch; the largest fractions round up
+            in_batch = exact.astype(np.int64)
+            in_batch[np.argsort(exact - in_batch)[::-1][: global_batch - in_batch.sum()]] += 1
+            batches = min(count // size if size else 0 for count, size in zip(counts, in_batch.tolist(), strict=True))
+            counts = (batches * in_batch).tolist()
         else:
             batch = local_batch if method == "device_per_stream" else global_batch
             counts = [round_down(count, batch) for count in counts]
         samples = sum(counts) if all(counts) else 0
     return samples, tuple(count / max(1, sum(counts)) for count in counts)
-
-
-def samples_per_batch(proportions: Sequence[float], global_batch_size: int) -> list[int]:
-    """Samples of each stream in a global batch under stratified batching (streaming 0.13.0, batching/stratified.py)."""
-    exact = np.array(proportions) * global_batch_size
-    whole = exact.astype(np.int64)
-    whole[np.argsort(exact - whole)[::-1][: global_batch_size - whole.sum()]] += 1
-    return [int(size) for size in whole]
 
 
 def round_down(samples: int, multiple: int) -> int:

@@ -19,7 +19,7 @@ from streaming.base.format.mds import MDSReader
 
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
-from examples.mosaic_streaming.preview.private_folder import PREFIX, private_folder
+from examples.mosaic_streaming.preview.open_data import PREFIX, private_folder
 from examples.mosaic_streaming.train import main as train_main
 from tests.support.jobs import LAYOUTS, command, train, write_files
 from tests.support.looking import by_dp_rank, looked_up, preview, printed, recorded_by_dp_rank

@@ -16,11 +16,11 @@ from streaming import MDSWriter
 
 from examples.mosaic_streaming.checkpoint import Segment
 from examples.mosaic_streaming.config.keys import NOT_WITH_BLEND
-from examples.mosaic_streaming.preview import repeats
+from examples.mosaic_streaming.preview import ledger
 from examples.mosaic_streaming.preview.__main__ import main
 from examples.mosaic_streaming.preview.job_data import JobData
+from examples.mosaic_streaming.preview.ledger import first_repeat, is_repeat
 from examples.mosaic_streaming.preview.plan import needs_section, ranges
-from examples.mosaic_streaming.preview.repeats import first_repeat, is_repeat
 from tests.support.jobs import command
 from tests.support.looking import preview, printed, with_job_data
 from tests.support.ranks import run_rank_values, run_ranks
@@ -64,7 +64,7 @@ def test_first_repeat_is_the_first_step_that_reads_a_sample_again(
         return
 
     def bound(opened: JobData) -> Any:
-        repeats.EXACT = 0
+        ledger.EXACT = 0
         return first_repeat(opened, opened.new_run()), opened.opened.order.remaining(0) // 8
 
     (step, exact), steps_per_epoch = with_job_data(config, bound, job(2, 8))
@@ -266,7 +266,7 @@ def test_what_fits_is_not_said_where_repeats_were_not_looked_for(files: Path) ->
     (files / "loader.toml").write_text(f'name = "text"\n[dataset.streams.a]\nlocal = "{files}/stream"\nrepeat = 1.5\n')
 
     def run() -> None:
-        repeats.EXACT = 0
+        ledger.EXACT = 0
         main(["plan", *command(files)])
 
     [rank] = run_ranks(run)
