@@ -15,6 +15,8 @@ from examples.mosaic_streaming.titan.versions import ON_CPU, generation
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
 
+SUFFIX = "_mosaic"
+"""What the Mosaic names of TorchTitan's text models end with: `llama3_mosaic` is that of `llama3`."""
 DEGREES = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel", "pipeline_parallel")
 
 
@@ -54,6 +56,20 @@ def warnings_of_job(job: LoadedJob) -> list[str]:
             "samples, tokens and targets are counted from there."
         )
     return warnings + going_back(job.job_config.checkpoint, job.checkpoint_folder)
+
+
+def check_model(name: str, reads_text: Callable[[str], bool]) -> str:
+    """TorchTitan's name of a Mosaic model; a ConfigError says which models there are that read text."""
+    from examples.mosaic_streaming.upstream.model_registry import model_names
+
+    base = name.removesuffix(SUFFIX)
+    if base != name and reads_text(base):
+        return base
+    if base == name and reads_text(name):
+        raise ConfigError(f"model.name = {name!r} does not read Mosaic streams. Set it to {name + SUFFIX!r}.")
+    fault = "does not read Mosaic streams" if base == name else f"but TorchTitan has no text model {base!r}"
+    text_models = ", ".join(model + SUFFIX for model in model_names() if reads_text(model))
+    raise ConfigError(f"model.name = {name!r}, {fault}. Expected one of: {text_models}.")
 
 
 def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":

@@ -11,10 +11,8 @@ from examples.mosaic_streaming.config import BatchShape, Job
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan import checks
 from examples.mosaic_streaming.titan.checkpoints import check_checkpoints, checkpoints_of, steps_with
-from examples.mosaic_streaming.titan.models import SUFFIX
-from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.titan.v0_2.load import checkpoint_folder
-from examples.mosaic_streaming.titan.v0_2.models import base_spec
+from examples.mosaic_streaming.titan.v0_2.models import base_spec, masks_documents, takes_positions
 from examples.mosaic_streaming.upstream.model_registry import model_names
 
 OPTIMIZERS = ("Adam", "AdamW")
@@ -74,7 +72,7 @@ def check_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -> N
             f"(parallelism.pipeline_parallel_degree = {dims.pp}) cuts wrongly. Choose a flavor with flex attention, or "
             "FSDP."
         )
-    if model.name.removesuffix(SUFFIX) in model_names():
+    if model.name.removesuffix(checks.SUFFIX) in model_names():
         seq_len, why = job_config.training.seq_len, "2 x tensor-parallel x context-parallel degree"
         checks.check_seq_len(seq_len, dims.seq_len_divisor, why)
     titans = (build_optimizers, build_optimizers_with_moe_load_balancing)

@@ -10,7 +10,6 @@ from examples.mosaic_streaming.config import BatchShape, Job
 from examples.mosaic_streaming.sampling import Layout
 from examples.mosaic_streaming.titan import checks
 from examples.mosaic_streaming.titan.checkpoints import check_checkpoints, checkpoints_of
-from examples.mosaic_streaming.titan.models import SUFFIX
 
 
 def check_job(config: Any, world_size: int) -> None:
@@ -44,7 +43,7 @@ def make_job(config: Any, world_size: int, ranks_per_node: int) -> Job:
     attention = getattr(spec.model.first_attention, "inner_attention", None)
     microbatch = config.parallelism.pipeline_parallel_microbatch_size
     return Job(
-        model=f"{spec.name}{SUFFIX}",
+        model=f"{spec.name}{checks.SUFFIX}",
         flavor=spec.flavor,
         vocab_size=spec.model.vocab_size,
         assets=config.hf_assets_path,
