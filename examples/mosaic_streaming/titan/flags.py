@@ -16,10 +16,7 @@ HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 
 @contextlib.contextmanager
 def explain_parsing(source: str) -> Iterator[None]:
-    """Turn what TorchTitan's manager raises into one ConfigError; rank 0 alone prints its usage.
-
-    `source` is what is parsed: the job's file, or its function.
-    """
+    """Explain what TorchTitan's manager raises over a file or function (`source`); rank 0 alone prints its usage."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

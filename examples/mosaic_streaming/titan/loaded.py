@@ -73,10 +73,7 @@ def read_sections(path: str) -> dict[str, Any]:
 
 
 def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
-    """Import the first module of these that there is; if there is none, a ConfigError names the last and the `setting`.
-
-    What fails within a module is raised as it is.
-    """
+    """Import the first of these modules that there is. If there is none, a ConfigError names `setting` and the last."""
     for name in candidates:
         try:
             return importlib.import_module(name)

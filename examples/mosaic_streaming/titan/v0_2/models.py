@@ -69,6 +69,5 @@ def takes_positions(model_cls: type[ModelProtocol], layout: "Layout") -> bool:
     is the same. Under pp only the first stage would get positions, cp makes its own, and tp doesn't expect any
     (torchtitan 0.2.2, train.py, distributed/context_parallel.py, models/*/infra).
     """
-    return "positions" in inspect.signature(model_cls.forward).parameters and all(
-        layout.degrees[name] == 1 for name in ("pp", "cp", "tp")
-    )
+    is_whole = all(layout.degrees[name] == 1 for name in ("pp", "cp", "tp"))
+    return is_whole and "positions" in inspect.signature(model_cls.forward).parameters

@@ -31,10 +31,7 @@ POLICIES: dict[str, Any] = {"none": None, "full": FullAC, "selective": Selective
 
 
 def translate(values: dict[str, Any], path: str) -> Any:
-    """Make a config of the values of a job's file, by their keys; messages have its `path`.
-
-    ConfigError if a key is unknown, or has no counterpart, or a value is wrong.
-    """
+    """Make a config of the values of a job's file by their keys; a ConfigError, with its `path`, says what is wrong."""
     values = {key: value for key, value in DEFAULTS.items() if RENAMED.get(key, key) not in values} | values
     optimizer = ADAM | {key: values.pop(f"optimizer.{key}") for key in ADAM if f"optimizer.{key}" in values}
     mode = values.pop("activation_checkpoint.mode", "selective")
