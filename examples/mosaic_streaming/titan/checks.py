@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 
 SUFFIX = "_mosaic"
 """What the Mosaic names of TorchTitan's text models end with: `llama3_mosaic` is that of `llama3`."""
-DEGREES = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel", "pipeline_parallel")
+DEGREES = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
+"""The degrees that a world size is made of, and what the section [parallelism] calls them."""
 
 
 def check_start(job: LoadedJob, world_size: int) -> None:
@@ -77,8 +84,8 @@ def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_si
     try:
         dims = make()
     except AssertionError as error:
-        degrees = {f"{name}_degree": getattr(parallelism, f"{name}_degree") for name in DEGREES}
-        given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree not in (1, -1))
+        degrees = {key: getattr(parallelism, key) for key in DEGREES.values()}
+        given = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree not in (1, -1))
         problem = str(error) or f"{given} multiply to more"
         raise ConfigError(
             f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."

@@ -38,7 +38,7 @@ def parallel_dims(config: Any, world_size: int) -> ParallelDims:
 def make_job(config: Any, world_size: int, ranks_per_node: int) -> Job:
     """Make the `Job` of a config that `mosaic` made; a ConfigError says what TorchTitan would refuse, or not do."""
     dims, spec, training = parallel_dims(config, world_size), config.model_spec, config.training
-    degrees = {name: getattr(dims, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    degrees = {name: getattr(dims, name) for name in checks.DEGREES}
     layout = Layout(world_size, ranks_per_node, degrees)
     attention = getattr(spec.model.first_attention, "inner_attention", None)
     microbatch = config.parallelism.pipeline_parallel_microbatch_size
