@@ -329,8 +329,7 @@ def test_names_in_the_tables_of_the_architecture_exist() -> None:
 
 @only_0_2
 def test_flavors_that_mask_documents_are_those_in_the_page() -> None:
-    from examples.mosaic_streaming.titan.v0_2.documents import masks_documents
-    from examples.mosaic_streaming.titan.v0_2.models import base_spec
+    from examples.mosaic_streaming.titan.v0_2.models import base_spec, masks_documents
 
     written = {}
     for row in re.findall(r"^\| (`\w+_mosaic`.*) \|$", text_of(Path("docs/finetuning.md")), re.MULTILINE):

@@ -18,8 +18,8 @@ from torchtitan.train import Trainer
 from examples.mosaic_streaming import dataloader
 from examples.mosaic_streaming.distributed import abort
 from examples.mosaic_streaming.errors import DataError
+from examples.mosaic_streaming.titan.checkpoints import WayOut
 from examples.mosaic_streaming.titan.validator import MeanOverTokens
-from examples.mosaic_streaming.titan.way_out import WayOut
 from examples.mosaic_streaming.train import main
 from tests.e2e.test_torchrun import children, cmdline, end_of, ends_well, start
 from tests.support.jobs import LAYOUTS, SAVE, command, logged, losses, tell_when_closed, write_files, write_loader

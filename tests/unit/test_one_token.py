@@ -10,7 +10,7 @@ from streaming import MDSWriter
 from torch import Tensor
 from torchtitan.protocols.train_spec import get_train_spec
 
-from examples.mosaic_streaming.titan.v0_2.documents import within_documents
+from examples.mosaic_streaming.titan.v0_2.models import within_documents
 from tests.support.jobs import logged, train
 from tests.support.ranks import run_rank_values
 from tests.support.streams import SEQ_LEN, build_loader, job, loader_config, write_tokens

@@ -124,7 +124,7 @@ def test_other_statements_are_carried_out_at_once(importer: str, module: str, na
 
 
 def test_a_package_that_is_not_installed_is_missed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(LATER, ("a", "no_such_package"), set())
+    monkeypatch.setitem(LATER, ("a", "no_such_package"), "")
     assert not can_wait("a", "no_such_package", set())
 
 

@@ -15,7 +15,6 @@ CONFIG = "tokenizer_config.json"
 JSON_FILES = (CONFIG, "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 TEXT_FILES = ("merges.txt", "vocab.txt", "chat_template.jinja")
 FAST = '"PreTrainedTokenizerFast", which takes tokenizer.json as it is'
-LFS_POINTER = "version https://git-lfs.github.com"  # how a pointer file of Git LFS begins
 
 
 @contextlib.contextmanager
@@ -24,8 +23,6 @@ def explain_asset_errors(path: str, reader: str) -> Iterator[None]:
     check_folder(path)
     try:
         yield
-    except ConfigError:
-        raise
     except Exception as error:
         raise ConfigError(f"model.hf_assets_path = {path!r}: {explain(Path(path), reader, error)}") from error
 
@@ -82,7 +79,7 @@ def file_fault(folder: Path) -> str:
     for name in (*JSON_FILES, *TEXT_FILES):
         try:
             text = (folder / name).read_text("utf-8")
-            if text.startswith(LFS_POINTER):
+            if text.startswith("version https://git-lfs.github.com"):
                 return f"{name} is a Git LFS pointer, not the file itself. Run `git lfs pull` there, or download it."
             if name in JSON_FILES and not isinstance(json.loads(text), dict):
                 return f"{name} holds no JSON object. Download it again."

@@ -47,17 +47,12 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--config", required=required, metavar="JOB.toml", help=job)
         module = "Python module with a function that returns the job's config, or a folder of TorchTitan's models"
         self.add_argument("--module", help=f"{module} (TorchTitan 0.3)")
-        loader = "the Mosaic loader, for llm-foundry's build_dataloader"
-        self.add_argument(
-            "--mosaic-config", metavar="LOADER.toml", help=f"{loader}, or a plan; not needed with --module"
-        )
+        loader = "the Mosaic loader, for llm-foundry's build_dataloader, or a plan; not needed with --module"
+        self.add_argument("--mosaic-config", metavar="LOADER.toml", help=loader)
         self.add_argument("--mosaic-validation-config", metavar="LOADER.toml", help="the same for validation")
 
     def parse(self, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-        """Return our flags, with paths expanded, and TorchTitan's, which stand behind the first `--`.
-
-        ConfigError if a flag is missing or unknown, or stands on the wrong side of `--`.
-        """
+        """Return our flags, with paths expanded, and TorchTitan's, which stand behind the first `--`."""
         split = argv.index("--") if "--" in argv else len(argv)
         ours, titan = argv[:split], argv[split + 1 :]
         if any(flag.replace("-", "_").startswith("__job.config_file") for flag in titan):

@@ -29,11 +29,7 @@ def expand_path(path: str, place: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Parse a TOML file, which may begin with a byte order mark, as editors on Windows write it.
-
-    Raises:
-        ConfigError: the file is missing or not TOML; the message has the path and the line.
-    """
+    """Parse a TOML file, which may begin with a byte order mark, as editors on Windows write it."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return tomllib.loads(file.read())

@@ -4,7 +4,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from examples.mosaic_streaming.config.streams import Config
 from examples.mosaic_streaming.config.values import LIMITS, hints_of, refuse, wrong_value
@@ -50,9 +50,6 @@ def check_keys(config: Config, path: str) -> None:
             f"dataset in {path} has no `remote`: the finetuning loader streams only from `remote` or `streams`. "
             "Give the stream's folder as `remote`, and another folder as `local`, for the cache."
         )
-    for key, choices in choices_of().items():  # streaming looks only after the start, or never
-        if (choice := dataset.get(key, choices[0])) not in choices:
-            raise ConfigError(f"dataset.{key} = {choice!r} in {path}, expected one of: {', '.join(choices)}.")
 
 
 def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str], dict[str, Any]]]:
@@ -71,7 +68,7 @@ def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str],
         raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
     builder = registry.dataloaders.get(name)
     top = ["name", *parameters(builder), *(key for key in config if takes(name, key))]
-    hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__)
+    hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__) | choices()
     keys = dataset_keys().get(name, list(dataset))
     found = [(f"dataset.streams.{key}.", stream, parameters(Stream), hints) for key, stream in streams.items()]
     return [("", config, top, hints_of(builder)), ("dataset.", dataset, keys, hints), *found]
@@ -111,15 +108,15 @@ def dataset_keys() -> dict[str, list[str]]:
 
 
 @functools.cache
-def choices_of() -> dict[str, tuple[str, ...]]:
-    """The words that a setting of `dataset` can be: those of streaming's tables, before ours are added."""
+def choices() -> dict[str, Any]:
+    """The words that settings can be, from streaming's tables before ours are added. It looks them up late or never."""
     from streaming.base import batching, partition, shuffle
 
     return {
-        "shuffle_algo": tuple(shuffle.algos),
-        "partition_algo": tuple(partition.algos),
-        "batching_method": (*batching.batching_methods, "blend"),
-        "sampling_method": ("balanced", "fixed"),
+        "shuffle_algo": Literal[*shuffle.algos],
+        "partition_algo": Literal[*partition.algos],
+        "batching_method": Literal[*batching.batching_methods, "blend"],
+        "sampling_method": Literal["balanced", "fixed"],
     }
 
 

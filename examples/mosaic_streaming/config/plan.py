@@ -86,11 +86,7 @@ class Plan:
 
 
 def read_loaders(train: str, validation: str | None) -> tuple[Plan, LoaderFile | None]:
-    """Parse the file of the training data, as `read_plan` does, and the validation loader's if there is one.
-
-    Raises:
-        ConfigError: a file is missing, can't be parsed, or is no plan and no loader.
-    """
+    """Parse the file of the training data, as `read_plan` does, and the validation loader's if there is one."""
     plan, held_out = read_plan(train), read_loader(validation, "eval_loader") if validation else None
     if held_out and is_plan(held_out.config):
         raise ConfigError(f"{validation} is a plan, but --mosaic-validation-config takes one loader. Name its file.")
@@ -181,11 +177,7 @@ def last_step(job: Job, position: str | None) -> float:
 
 
 def resolve_stages(plan: Plan, job: Job, position: str | None = None) -> list[ResolvedLoader]:
-    """Complete the configuration of each stage's loader.
-
-    Raises:
-        ConfigError: as `resolve`; a later stage has another order than "blend"; a skip is beyond the run.
-    """
+    """Complete the configuration of each stage's loader, as `resolve` does, and check them and the skips together."""
     found = [resolve(stage.file, job.training, job.layout.replication) for stage in plan.stages]
     for number, one in enumerate(found[1:], start=2):
         if not one.is_blend:

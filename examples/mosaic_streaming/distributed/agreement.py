@@ -46,10 +46,8 @@ def check_ranks_per_node() -> None:
 def check_peers(batch: TitanBatch, dp_rank: int, settings: Fingerprint, source: str) -> None:
     """Compare this rank's first batch with those of its peers, and its settings with everyone's.
 
-    It takes one small collective, and a second one if ranks differ. `source` is the file that configures the loader.
-
-    Raises:
-        DataError: on all ranks, if ranks differ that must not.
+    It takes one small collective, and a second one if ranks differ that must not: then all of them raise DataError.
+    `source` is the file that configures the loader.
     """
     agreed = json.dumps({key: without_name(value) for key, value in settings.items()})
     tensors = [tensor for _, tensor in sorted(batch[0].items())] + [batch[1]]  # all that the model gets

@@ -192,8 +192,7 @@ class Listener:
     def explains(self, error: BaseException) -> bool:
         """Whether an error follows from another rank's end, whose reason is known, and on rank 0 printed.
 
-        Raises:
-            dist.DistError: The error does follow from that, but rank 0's store is gone.
+        dist.DistError if it does follow from that, but rank 0's store is gone.
         """
         if not is_connection_error(error) or not (self._is_woken or self.store.check([REASON_KEY])):
             return False

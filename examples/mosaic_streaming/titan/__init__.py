@@ -27,10 +27,7 @@ def _of_generation(module: str) -> Any:
 
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
-    """Read the files that the command line names; `flags` are those that `parse_flags` returns.
-
-    ConfigError if a file or a flag is wrong, also if TorchTitan would find that later.
-    """
+    """Read the files that the command line names (`parse_flags`); a ConfigError says what is wrong with them."""
     job = _of_generation("load").load_job(flags, titan_flags)
     return dataclasses.replace(job, position=getattr(flags, "mosaic_position", None))
 

@@ -1,4 +1,4 @@
-"""TorchTitan's checkpoints: their folders, what a start would load, and settings by which it would fail to."""
+"""TorchTitan's checkpoints: what a start would load, or fail to, and what a run saves that a signal ends."""
 
 import itertools
 import os
@@ -9,6 +9,7 @@ from concurrent import futures
 from typing import Any
 
 from examples.mosaic_streaming.config import Checkpoints, is_url
+from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
 from examples.mosaic_streaming.titan.loaded import LoadedJob
 
@@ -124,6 +125,41 @@ def going_back(checkpoint: Any, folder: str) -> list[str]:
     if 0 < (kept := checkpoint.keep_latest_k) <= len(steps):
         raise ConfigError(f"With checkpoint.keep_latest_k = {kept}, each new checkpoint would be deleted. {told}")
     return [told]
+
+
+class WayOut:
+    """What makes a Trainer stop after the same step on all ranks, with a checkpoint, when `channel` is told to."""
+
+    channel: AbortChannel
+    step: int
+    checkpointer: Any
+    model_parts: Any
+
+    def should_continue_training(self) -> bool:
+        """Whether another step follows. TorchTitan asks before each, once the one before is saved and validated."""
+        goes_on: bool = super().should_continue_training()  # type: ignore[misc]  # a Trainer has it
+        if goes_on and self.checkpointer.enable and not self.checkpointer.load_only:
+            self.channel.begin_step(self.step + 1, self._save)
+        return goes_on
+
+    def _save(self) -> None:
+        """Save the whole state, unless TorchTitan just has, and wait until that is finished.
+
+        Source: TorchTitan saves a last step in the foreground, and whole where these settings are off (torchtitan
+        0.2.2, components/checkpoint.py; 0.3.0, components/checkpointer/dcp.py). It never saves after validation, which
+        leaves some parameters gathered (torch 2.15, distributed/fsdp).
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        saver, step = self.checkpointer, self.step
+        if step % saver.interval and not (step == 1 and saver.enable_first_step_checkpoint):
+            for module in (module for part in self.model_parts for module in part.modules()):
+                if isinstance(module, FSDPModule):
+                    module.reshard()
+            saver.last_save_model_only = saver.last_save_in_hf = False
+            saver.save(step, last_step=True)
+        if saver.save_future:
+            saver.save_future.result()
 
 
 def log_stop(trainer: Any, job: LoadedJob, number: signal.Signals) -> None:

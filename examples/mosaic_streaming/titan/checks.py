@@ -15,7 +15,16 @@ from examples.mosaic_streaming.titan.versions import ON_CPU, generation
 if TYPE_CHECKING:
     from torchtitan.distributed import ParallelDims
 
-DEGREES = ("data_parallel_replicate", "data_parallel_shard", "context_parallel", "tensor_parallel", "pipeline_parallel")
+SUFFIX = "_mosaic"
+"""What the Mosaic names of TorchTitan's text models end with: `llama3_mosaic` is that of `llama3`."""
+DEGREES = {
+    "pp": "pipeline_parallel_degree",
+    "dp_replicate": "data_parallel_replicate_degree",
+    "dp_shard": "data_parallel_shard_degree",
+    "cp": "context_parallel_degree",
+    "tp": "tensor_parallel_degree",
+}
+"""The degrees that a world size is made of, and what the section [parallelism] calls them."""
 
 
 def check_start(job: LoadedJob, world_size: int) -> None:
@@ -56,13 +65,27 @@ def warnings_of_job(job: LoadedJob) -> list[str]:
     return warnings + going_back(job.job_config.checkpoint, job.checkpoint_folder)
 
 
+def check_model(name: str, reads_text: Callable[[str], bool]) -> str:
+    """TorchTitan's name of a Mosaic model; a ConfigError says which models there are that read text."""
+    from examples.mosaic_streaming.upstream.model_registry import model_names
+
+    base = name.removesuffix(SUFFIX)
+    if base != name and reads_text(base):
+        return base
+    if base == name and reads_text(name):
+        raise ConfigError(f"model.name = {name!r} does not read Mosaic streams. Set it to {name + SUFFIX!r}.")
+    fault = "does not read Mosaic streams" if base == name else f"but TorchTitan has no text model {base!r}"
+    text_models = ", ".join(model + SUFFIX for model in model_names() if reads_text(model))
+    raise ConfigError(f"model.name = {name!r}, {fault}. Expected one of: {text_models}.")
+
+
 def parallel_dims(make: Callable[[], "ParallelDims"], parallelism: Any, world_size: int) -> "ParallelDims":
     """Call TorchTitan to compute the degrees of parallelism; a ConfigError says why they don't fit the ranks."""
     try:
         dims = make()
     except AssertionError as error:
-        degrees = {f"{name}_degree": getattr(parallelism, f"{name}_degree") for name in DEGREES}
-        given = ", ".join(f"{name} = {degree}" for name, degree in degrees.items() if degree not in (1, -1))
+        degrees = {key: getattr(parallelism, key) for key in DEGREES.values()}
+        given = ", ".join(f"{key} = {degree}" for key, degree in degrees.items() if degree not in (1, -1))
         problem = str(error) or f"{given} multiply to more"
         raise ConfigError(
             f"TorchTitan refuses the degrees of [parallelism] in the job config on {world_size} ranks: {problem}."

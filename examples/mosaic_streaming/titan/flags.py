@@ -1,7 +1,6 @@
 """TorchTitan's flags, which its own manager parses."""
 
 import contextlib
-import dataclasses
 import io
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from examples.mosaic_streaming.errors import ConfigError, is_rank_0
+from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.refusals import first_line, keep_traceback
 
 HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
@@ -16,10 +16,7 @@ HELP = "All of its keys: python -m examples.mosaic_streaming.train -- --help"
 
 @contextlib.contextmanager
 def explain_parsing(source: str) -> Iterator[None]:
-    """Turn what TorchTitan's manager raises into one ConfigError; rank 0 alone prints its usage.
-
-    `source` is what is parsed: the job's file, or its function.
-    """
+    """Explain what TorchTitan's manager raises over a file or function (`source`); rank 0 alone prints its usage."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -59,12 +56,8 @@ def spell_boolean(flag: str, job_config: Any) -> str:
     name, _, value = flag.partition("=")
     if not name.startswith("--") or value.lower() not in ("true", "false"):
         return flag
-    *sections, key = name.removeprefix("--").split(".")
-    owner = job_config
-    for section in sections:
-        owner = getattr(owner, section.replace("-", "_"), None)
-    if dataclasses.is_dataclass(owner):  # else a section that a custom config module adds
-        types = {field.name: field.type for field in dataclasses.fields(owner)}
-        if types.get(key.replace("-", "_"), bool) not in (bool, "bool"):
-            return flag
-    return "--" + ".".join([*sections, key if value.lower() == "true" else f"no-{key}"])
+    section, dot, key = name.removeprefix("--").rpartition(".")
+    plain, hints = f"{section}{dot}{key}".replace("-", "_"), {key: hint for key, _, hint, _ in leaves(job_config)}
+    if hints.get(plain, None if hasattr(job_config, plain) else bool) is not bool:  # a custom config module adds keys
+        return flag
+    return f"--{section}{dot}{'' if value.lower() == 'true' else 'no-'}{key}"

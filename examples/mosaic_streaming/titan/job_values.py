@@ -45,10 +45,7 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool
 
 
 def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], path: str) -> Any:
-    """Return a config with the values of a job's file; it calls some keys by other `names`.
-
-    ConfigError if keys are unknown, or values of a wrong type.
-    """
+    """Return a config with the values of a job's file, if they are right; it calls some keys by other `names`."""
     known, wrong = {key: (hint, is_read) for key, _, hint, is_read in leaves(config)}, []
     sections: dict[str, dict[str, Any]] = {}
     for key, value in values.items():

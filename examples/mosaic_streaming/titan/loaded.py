@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -73,10 +73,7 @@ def read_sections(path: str) -> dict[str, Any]:
 
 
 def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
-    """Import the first module of these that there is; if there is none, a ConfigError names the last and the `setting`.
-
-    What fails within a module is raised as it is.
-    """
+    """Import the first of these modules that there is. If there is none, a ConfigError names `setting` and the last."""
     for name in candidates:
         try:
             return importlib.import_module(name)
@@ -88,13 +85,3 @@ def import_module(candidates: Sequence[str], setting: str) -> ModuleType:
         f"{setting} {candidates[-1]!r}, but Python finds no module {missing.name!r}. Start the job where it can be "
         "imported, or name its folder in PYTHONPATH."
     ) from missing
-
-
-def find_function(candidates: Sequence[str], name: str) -> Callable[[], Any]:
-    """Find a function, given by --config, of the first module of these that there is; ConfigError if there is none."""
-    module = import_module(candidates, "--module")
-    if callable(function := getattr(module, name, None)):
-        return function
-    own = {key: value for key, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
-    has = [key for key, value in own.items() if callable(value) and key[0].islower()]
-    raise ConfigError(f"--config {name}: no function of {module.__name__}, which has: {', '.join(has)}.")

@@ -25,10 +25,7 @@ class MeanOverTokens:
 
     @torch.no_grad()
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
-        """Log the mean loss of a round. All ranks call it at the same steps.
-
-        DataError if a batch can't be read, or the round has no loss token.
-        """
+        """Log the mean loss of a round; all ranks call it at the same steps. DataError if there is no loss token."""
         for model in model_parts:
             model.eval()
         loss_sum = torch.zeros((), dtype=torch.float64)

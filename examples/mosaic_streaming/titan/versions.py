@@ -4,11 +4,9 @@ import contextlib
 import importlib.metadata
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from examples.mosaic_streaming.errors import ConfigError, DataError
-
-Value = TypeVar("Value")
 
 SUPPORTED = {"0.2": "v0_2", "0.3": "v0_3"}
 """The generations, and their packages in this room. Of 0.2, 0.2.2 is needed."""
@@ -68,7 +66,6 @@ IN_FILE = {
 }
 """Settings, or sections, of 0.2 that are no flags in 0.3, and where to set them."""
 
-
 ON_CPU = {
     "v0_2": "Models with experts, and flavors with flex or varlen attention, need a GPU.",
     "v0_3": "Attention is SDPA, over whole rows, not within documents; float32; no CUDA graphs.",
@@ -91,9 +88,7 @@ def generation() -> str:
 def check_flags(flags: Iterable[str], names: dict[str, str], installed: str, reasons: dict[str, str]) -> None:
     """Raise ConfigError for a flag of the other generation, with its spelling in the one that is installed.
 
-    Args:
-        names: settings of the other generation, and what the installed one calls them.
-        reasons: settings, or their sections, of the other generation that have no other name, and what to do instead.
+    `names` has the settings that have another name there, and `reasons` what to do where a setting or section has none.
     """
     for flag in flags:
         key, equals, value = flag.removeprefix("--").partition("=")
@@ -106,7 +101,7 @@ def check_flags(flags: Iterable[str], names: dict[str, str], installed: str, rea
             raise ConfigError(f"{flag}: not a flag of TorchTitan {installed}. {reason}")
 
 
-def find(table: dict[str, Value], key: str) -> Value | None:
+def find(table: dict[str, Any], key: str) -> Any:
     """What a table has for a setting, or for the section that it is in."""
     while key and key not in table:
         key = key.rpartition(".")[0]

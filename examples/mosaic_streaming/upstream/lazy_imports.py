@@ -21,28 +21,25 @@ from typing import Any
 from examples.mosaic_streaming.upstream.patch import replaced
 
 LATER = {
-    statement: set(names.split())
-    for statement, names in {
-        ("composer.loggers.mosaicml_logger", "mcli"): "",
-        ("llmfoundry.callbacks.async_eval_callback", "mcli"): "Run RunConfig create_run get_run",
-        ("llmfoundry.callbacks.env_logging_callback", "git"): "",
-        ("llmfoundry.callbacks.env_logging_callback", "mcli"): "sdk",
-        ("llmfoundry.callbacks.env_logging_callback", "pkg_resources"): "",
-        ("llmfoundry.callbacks.hf_checkpointer", "mlflow.transformers"): "_fetch_model_card _write_license_information",
-        ("llmfoundry.utils.config_utils", "mlflow"): "",
-        ("llmfoundry.utils.config_utils", "mlflow.data"): (
-            "delta_dataset_source http_dataset_source huggingface_dataset_source uc_volume_dataset_source"
-        ),
-        ("llmfoundry.utils.model_download_utils", "bs4"): "BeautifulSoup",
-        ("torchmetrics", "scipy.signal"): "",
-        ("torchmetrics", "torchmetrics.utilities.plot"): (
-            "_AX_TYPE _CMAP_TYPE _PLOT_OUT_TYPE plot_confusion_matrix plot_curve plot_single_or_multi_val"
-        ),
-        ("transformers.data.metrics", "scipy.stats"): "pearsonr spearmanr",
-        ("transformers.data.metrics", "sklearn.metrics"): "f1_score matthews_corrcoef",
-        ("transformers.generation.candidate_generator", "sklearn.metrics"): "roc_curve",
-        ("transformers.loss", "scipy.optimize"): "linear_sum_assignment",
-    }.items()
+    ("composer.loggers.mosaicml_logger", "mcli"): "",
+    ("llmfoundry.callbacks.async_eval_callback", "mcli"): "Run RunConfig create_run get_run",
+    ("llmfoundry.callbacks.env_logging_callback", "git"): "",
+    ("llmfoundry.callbacks.env_logging_callback", "mcli"): "sdk",
+    ("llmfoundry.callbacks.env_logging_callback", "pkg_resources"): "",
+    ("llmfoundry.callbacks.hf_checkpointer", "mlflow.transformers"): "_fetch_model_card _write_license_information",
+    ("llmfoundry.utils.config_utils", "mlflow"): "",
+    ("llmfoundry.utils.config_utils", "mlflow.data"): (
+        "delta_dataset_source http_dataset_source huggingface_dataset_source uc_volume_dataset_source"
+    ),
+    ("llmfoundry.utils.model_download_utils", "bs4"): "BeautifulSoup",
+    ("torchmetrics", "scipy.signal"): "",
+    ("torchmetrics", "torchmetrics.utilities.plot"): (
+        "_AX_TYPE _CMAP_TYPE _PLOT_OUT_TYPE plot_confusion_matrix plot_curve plot_single_or_multi_val"
+    ),
+    ("transformers.data.metrics", "scipy.stats"): "pearsonr spearmanr",
+    ("transformers.data.metrics", "sklearn.metrics"): "f1_score matthews_corrcoef",
+    ("transformers.generation.candidate_generator", "sklearn.metrics"): "roc_curve",
+    ("transformers.loss", "scipy.optimize"): "linear_sum_assignment",
 }
 """Statements to defer: (importing module or package, imported module), and the names; none for `import module`."""
 
@@ -77,7 +74,7 @@ def can_wait(importer: str, module: str, names: set[str]) -> bool:
     """Whether a statement is in `LATER`, for a module that is installed and not yet imported."""
     listed = [known for (who, what), known in LATER.items() if what == module and f"{importer}.".startswith(f"{who}.")]
     return (
-        any(names <= known and bool(names) == bool(known) for known in listed)
+        any(names <= {*known.split()} and bool(names) == bool(known) for known in listed)
         and module not in sys.modules
         and importlib.util.find_spec(module.partition(".")[0]) is not None
         and (module != "scipy.signal" or importlib.util.find_spec("srmrpy") is None)

@@ -19,7 +19,6 @@ from examples.mosaic_streaming.upstream.patch import replaced
 
 NCCL_FAULT = "exception_dump"
 """The key with which NCCL's watchdogs tell each other to abort; they write it without a prefix."""
-
 POLL_SECONDS = 0.01
 """Between rank 0's checks for other ranks."""
 

@@ -30,7 +30,7 @@ from examples.mosaic_streaming.config.warnings import warnings_of_documents
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.sampling.placement import Layout
 from examples.mosaic_streaming.titan import make_job
-from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, takes_positions, within_documents
+from examples.mosaic_streaming.titan.v0_2.models import masks_documents, takes_positions, within_documents
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, logged, losses, train, write_files
 from tests.support.ranks import run_rank_values, run_ranks

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torchtitan.models import _supported_models
 
-from examples.mosaic_streaming.titan.models import SUFFIX
+from examples.mosaic_streaming.titan.checks import SUFFIX
 from examples.mosaic_streaming.titan.v0_2.models import base_spec, reads_text
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses

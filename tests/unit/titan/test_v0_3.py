@@ -23,8 +23,8 @@ from torchtitan.models.llama3.config_registry import llama3_8b
 from torchtitan.trainer import Trainer
 
 from examples.mosaic_streaming.titan import mosaic
+from examples.mosaic_streaming.titan.checks import SUFFIX
 from examples.mosaic_streaming.titan.job_values import leaves
-from examples.mosaic_streaming.titan.models import SUFFIX
 from examples.mosaic_streaming.titan.v0_3.translate import model_spec, translate
 from examples.mosaic_streaming.upstream.model_registry import flavors_of, model_names, reads_text
 

@@ -11,10 +11,8 @@ from examples.mosaic_streaming.config import BatchShape, Job
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan import checks
 from examples.mosaic_streaming.titan.checkpoints import check_checkpoints, checkpoints_of, steps_with
-from examples.mosaic_streaming.titan.models import SUFFIX
-from examples.mosaic_streaming.titan.v0_2.documents import masks_documents, takes_positions
 from examples.mosaic_streaming.titan.v0_2.load import checkpoint_folder
-from examples.mosaic_streaming.titan.v0_2.models import base_spec
+from examples.mosaic_streaming.titan.v0_2.models import base_spec, masks_documents, takes_positions
 from examples.mosaic_streaming.upstream.model_registry import model_names
 
 OPTIMIZERS = ("Adam", "AdamW")
@@ -41,20 +39,9 @@ def check_job(job_config: JobConfig, world_size: int) -> None:
 def parallel_dims(job_config: JobConfig, world_size: int) -> ParallelDims:
     """Compute the degrees of parallelism as TorchTitan does; a ConfigError says why they don't fit the ranks."""
     parallelism = job_config.parallelism
-    return checks.parallel_dims(
-        lambda: ParallelDims(
-            dp_replicate=parallelism.data_parallel_replicate_degree,
-            dp_shard=parallelism.data_parallel_shard_degree,
-            cp=parallelism.context_parallel_degree,
-            tp=parallelism.tensor_parallel_degree,
-            pp=parallelism.pipeline_parallel_degree,
-            ep=parallelism.expert_parallel_degree,
-            etp=parallelism.expert_tensor_parallel_degree,
-            world_size=world_size,
-        ),
-        parallelism,
-        world_size,
-    )
+    keys = checks.DEGREES | {"ep": "expert_parallel_degree", "etp": "expert_tensor_parallel_degree"}
+    degrees = {name: getattr(parallelism, key) for name, key in keys.items()}
+    return checks.parallel_dims(lambda: ParallelDims(**degrees, world_size=world_size), parallelism, world_size)
 
 
 def check_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -> None:
@@ -74,7 +61,7 @@ def check_model(job_config: JobConfig, spec: TrainSpec, dims: ParallelDims) -> N
             f"(parallelism.pipeline_parallel_degree = {dims.pp}) cuts wrongly. Choose a flavor with flex attention, or "
             "FSDP."
         )
-    if model.name.removesuffix(SUFFIX) in model_names():
+    if model.name.removesuffix(checks.SUFFIX) in model_names():
         seq_len, why = job_config.training.seq_len, "2 x tensor-parallel x context-parallel degree"
         checks.check_seq_len(seq_len, dims.seq_len_divisor, why)
     titans = (build_optimizers, build_optimizers_with_moe_load_balancing)
@@ -89,7 +76,7 @@ def make_job(job_config: JobConfig, world_size: int, ranks_per_node: int) -> Job
     model, training = job_config.model, job_config.training
     dims, spec = parallel_dims(job_config, world_size), base_spec(model.name)
     check_model(job_config, spec, dims)
-    degrees = {name: getattr(dims, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    degrees = {name: getattr(dims, name) for name in checks.DEGREES}
     layout = Layout(world_size, ranks_per_node, degrees)
     return Job(
         model=model.name,

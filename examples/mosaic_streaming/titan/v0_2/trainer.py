@@ -12,12 +12,11 @@ from torchtitan.train import Trainer
 
 from examples.mosaic_streaming.dataloader import MosaicDataLoader
 from examples.mosaic_streaming.metrics import add_data_metrics
+from examples.mosaic_streaming.titan.checkpoints import WayOut
 from examples.mosaic_streaming.titan.loaders import Loaders
-from examples.mosaic_streaming.titan.v0_2.documents import within_documents
 from examples.mosaic_streaming.titan.v0_2.job import make_job
-from examples.mosaic_streaming.titan.v0_2.models import base_spec
+from examples.mosaic_streaming.titan.v0_2.models import base_spec, within_documents
 from examples.mosaic_streaming.titan.v0_2.validator import MosaicValidator
-from examples.mosaic_streaming.titan.way_out import WayOut
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from examples.mosaic_streaming.upstream import cpu
 from examples.mosaic_streaming.upstream.train_specs import register_again

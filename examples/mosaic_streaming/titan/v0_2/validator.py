@@ -32,9 +32,7 @@ class MosaicValidator(MeanOverTokens, Validator):
                 with self.maybe_enable_amp:
                     return self.loss_fn(model_parts[0](tokens, **extra_inputs, **extra_kwargs), labels)
             losses: list[Tensor] | None = [] if self.pp_has_last_stage else None
-            first = ((tokens,), extra_inputs) if self.pp_has_first_stage else ((), {})
+            args, inputs = ((tokens,), extra_inputs) if self.pp_has_first_stage else ((), {})
             target = labels if self.pp_has_last_stage else None
-            self.pp_schedule.eval(
-                *first[0], **first[1], **extra_kwargs, target=target, losses=losses, return_outputs=False
-            )
+            self.pp_schedule.eval(*args, **inputs, **extra_kwargs, target=target, losses=losses, return_outputs=False)
             return torch.stack(losses).sum() if losses else torch.zeros(())

@@ -10,7 +10,6 @@ from examples.mosaic_streaming.config import BatchShape, Job
 from examples.mosaic_streaming.sampling import Layout
 from examples.mosaic_streaming.titan import checks
 from examples.mosaic_streaming.titan.checkpoints import check_checkpoints, checkpoints_of
-from examples.mosaic_streaming.titan.models import SUFFIX
 
 
 def check_job(config: Any, world_size: int) -> None:
@@ -39,12 +38,12 @@ def parallel_dims(config: Any, world_size: int) -> ParallelDims:
 def make_job(config: Any, world_size: int, ranks_per_node: int) -> Job:
     """Make the `Job` of a config that `mosaic` made; a ConfigError says what TorchTitan would refuse, or not do."""
     dims, spec, training = parallel_dims(config, world_size), config.model_spec, config.training
-    degrees = {name: getattr(dims, name) for name in ("pp", "dp_replicate", "dp_shard", "cp", "tp")}
+    degrees = {name: getattr(dims, name) for name in checks.DEGREES}
     layout = Layout(world_size, ranks_per_node, degrees)
     attention = getattr(spec.model.first_attention, "inner_attention", None)
     microbatch = config.parallelism.pipeline_parallel_microbatch_size
     return Job(
-        model=f"{spec.name}{SUFFIX}",
+        model=f"{spec.name}{checks.SUFFIX}",
         flavor=spec.flavor,
         vocab_size=spec.model.vocab_size,
         assets=config.hf_assets_path,

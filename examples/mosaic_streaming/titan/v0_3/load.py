@@ -7,7 +7,7 @@ from examples.mosaic_streaming.config import flat, read_loaders, refuse
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import wrong_job_values
-from examples.mosaic_streaming.titan.loaded import LoadedJob, find_function, owners_of, read_sections
+from examples.mosaic_streaming.titan.loaded import LoadedJob, import_module, owners_of, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
 from examples.mosaic_streaming.upstream import cpu
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
@@ -59,7 +59,11 @@ def call(module: str, function: str) -> Any:
     from examples.mosaic_streaming.upstream.model_registry import model_names
 
     name = f"torchtitan.models.{module}" if module in model_names() else module
-    make = find_function([f"{name}.config_registry", name], function)
+    found = import_module([f"{name}.config_registry", name], "--module")
+    if not callable(make := getattr(found, function, None)):
+        own = {key: value for key, value in vars(found).items() if getattr(value, "__module__", "") == found.__name__}
+        has = [key for key, value in own.items() if callable(value) and key[0].islower()]
+        raise ConfigError(f"--config {function}: no function of {found.__name__}, which has: {', '.join(has)}.")
     if not isinstance(config := make(), Trainer.Config):
         raise ConfigError(f"{module}.{function} returns a {type(config).__name__}, expected a Trainer.Config.")
     return config

@@ -13,9 +13,9 @@ from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.trainer import Trainer
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.checkpoints import WayOut
 from examples.mosaic_streaming.titan.v0_3.job import make_job
 from examples.mosaic_streaming.titan.v0_3.validator import MosaicValidator, StreamsConfig
-from examples.mosaic_streaming.titan.way_out import WayOut
 from examples.mosaic_streaming.upstream import cpu
 
 VALIDATION = ("enable", "freq", "steps", "local_batch_size", "seq_len")  # what a validator's Mosaic form keeps
@@ -25,10 +25,8 @@ def mosaic(config: Any, train: str | None, validation: str | None = None) -> Any
     """Make a config of a text model read Mosaic streams: its training loader, and its validator if that is enabled.
 
     `config` is a Trainer.Config, TorchTitan's own or one made of it, and is left as it is. The result is of the same
-    kind, and its Trainer derives from that of `config`. The others are paths of the files that configure the loaders.
-
-    Raises:
-        ConfigError: the model doesn't read text.
+    kind, and its Trainer derives from that of `config`. The others are paths of the loaders' files. ConfigError if the
+    model doesn't read text.
     """
     spec, old = check_text_model(config.model_spec), config.validator
     kept = {key: getattr(old, key) for key in VALIDATION if hasattr(old, key)}

@@ -14,12 +14,12 @@ from torchtitan.trainer import Trainer
 
 from examples.mosaic_streaming.config import is_url, refuse, wrong_value
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.checks import check_model
 from examples.mosaic_streaming.titan.job_values import with_values
-from examples.mosaic_streaming.titan.models import check_model
 from examples.mosaic_streaming.titan.v0_3.trainer import check_text_model
 from examples.mosaic_streaming.titan.v0_3.validator import MosaicValidator
 from examples.mosaic_streaming.titan.versions import RENAMED, without_gone
-from examples.mosaic_streaming.upstream.model_registry import flavors_of, model_names, reads_text
+from examples.mosaic_streaming.upstream.model_registry import flavors_of, reads_text
 
 ADAM = {"name": "AdamW", "lr": 8e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 """Settings of [optimizer] in 0.2, with their defaults: in 0.3, they are those of a group of parameters."""
@@ -31,10 +31,7 @@ POLICIES: dict[str, Any] = {"none": None, "full": FullAC, "selective": Selective
 
 
 def translate(values: dict[str, Any], path: str) -> Any:
-    """Make a config of the values of a job's file, by their keys; messages have its `path`.
-
-    ConfigError if a key is unknown, or has no counterpart, or a value is wrong.
-    """
+    """Make a config of the values of a job's file by their keys; a ConfigError, with its `path`, says what is wrong."""
     values = {key: value for key, value in DEFAULTS.items() if RENAMED.get(key, key) not in values} | values
     optimizer = ADAM | {key: values.pop(f"optimizer.{key}") for key in ADAM if f"optimizer.{key}" in values}
     mode = values.pop("activation_checkpoint.mode", "selective")
@@ -76,7 +73,7 @@ def model_spec(model: str, flavor: str, **settings: Any) -> ModelSpec:
     `settings` are those of the model's `model_registry` that not all models have. Attention is one of them, where 0.2
     has flavors such as `8B_flex`.
     """
-    name = check_model(model, reads_text, model_names())
+    name = check_model(model, reads_text)
     if flavor not in flavors_of(name) and (old := re.fullmatch(r"(.+)_(flex|varlen)(_attn)?", flavor)):
         flavor, settings["attn_backend"] = old[1], old[2]
     if flavor not in flavors_of(name):
