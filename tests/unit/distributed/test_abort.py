@@ -216,10 +216,12 @@ def test_ranks_that_do_not_all_answer_end_at_once(monkeypatch: pytest.MonkeyPatc
 
     def body(channel: AbortChannel) -> None:
         channel.begin_step(1, lambda: None)
-        dist.barrier()
+        pids = [0] * 3
+        dist.all_gather_object(pids, os.getpid())
         if dist.get_rank() == 2:
             os._exit(0)
         if dist.get_rank() == 0:
+            wait_until(lambda: not Path(f"/proc/{pids[2]}").exists())  # until then, its listener could still answer
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(60)
         listener = channel._listener
