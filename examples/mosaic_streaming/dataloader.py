@@ -57,7 +57,7 @@ def build_mosaic_dataloader(
     def open_stage(loader_config: ResolvedLoader) -> "OpenLoader":
         loader_config = fill_in_packing_ratio(loader_config, job, hf_tokenizer, distributed.on_rank_0)
         if is_rank_0():
-            logger.info(f"Mosaic loader, resolved: {json.dumps(loader_config.config)}")
+            logger.info(f"Mosaic loader of {loader_config.source}, resolved: {json.dumps(loader_config.config)}")
         opened = open_loader(job, loader_config, titan_tokenizer, hf_tokenizer, distributed.draw_number(), who)
         sampling.check_memory(opened.order, opened.dataset.epoch_size, loader_config.source)
         warnings: list[str] = distributed.on_rank_0(
@@ -387,5 +387,5 @@ class MosaicDataLoader(BaseDataLoader):
         """Log on rank 0 what this start has read of the epoch, and what its machine and packing have done meanwhile."""
         fetched = self._fetch_stats.since_last()
         if is_rank_0():
-            logger.info(checkpoint.epoch_end_message(self._order, self._epoch, fetched, self._counter))
+            logger.info(checkpoint.epoch_end_message(self._stage, self._order, self._epoch, fetched, self._counter))
         self._packing.log()

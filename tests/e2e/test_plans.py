@@ -111,13 +111,13 @@ def test_log_says_each_change_when_it_comes(folder: Path, whole: Whole) -> None:
     streams = preview(folder, "plan", titan=TITAN)["streams"]
     [code] = [one["passes_of_run"] for one in streams if (one["stage"], one["name"]) == (2, "code")]
     lines = [line.partition("INFO - ")[2] for line in whole[2].splitlines()]
-    assert "It skips batches 2 to 3 (loss spike). It skips batches 8 to 8." in whole[2]
-    changes = [number for number, line in enumerate(lines) if line.startswith(("Skipped", "Stage"))]
+    assert " Skipped: batches 2 to 3 (loss spike), batch 8." in whole[2]
+    changes = [number for number, line in enumerate(lines) if re.match(r"Skipped|Stage \d begins", line)]
     assert [lines[number] for number in changes] == [
-        "Skipped: batches 2 to 3 (loss spike). Step 2 reads batch 4.",
-        f"Stage 2 begins with step 4, batch 6: {folder}/mixed.toml; passes so far: web 0.40, code 0.00.",
-        "Skipped: batches 8 to 8. Step 6 reads batch 9.",
-        f"Stage 3 begins with step 9, batch 12: {folder}/code.toml; passes so far: code {code:.2f}.",
+        "Skipped: batches 2 to 3 (loss spike). Step 2 of the plan reads batch 4.",
+        f"Stage 2 begins with step 4 of the plan, batch 6: {folder}/mixed.toml; passes so far: web 0.40, code 0.00.",
+        "Skipped: batch 8. Step 6 of the plan reads batch 9.",
+        f"Stage 3 begins with step 9 of the plan, batch 12: {folder}/code.toml; passes so far: code {code:.2f}.",
     ]
     steps = [next(line for line in reversed(lines[:number]) if "loss:" in line) for number in changes]
     assert [int(re.findall(r"step: +(\d+)", line)[0]) for line in steps] == [1, 3, 5, 8]
@@ -165,11 +165,57 @@ def test_rows_of_each_stage_are_shown(folder: Path) -> None:
 def test_batches_before_a_spike_come_with_a_skip_for_them(folder: Path, whole: Whole) -> None:
     report = preview(folder, "step", "--around=7", "--no-text", titan=TITAN)
     assert {sample["step"] for sample in report["samples"]} == {*range(1, 8)}
-    ranges = ["1:1", "4:7", "9:10"]
+    ranges = ["6:7", "9:10"]
     assert report["around"] == [{"batches": one, "reason": "up to step 7"} for one in ranges], "without what is skipped"
     said = printed(folder, "step", "--around=7", "--no-text", titan=TITAN)
-    assert said.endswith('\n\n[[skip]]\nbatches = "9:10"\nreason = "up to step 7"\n')
+    assert (
+        '\n\n[[skip]]\nbatches = "9:10"\nreason = "up to step 7"\n\nThe steps up to 3 are of an earlier stage' in said
+    )
+    assert said.split()[-2:] == ["--around", "3."]
+    report = preview(folder, "step", "--around=3", "--no-text", titan=TITAN)
+    assert [one["batches"] for one in report["around"]] == ["1:1", "4:5"] and not report["around_notes"]
     assert "Expected one of: the steps" in printed(folder, "step", titan=TITAN, code=1)
+
+
+def test_skips_around_a_step_leave_out_what_was_read(folder: Path) -> None:
+    old = ids_of(preview(folder, "step", "1:9", "--no-text", titan=TITAN))
+    write_plan(folder, SKIPS + "".join(f'[[skip]]\nbatches = "{one}"\n' for one in ("6:7", "9:10")))
+    new = ids_of(preview(folder, "step", "1:9", "--no-text", titan=TITAN))
+    assert {step: new[step] for step in range(1, 5)} == {1: old[1], 2: old[2], 3: old[3], 4: old[8]}
+    assert not [warning for warning in preview(folder, "plan", titan=TITAN)["warnings"] if "skip" in warning]
+    write_plan(folder)
+
+
+def test_skip_that_reaches_beyond_a_stage_is_warned_of(folder: Path) -> None:
+    write_plan(folder, '[[skip]]\nbatches = "2:4"\n[[skip]]\nbatches = "5"\n')
+    [told] = [warning for warning in preview(folder, "plan", titan=TITAN)["warnings"] if "skip" in warning]
+    assert told == (
+        f"The skip of batches 2 to 5 in {folder}/loader.toml is in stage 1 alone: without it, stage 2 began with batch "
+        "4, with it, it begins with batch 8. Skip batches of one stage at a time, and look up those of later stages "
+        "again."
+    )
+    write_plan(folder)
+
+
+def test_plan_counts_what_stages_have_in_common_where_streams_begin_anew(folder: Path) -> None:
+    web = folder / "web.toml"
+    web.write_text(web.read_text().replace("blend", "random"))
+    found = ids_of(preview(folder, "step", "1:12", "--no-text", titan=TITAN))
+    read = [{sample for step in steps for sample in found[step]} for steps in (range(1, 4), range(4, 13))]
+    number = len(read[0] & read[1])
+    write_plan(folder)
+    assert preview(folder, "plan", titan=TITAN)["in_common"] is None
+    web.write_text(web.read_text().replace("blend", "random"))
+    assert number and preview(folder, "plan", titan=TITAN)["in_common"] == {"samples": number}
+    write_plan(folder)
+
+
+def ids_of(report: dict[str, Any]) -> dict[int, list[tuple[str, int]]]:
+    """The samples of each step, by stream."""
+    found: dict[int, list[tuple[str, int]]] = {}
+    for one in report["samples"]:
+        found.setdefault(one["step"], []).append((one["stream"], one["sample_of_stream"]))
+    return found
 
 
 @pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.long) for step in (1, 5, 6, 8, 10))])
@@ -206,7 +252,8 @@ def test_run_of_a_plan_is_refused_a_skip_behind_it(folder: Path, whole: Whole) -
     assert rank.code == 1 and "Traceback" not in rank.output
     told = (
         f"The skip of batches 4 to 8 in {folder}/loader.toml names batches that have been read: the checkpoint is of "
-        "step 12, which read batch 15. Go back to step 1 or an earlier one with --checkpoint.load_step, or change it."
+        "step 12, which read batch 15. Go back to a checkpoint of step 1 or before with --checkpoint.load_step, or "
+        "change the skip."
     )
     assert told in rank.output and told in plan
 

@@ -215,9 +215,9 @@ def read_anyway(state: dict[str, str], plan: Plan) -> dict[str, str]:
 def test_the_past_is_fixed(folder: Path, whole: Found) -> None:
     plan, state = plan_of(folder), whole[1][7]  # of step 8, which has read batch 11, in stage 2
     assert refused(plan_of(folder, skips=(*SKIPS[:2], Skip(10, 10, "late"), SKIPS[2])), state) == (
-        "ConfigError: The skip of batches 10 to 10 (late) in plan.toml names batches that have been read: the "
-        "checkpoint is of step 8, which read batch 11. Go back to step 6 or an earlier one with "
-        "--checkpoint.load_step, or change it.\n"
+        "ConfigError: The skip of batch 10 (late) in plan.toml names batches that have been read: the checkpoint is of "
+        "step 8, which read batch 11. Go back to a checkpoint of step 6 or before with --checkpoint.load_step, or "
+        "change the skip.\n"
     )
     told = refused(plan_of(folder, skips=SKIPS[1:]), state)
     assert "skipped batches" in told and "3:4, 9:9" in told
@@ -228,7 +228,8 @@ def test_the_past_is_fixed(folder: Path, whole: Found) -> None:
     told = refused(Plan((*plan.stages[:2], plan.stages[2]._replace(from_step=8)), SKIPS, "plan.toml"), state)
     assert told == (
         "ConfigError: A stage in plan.toml begins at step 8, but the checkpoint is of step 8, and that step was read "
-        "from the stage before. Go back to step 7 or an earlier one with --checkpoint.load_step, or change it.\n"
+        "from the stage before. Go back to a checkpoint of step 7 or before with --checkpoint.load_step, or change "
+        "the stage.\n"
     )
     first = plan.stages[0].file
     other = first._replace(config=first.config | {"dataset": first.config["dataset"] | {"shuffle_seed": 1}})
@@ -257,7 +258,7 @@ def test_the_future_is_free_and_the_log_says_what_has_changed(folder: Path, whol
     assert rank.code == 0, rank.output
     assert rank.value == [12, 14, 15, 16]
     assert "The plan after step 8 has changed. New: stage from step 12, " in rank.output
-    assert "skip of batches 13 to 13. Gone: stage from step 15, " in rank.output
+    assert "skip of batch 13. Gone: stage from step 15, " in rank.output
     assert "skip of batches 20 to 23" in rank.output
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from examples.mosaic_streaming.checkpoint.fingerprint import START_ANEW, Fingerprint, differences
 from examples.mosaic_streaming.checkpoint.state import State
-from examples.mosaic_streaming.config import Plan, Skip
+from examples.mosaic_streaming.config import Plan, joined
 from examples.mosaic_streaming.errors import ConfigError, text_table
 
 
@@ -15,20 +15,24 @@ def check_same_data(saved: State, plan: Plan, fingerprints: Sequence[Fingerprint
         if saved.read.steps(skip.first - 1) < saved.read.steps(min(skip.last, batch)):
             raise ConfigError(
                 f"The skip of {skip} in {plan.source} names batches that have been read: the checkpoint is of step "
-                f"{saved.steps:,}, which read batch {batch:,}. {go_back(saved.read.steps(skip.first - 1))}"
+                f"{saved.steps:,}, which read batch {batch:,}. {go_back(saved.read.steps(skip.first - 1), 'skip')}"
             )
     before, now = map(set, begun(saved, plan))
     if before < now:
         step = min(now - before)
         raise ConfigError(
             f"A stage in {plan.source} begins at step {step:,}, but the checkpoint is of step {saved.steps:,}, and "
-            f"that step was read from the stage before. {go_back(step - 1)}"
+            f"that step was read from the stage before. {go_back(step - 1, 'stage')}"
         )
     if rows := data_differences(saved, plan, fingerprints):
+        files = dict.fromkeys([plan.source, *(stage.file.path for stage in plan.stages[: len(now)])])
+        where = ", ".join(files)
+        if (saved.past or saved.skipped) and len(files) == 1:
+            where = "the plan, which --mosaic-config has to name again,"
         raise ConfigError(
             f"The checkpoint was written on other data. Going on from it would not give the samples that come next.\n"
             f"{text_table(['setting', 'checkpoint', 'now'], rows)}\n"
-            f"Restore these in {plan.source} and the job config, or {START_ANEW}."
+            f"Restore these in {where} and the job config, or {START_ANEW}."
         )
 
 
@@ -38,11 +42,11 @@ def begun(saved: State, plan: Plan) -> tuple[list[int], list[int]]:
     return before, [stage.from_step for stage in plan.stages if stage.from_step <= max(saved.steps, 1)]
 
 
-def go_back(step: int) -> str:
+def go_back(step: int, what: str) -> str:
     """Say which checkpoint would do."""
     if step < 1:
         return "It would have to begin with the run: no checkpoint is early enough."
-    return f"Go back to step {step:,} or an earlier one with --checkpoint.load_step, or change it."
+    return f"Go back to a checkpoint of step {step:,} or before with --checkpoint.load_step, or change the {what}."
 
 
 def data_differences(saved: State, plan: Plan, fingerprints: Sequence[Fingerprint]) -> list[list[str]]:
@@ -59,17 +63,6 @@ def data_differences(saved: State, plan: Plan, fingerprints: Sequence[Fingerprin
         place = f"stage {number}, " if saved.past else ""
         rows += [[f"{place}{key}", *values] for key, *values in differences(old, new)]
     return rows
-
-
-def joined(skips: Sequence[Skip]) -> list[list[int]]:
-    """Return the first and last batches of skips, those that follow each other as one."""
-    found: list[list[int]] = []
-    for first, last, _ in skips:
-        if found and found[-1][1] + 1 == first:
-            found[-1][1] = last
-        else:
-            found.append([first, last])
-    return found
 
 
 def changes_ahead(saved: State, ahead: Sequence[str]) -> str:

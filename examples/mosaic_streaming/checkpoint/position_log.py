@@ -17,15 +17,15 @@ def start_message(names: Sequence[str], dataset: StreamingDataset, history: Hist
     """Say where a start begins in the streams, and which share of an epoch it leaves out."""
     stage, order = history.order(steps)
     start, epoch = order.first_sample, order.first_epoch
-    samples, follow = dataset.epoch_size, order.remaining(start)
+    samples, follow, left = dataset.epoch_size, order.remaining(start), history.steps_left(steps)
     place = f"stage {stage + 1}" if stage else "the run"
     if order.blend:
         passes = passes_text(passes_of(names, dataset, order, start))
         return f"The streams start at sample {start:,} of {place}: passes {passes}.", 0
-    left_out = samples - start - follow
+    left_out, follow = samples - start - follow, follow // order.global_batch_size
     return (
-        f"The streams start at sample {start:,} of epoch {epoch}, of which {follow // order.global_batch_size:,} steps "
-        f"follow; it leaves out {left_out:,} of {samples:,} samples (which fill no global batch, or no whole turn of "
+        f"The streams start at sample {start:,} of epoch {epoch}, of which {min(follow, left):,} steps follow; it "
+        f"leaves out {left_out:,} of {samples:,} samples (which fill no global batch, or no whole turn of "
         f"dataset.num_canonical_nodes = {dataset.num_canonical_nodes}: a smaller number leaves out fewer)."
     ), left_out / samples
 
@@ -35,9 +35,9 @@ def run_message(
 ) -> str:
     """Say what so many steps read after those before `begin`; of several stages, say when each begins."""
     plan, order = history.plan, history.orders[0]
-    skips = "".join(f" It skips {skip}." for skip in plan.skips)
+    skips = f" Skipped: {', '.join(map(str, plan.skips))}." * bool(plan.skips)
     if len(plan.stages) > 1:
-        read = "; ".join(f"from step {stage.from_step:,} {stage.file.path}" for stage in plan.stages)
+        read = ", ".join(f"{stage.file.path} from step {stage.from_step:,} on" for stage in plan.stages)
     else:
         samples = history.samples_between(begin, begin + steps)
         rounds = f"{samples / order.remaining(0):.2f} epochs"
@@ -53,13 +53,14 @@ def stage_message(names: Sequence[str], dataset: StreamingDataset, history: Hist
     stage, order = history.order(steps)
     passes, file = passes_text(passes_of(names, dataset, order, 0)), history.plan.stages[stage].file.path
     batch = history.plan.begins[stage] + 1
-    return f"Stage {stage + 1} begins with step {steps + 1:,}, batch {batch:,}: {file}; passes so far: {passes}."
+    place = f"step {steps + 1:,} of the plan, batch {batch:,}"
+    return f"Stage {stage + 1} begins with {place}: {file}; passes so far: {passes}."
 
 
 def skip_message(history: History, steps: int) -> str:
     """Say which batches are skipped behind so many steps."""
     skips = [str(skip) for skip in history.plan.skips if history.plan.steps(skip.last) == steps]
-    return f"Skipped: {', '.join(skips)}. Step {steps + 1:,} reads batch {history.plan.batch(steps + 1):,}."
+    return f"Skipped: {', '.join(skips)}. Step {steps + 1:,} of the plan reads batch {history.plan.batch(steps + 1):,}."
 
 
 def resume_messages(saved: State, history: History, fingerprints: Sequence[Fingerprint]) -> list[str]:
@@ -77,12 +78,14 @@ def resume_messages(saved: State, history: History, fingerprints: Sequence[Finge
     return [message for message in (batch, ahead, counted) if message]
 
 
-def epoch_end_message(order: Order, epoch: int, fetched: FetchCounts, counter: ConsumptionCounter) -> str:
-    """Say what this start has read of an epoch at its end, and what its machine has fetched meanwhile."""
+def epoch_end_message(stage: int, order: Order, epoch: int, fetched: FetchCounts, counter: ConsumptionCounter) -> str:
+    """Say what this start has read of an epoch or a stage at its end, and what its machine has fetched meanwhile."""
+    is_stage = order.blend or (order.end and order.end[0] == epoch)
     start = order.first_sample if epoch == order.first_epoch else 0
     samples = sum(map(len, order.runs(epoch)))
+    steps = samples // order.global_batch_size
     return (
-        f"{'The stage' if order.blend else f'Epoch {epoch} of the streams'} ends: {samples:,} samples read"
-        f"{f' since this start, at sample {start:,}' if start else ''}, in {samples // order.global_batch_size:,} "
-        f"steps, {counter.tokens(samples):,} tokens{f'; fetched: {fetched}' if any(fetched) else ''}."
+        f"{f'Stage {stage + 1}' if is_stage else f'Epoch {epoch} of the streams'} ends: {samples:,} samples read"
+        f"{f' since this start, at sample {start:,}' if start else ''}, in {steps:,} "
+        f"step{'s' * (steps != 1)}, {counter.tokens(samples):,} tokens{f'; fetched: {fetched}' * any(fetched)}."
     )

@@ -12,7 +12,15 @@ from examples.mosaic_streaming.config.folders import check_folders, identity, is
 from examples.mosaic_streaming.config.job import BatchShape, Checkpoints, Job, Validation
 from examples.mosaic_streaming.config.keys import MAX_RATIO
 from examples.mosaic_streaming.config.loader import WITHOUT_WORKERS, ResolvedLoader, resolve, without_token_ids
-from examples.mosaic_streaming.config.plan import Plan, Skip, Stage, read_loaders, resolve_stages, warnings_of_plan
+from examples.mosaic_streaming.config.plan import (
+    Plan,
+    Skip,
+    Stage,
+    joined,
+    read_loaders,
+    resolve_stages,
+    warnings_of_plan,
+)
 from examples.mosaic_streaming.config.streams import is_local, stream_defaults, streams_of
 from examples.mosaic_streaming.config.values import flat, refuse, wrong_value
 from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation

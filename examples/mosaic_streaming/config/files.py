@@ -29,7 +29,7 @@ def expand_path(path: str, place: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Parse a TOML file, which may begin with a byte order mark, as editors on Windows write it."""
+    """Parse a TOML file, which may begin with a byte order mark; a ConfigError has the path and the line."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return tomllib.loads(file.read())

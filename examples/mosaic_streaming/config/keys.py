@@ -57,10 +57,11 @@ def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str],
     from llmfoundry import registry
     from streaming import Stream, StreamingDataset
 
-    name, dataset = str(config.get("name")), config.get("dataset")
+    name, dataset = config.get("name"), config.get("dataset")
     loaders = sorted(registry.dataloaders.get_all())
     if name not in loaders:
-        raise ConfigError(f"name = {name!r} in {path}, expected one of: {', '.join(loaders)}.")
+        given = f"{path} has no `name`" if name is None else f"name = {name!r} in {path}"
+        raise ConfigError(f"{given}, expected one of: {', '.join(loaders)}.")
     if not isinstance(dataset, dict):
         raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
     streams = dataset.get("streams", {})
@@ -80,7 +81,7 @@ def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset:
     for key in sorted({*section} - {*valid}):
         near = difflib.get_close_matches(key, valid, n=1)
         hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(valid)}"
-        hint = "it belongs in [dataset]" if key in of_dataset else hint
+        hint = "it belongs in [dataset]" if key in {*of_dataset} - NOT_FOR_USERS else hint
         found.append(f"{prefix}{key} ({ELSEWHERE.get(key, hint)})")
     return found
 

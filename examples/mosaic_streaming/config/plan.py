@@ -4,7 +4,7 @@ import itertools
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ TABLES: dict[str, dict[str, Any]] = {
     "stage": {"loader": str, "from_step": int, "restart": list[str]},
     "skip": {"batches": str, "reason": str},
 }  # the tables of a plan, and the types of their keys
+MAX_STEPS = 100_000_000  # more steps and global batches than any run has
 
 
 class Skip(NamedTuple):
@@ -31,7 +32,8 @@ class Skip(NamedTuple):
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"batches {self.first:,} to {self.last:,}{f' ({self.reason})' if self.reason else ''}"
+        batches = f"batches {self.first:,} to {self.last:,}" if self.first < self.last else f"batch {self.first:,}"
+        return batches + f" ({self.reason})" * bool(self.reason)
 
 
 class Stage(NamedTuple):
@@ -86,7 +88,10 @@ class Plan:
 
 
 def read_loaders(train: str, validation: str | None) -> tuple[Plan, LoaderFile | None]:
-    """Parse the file of the training data, as `read_plan` does, and the validation loader's if there is one."""
+    """Parse the file of the training data, as `read_plan` does, and the validation loader's if there is one.
+
+    ConfigError if a file is missing, can't be parsed, or is no plan and no loader.
+    """
     plan, held_out = read_plan(train), read_loader(validation, "eval_loader") if validation else None
     if held_out and is_plan(held_out.config):
         raise ConfigError(f"{validation} is a plan, but --mosaic-validation-config takes one loader. Name its file.")
@@ -145,9 +150,10 @@ def read_stage(table: dict[str, Any], number: int, path: str) -> Stage:
     place, first = f"stage {number} of {path}", table.get("from_step", 1 if number == 1 else 0)
     if "loader" not in table:
         raise ConfigError(f"{place} has no `loader`: name the loader's TOML, or an llm-foundry YAML.")
-    if first < 1 or (number == 1 and first != 1):
+    if not 1 <= first <= MAX_STEPS or (number == 1 and first != 1):
+        given = f"from_step = {first:,} in {place}" if "from_step" in table else f"{place} has no `from_step`"
         expected = "1: the first stage begins with the run" if number == 1 else "the first step that reads it"
-        raise ConfigError(f"from_step = {table.get('from_step')} in {place}, expected {expected}.")
+        raise ConfigError(f"{given}, expected {expected}.")
     loader = os.path.join(os.path.dirname(path), expand_path(table["loader"], f"loader in {place}"))
     if not loader.endswith(YAML) and is_plan(read_toml(loader)):
         raise ConfigError(f"{loader}, the loader of {place}, is a plan itself. Name a loader's file.")
@@ -163,12 +169,28 @@ def read_stage(table: dict[str, Any], number: int, path: str) -> Stage:
 
 def read_skip(table: dict[str, Any], number: int, path: str) -> Skip:
     """Read a skip of a plan."""
-    text, place = table.get("batches", ""), f"skip {number} of {path}"
+    place = f"skip {number} of {path}"
+    if not (text := table.get("batches")):
+        raise ConfigError(f'{place} has no `batches`: name the global batches, as "FIRST:LAST" or as one number, "13".')
     found = re.fullmatch(r"(\d+(?:_\d+)*)(?::(\d+(?:_\d+)*))?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= first <= last:
-        raise ConfigError(f'batches = "{text}" in {place}, expected "FIRST:LAST": numbers of batches, from 1 on.')
+    if not 1 <= first <= last <= MAX_STEPS:
+        raise ConfigError(
+            f'batches = "{text}" in {place}, expected "FIRST:LAST", or one number: batches from 1 to {MAX_STEPS:,}, '
+            "the first one first."
+        )
     return Skip(first, last, table.get("reason", ""))
+
+
+def joined(skips: Sequence[Skip]) -> list[list[int]]:
+    """Return the first and last batches of skips, those that follow each other as one."""
+    found: list[list[int]] = []
+    for first, last, _ in skips:
+        if found and found[-1][1] + 1 == first:
+            found[-1][1] = last
+        else:
+            found.append([first, last])
+    return found
 
 
 def last_step(job: Job, position: str | None) -> float:
@@ -177,7 +199,10 @@ def last_step(job: Job, position: str | None) -> float:
 
 
 def resolve_stages(plan: Plan, job: Job, position: str | None = None) -> list[ResolvedLoader]:
-    """Complete the configuration of each stage's loader, as `resolve` does, and check them and the skips together."""
+    """Complete the configuration of each stage's loader, as `resolve` does.
+
+    ConfigError if that refuses one, a later stage has another order than "blend", or a skip is beyond the run.
+    """
     found = [resolve(stage.file, job.training, job.layout.replication) for stage in plan.stages]
     for number, one in enumerate(found[1:], start=2):
         if not one.is_blend:
@@ -199,7 +224,15 @@ def resolve_stages(plan: Plan, job: Job, position: str | None = None) -> list[Re
 
 def warnings_of_plan(plan: Plan, job: Job, position: str | None = None) -> list[str]:
     """Return what a start warns of in a plan."""
-    return [
+    crossing = [
+        f"The skip of {Skip(first, last)} in {plan.source} is in stage {number} alone: without it, stage {number + 1} "
+        f"began with batch {begin - (last - first):,}, with it, it begins with batch {begin + 1:,}. Skip batches of "
+        "one stage at a time, and look up those of later stages again."
+        for number, begin in enumerate(plan.begins[1:], start=1)
+        for first, last in joined(plan.skips)
+        if 0 < begin - last < last - first + 1
+    ]
+    return crossing + [
         f"Stage {number} of {plan.source} begins at step {stage.from_step:,}, and the run ends with step {job.steps:,} "
         "(training.steps): it won't be read."
         for number, stage in enumerate(plan.stages, start=1)

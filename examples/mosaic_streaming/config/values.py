@@ -91,7 +91,7 @@ def type_name(hint: Any) -> str:
     if origin is typing.Literal:
         return f"one of: {', '.join(arguments)}"
     if origin is list:
-        return "a list"
+        return "a list of strings" if arguments == (str,) else "a list"
     found = [type_name(one) for one in arguments] or [names.get(hint, "")]
     return " or ".join(filter(None, found))
 

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from examples.mosaic_streaming.checkpoint import History
+from examples.mosaic_streaming.config import Skip, joined
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.preview import plots, tables
 from examples.mosaic_streaming.preview.checkpoint import checkpoint_of_start, history_of_start, known_history
@@ -45,7 +47,9 @@ def show(data: JobData, flags: Namespace) -> None:
             )
         data = validation
     if flags.stage and flags.stage > len(data.stages):
-        raise ConfigError(f"--stage {flags.stage}, but {data.plan.source} has {len(data.stages)} stages.")
+        raise ConfigError(
+            f"--stage {flags.stage}, but {data.plan.source} has {tables.plural(len(data.stages), 'stage')}."
+        )
     stages = [data] if flags.validation or (flags.sample and not flags.stage) else data.stages
     shown = [(stage, rows_to_show(stage, flags)) for stage in stages if flags.stage in (None, stage.stage + 1)]
     rows = [row for _, of_stage in shown for row in of_stage]
@@ -149,11 +153,29 @@ def step(data: JobData, flags: Namespace) -> None:
         "samples": samples,
     }
     if flags.around:
-        runs = history.plan.runs(history.batch(numbers[0]) - 1, history.batch(numbers[-1]))
-        report["around"] = [
-            {"batches": f"{before + 1}:{last}", "reason": f"up to step {flags.around}"} for before, last in runs
-        ]
+        report |= skips_around(history, numbers)
     emit(report, flags, lambda console: tables.print_steps(console, report, flags.full, bool(flags.find)))
+
+
+def skips_around(history: History, steps: range) -> dict[str, Any]:
+    """The skips that leave out what steps have read, as far as these are of one stage.
+
+    A skip in an earlier stage would change which samples later stages read in which batches.
+    """
+    pieces, notes = list(history.slices(steps[0] - 1, steps[-1])), []
+    if len({piece.global_batch_size for piece in pieces}) > 1:
+        note = "The global batch changes in these steps: after a start before it, batches would have other samples."
+        return {"around": [], "around_notes": [note]}
+    own = [piece for piece in pieces if piece.stage == pieces[-1].stage]
+    if len(own) < len(pieces):
+        before = (
+            f"The steps up to {own[0].step:,} are of an earlier stage, and not in this table: a skip of their batches"
+        )
+        notes = [f"{before} changes those of later stages. See --around {own[0].step}."]
+    sizes = [(piece.batch, (piece.end - piece.begin) // piece.global_batch_size) for piece in own]
+    runs = joined([Skip(batch + 1, batch + count) for batch, count in sizes])
+    around = [{"batches": f"{first}:{last}", "reason": f"up to step {steps[-1]}"} for first, last in runs]
+    return {"around": around, "around_notes": notes}
 
 
 def content_of(data: JobData, sample: int) -> dict[str, str]:

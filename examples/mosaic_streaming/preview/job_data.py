@@ -88,7 +88,8 @@ class JobData:
         """A sample's id, and where it is stored, for a report; raises ConfigError if there is none of this id."""
         dataset = self.opened.dataset
         if not 0 <= sample < dataset.num_samples:
-            raise ConfigError(f"Sample {sample}: the streams have samples 0 to {dataset.num_samples - 1:,}.")
+            of_stage = f" of stage {self.stage + 1} (--stage)" if len(self.stages) > 1 else ""
+            raise ConfigError(f"Sample {sample}: the streams{of_stage} have samples 0 to {dataset.num_samples - 1:,}.")
         stream = int(stream_numbers(dataset, np.array(sample)))
         shard, sample_of_shard = map(int, dataset.spanner[sample])
         files = [raw.basename for raw, _ in dataset.shards[shard].file_pairs]

@@ -135,10 +135,14 @@ def in_common(data: JobData, history: History) -> int | None:
     """How many samples the first stage has read that later stages read again, as streams begin anew behind it."""
     if sum(stage.opened.dataset.num_samples for stage in data.stages) > EXACT:
         return None
-    keys, read = stream_keys(data.fingerprints), [np.zeros(0, np.int64)] * 2
+    keys, sizes = stream_keys(data.fingerprints), dict[int, int]()
+    for stage in data.stages:
+        sizes |= zip(keys[stage.stage], stage.opened.dataset.samples_per_stream.tolist(), strict=True)
+    begins = np.cumsum([0, *(sizes[key] for key in range(len(sizes)))])
+    read = np.zeros((2, begins[-1]), bool)  # by the first stage, and by later ones
     for piece in progress_bar(history.slices(until=data.job.steps), "Comparing the stages"):
         dataset, ids = data.stages[piece.stage].opened.dataset, data.samples(piece, history)
         numbers = sampling.stream_numbers(dataset, ids)
-        of_streams = ids + np.array(keys[piece.stage])[numbers] * EXACT - dataset.sample_offset_per_stream[numbers]
-        read[piece.stage > 0] = np.union1d(read[piece.stage > 0], of_streams)
-    return np.intersect1d(read[0], read[1]).size
+        of_streams = ids - dataset.sample_offset_per_stream[numbers]
+        read[int(piece.stage > 0), begins[np.array(keys[piece.stage])[numbers]] + of_streams] = True
+    return int(read.all(axis=0).sum())

@@ -93,7 +93,8 @@ def stage_section(data: JobData, history: History | None) -> dict[str, Any]:
 
 def skips_section(plan: Plan, steps_before: int = 0) -> list[dict[str, Any]]:
     """What is skipped, and the step that reads on behind it, in a run that begins the plan after some steps."""
-    return [skip._asdict() | {"step": steps_before + plan.steps(skip.last) + 1} for skip in plan.skips]
+    before = {skip: steps_before + plan.steps(skip.last) + 1 for skip in plan.skips}
+    return [skip._asdict() | {"step": step, "text": str(skip)} for skip, step in before.items()]
 
 
 def files_of(data: JobData, stream: int) -> dict[str, Any]:

@@ -60,8 +60,7 @@ def print_stages(out: Console, plan: Report) -> None:
         known = "not counted, as there are too many" if common["samples"] is None else f"{common['samples']:,}"
         out.print(f"  Streams begin anew after stage 1. Samples that it and later stages both read: {known}.")
     for skip in plan["skips"]:
-        reason = f" ({skip['reason']})" if skip["reason"] else ""
-        out.print(f"  Skipped: batches {skip['first']:,} to {skip['last']:,}{reason}, before step {skip['step']:,}.")
+        out.print(f"  Skipped before step {skip['step']:,}: {skip['text']}.")
 
 
 def print_run(out: Console, plan: Report) -> None:
@@ -147,7 +146,8 @@ def print_resume(out: Console, plan: Report) -> None:
     follow = "" if steps is None else f", of which {steps:,} steps follow"
     place = f"stage {resume['stage']}" if len(plan["stages"]) > 1 else "the run"
     place = f"epoch {resume['epoch']}" if steps is not None or (place == "the run" and plan["epoch"]) else place
-    out.print(f"  The next sample is {resume['sample_in_epoch']:,} of {place}{follow}.")
+    if resume["stage"]:  # known, as the data is that of the checkpoint
+        out.print(f"  The next sample is {resume['sample_in_epoch']:,} of {place}{follow}.")
     if not resume["order_survives"]:
         rows = [(f"  {one['setting']}", one["checkpoint"], one["now"]) for one in resume["differences"]]
         table = plain_table("  The order does not survive:", rows, ["  setting", "checkpoint", "now"])

@@ -117,14 +117,13 @@ def print_steps(out: Console, report: Report, full: bool, found: bool) -> None:
         begin = f"sample {segment['sample_in_epoch']:,} of {place}"
         out.print(f"From step {first:,} on, global batches of {batch}, from {begin}.")
     for skip in report["skips"]:
-        reason = f" ({skip['reason']})" if skip["reason"] else ""
-        out.print(f"Batches {skip['first']:,} to {skip['last']:,}{reason} are skipped, from step {skip['step']:,} on.")
+        out.print(f"Skipped before step {skip['step']:,}: {skip['text']}.")
     if report["packed"]:
         out.print("A batch's samples are packed into its rows; what finds no room is left out (`show` has the rows).")
     if found:
         out.print(f"Found in {plural(len(report['samples']), 'sample')}.")
-    numbers = {"step": "step", "dp rank": "dp_rank", "batch": "batch", "sample": "sample"}
-    if report["stages"] > 1 or report["skips"]:
+    numbers = {"step": "step", "dp rank": "dp_rank", "micro-batch": "batch", "sample": "sample"}
+    if report["stages"] > 1 or report["skips"] or "around" in report:
         numbers = {"step": "step", "global batch": "global_batch", "stage": "stage"} | numbers
     table = plain_table("", headings=[*numbers, "stream", "shard"])
     table.expand = True
@@ -140,6 +139,8 @@ def print_steps(out: Console, report: Report, full: bool, found: bool) -> None:
         out.print("\nTo leave these batches out, go back to a checkpoint before them, with this in the plan:")
         for skip in around:
             out.print(f'\n[[skip]]\nbatches = "{skip["batches"]}"\nreason = "{skip["reason"]}"')
+    for note in report.get("around_notes", ()):
+        out.print(f"\n{note}", style="yellow")
 
 
 def print_ledger(out: Console, ledger: Report) -> None:
@@ -153,9 +154,9 @@ def print_ledger(out: Console, ledger: Report) -> None:
     columns = {"stream": ("stream", ""), f"{unit} asked": (f"{unit}_asked", ",.0f"), f"{unit} read": (unit, ",.0f")}
     columns |= {"difference": (f"{unit}_difference", "+z,.0f"), "asked": ("share_asked", ".2%")}
     columns |= {"share": ("share", ".2%"), "passes": ("passes", ".3f")}
-    place = f" into epoch {ledger['epoch']}" if ledger["has_epochs"] else ""
-    place = f" into stage {ledger['stage'] + 1}" if ledger["stages"] > 1 else place
-    title = f"After step {ledger['step']:,}: {ledger['sample_in_epoch']:,} samples{place}"
+    place = f" of epoch {ledger['epoch']}" if ledger["has_epochs"] else ""
+    place = f" of stage {ledger['stage'] + 1}" if ledger["stages"] > 1 else place
+    title = f"After step {ledger['step']:,}, at sample {ledger['sample_in_epoch']:,}{place}"
     out.print(records_table(title, ledger["streams"], columns))
     if unit == "samples":
         out.print("Samples differ in length, so only they are counted: shares are of samples.")

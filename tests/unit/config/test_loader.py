@@ -142,7 +142,7 @@ def test_unknown_key_with_nothing_near_gets_the_valid_ones(config: dict[str, Any
 def test_unknown_loader_is_refused_with_the_valid_names(config: dict[str, Any]) -> None:
     refuse(config | {"name": "txt"}, r"name = 'txt' in loader.toml, expected one of: .*finetuning.*text")
     del config["name"]
-    refuse(config, "name = 'None' in loader.toml, expected one of")
+    refuse(config, "loader.toml has no `name`, expected one of")
 
 
 def test_missing_dataset_section_is_refused() -> None:

@@ -76,7 +76,10 @@ def test_step_says_what_is_read_after_a_resume_on_other_ranks(stopped: Path) -> 
 def test_step_says_what_is_read_after_a_resume_with_another_global_batch(stopped: Path) -> None:
     flags = (*CHECKPOINTS, "--training.global_batch_size=6", "--checkpoint.load_step=6", "--checkpoint.interval=100")
     found = run(stopped, "wider", *flags, first_step=7)
-    assert looked_up(stopped, f"7:{STEPS}", f"--checkpoint={stopped}/outputs/checkpoint/step-6", titan=flags) == found
+    checkpoint = f"--checkpoint={stopped}/outputs/checkpoint/step-6"
+    assert looked_up(stopped, f"7:{STEPS}", checkpoint, titan=flags) == found
+    around = preview(stopped, "step", "--around=8", "--no-text", checkpoint, titan=flags)
+    assert around["around"] == [] and "The global batch changes in these steps" in around["around_notes"][0]
 
 
 def test_ledger_and_plan_of_a_checkpoint_say_where_it_stands(stopped: Path) -> None:

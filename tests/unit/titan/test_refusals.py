@@ -170,7 +170,7 @@ def test_checkpoint_to_begin_with_is_a_steps_folder(files: Path) -> None:
         ('[checkpoint]\nenable = "yes"', "checkpoint.enable = 'yes' in the job config, expected true or false."),
         (
             '[checkpoint]\nexclude_from_loading = "model"',
-            "exclude_from_loading = 'model' in the job config, expected a list",
+            "exclude_from_loading = 'model' in the job config, expected a list of strings",
         ),
         (
             '[lr_scheduler]\ndecay_type = "cos"',
