@@ -57,10 +57,10 @@ def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str],
     from llmfoundry import registry
     from streaming import Stream, StreamingDataset
 
-    name, dataset = config.get("name"), config.get("dataset")
+    name, dataset = str(config.get("name")), config.get("dataset")
     loaders = sorted(registry.dataloaders.get_all())
     if name not in loaders:
-        given = f"{path} has no `name`" if name is None else f"name = {name!r} in {path}"
+        given = f"{path} has no `name`" if "name" not in config else f"name = {name!r} in {path}"
         raise ConfigError(f"{given}, expected one of: {', '.join(loaders)}.")
     if not isinstance(dataset, dict):
         raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
