@@ -208,6 +208,7 @@ class MosaicDataLoader(BaseDataLoader):
         self._packing = batch.PackingLog()
         self._steps = self._epoch = self._sample_in_epoch = 0
         """Optimizer steps since the streams began, the epoch that is read, and where in it the last step has ended."""
+        self._steps_with_skips = {plan.steps(skip.last) for skip in plan.skips}  # behind which batches are skipped
         self._history = checkpoint.History.of(plan, [one.order for one in stages], self._fingerprints)
         self._use_stage(0)
 
@@ -308,7 +309,7 @@ class MosaicDataLoader(BaseDataLoader):
             place = f"{sample} of {self._order.epoch_samples} samples"
             raise DataError(f"Epoch {self._epoch} ended after {place}. {self._spec.source}")
         self._packing.add(micro_batches)
-        if is_rank_0() and any(self._plan.steps(skip.last) == self._steps for skip in self._plan.skips):
+        if self._steps in self._steps_with_skips and is_rank_0():
             logger.info(checkpoint.skip_message(self._history, self._steps))
         return micro_batches
 

@@ -263,7 +263,7 @@ def test_plan_of_a_resume_says_what_lies_ahead_has_changed(folder: Path, whole: 
     checkpoint = f"--checkpoint={folder}/outputs/whole/step-6"
     said = printed(folder, "plan", checkpoint, titan=TITAN)
     write_plan(folder)
-    assert "The plan after step 6 has changed. New: skip of batches 15 to 15." in said
+    assert "The plan after step 6 has changed. New: skip of batch 15." in said
     assert "Nothing has changed: the same global batches follow." in printed(folder, "plan", checkpoint, titan=TITAN)
 
 

@@ -123,10 +123,8 @@ def unpack(saved_state: Mapping[str, object]) -> State:
         global_batch_size = checked(saved["global_batch_size"], least=1)
         if not isinstance(data := saved["data"], dict):
             raise TypeError(data)
-        seen, skipped = (
-            read_seen(saved.get("seen")),
-            tuple((checked(first), checked(last)) for first, last in saved.get("skipped", ())),
-        )
+        seen = read_seen(saved.get("seen"))
+        skipped = tuple((checked(first), checked(last)) for first, last in saved.get("skipped", ()))
         past = tuple((checked(end), dict(of_stage)) for end, of_stage in saved.get("past", ()))
         state = State(epoch, sample_in_epoch, global_batch_size, data, seen, 0, (), past, skipped)
         steps, segments = read_segments(saved, Segment(0, epoch, sample_in_epoch, global_batch_size), state.read)

@@ -110,7 +110,7 @@ def dataset_keys() -> dict[str, list[str]]:
 
 @functools.cache
 def choices() -> dict[str, Any]:
-    """The words that settings can be, from streaming's tables before ours are added. It looks them up late or never."""
+    """The words that settings can be, from streaming's tables, which has no check of its own, or only a late one."""
     from streaming.base import batching, partition, shuffle
 
     return {

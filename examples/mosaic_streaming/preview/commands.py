@@ -168,10 +168,8 @@ def skips_around(history: History, steps: range) -> dict[str, Any]:
         return {"around": [], "around_notes": [note]}
     own = [piece for piece in pieces if piece.stage == pieces[-1].stage]
     if len(own) < len(pieces):
-        before = (
-            f"The steps up to {own[0].step:,} are of an earlier stage, and not in this table: a skip of their batches"
-        )
-        notes = [f"{before} changes those of later stages. See --around {own[0].step}."]
+        told = f"The steps up to {own[0].step:,} are of an earlier stage, and not in this table"
+        notes = [f"{told}: a skip of their batches changes those of later stages. See --around {own[0].step}."]
     sizes = [(piece.batch, (piece.end - piece.begin) // piece.global_batch_size) for piece in own]
     runs = joined([Skip(batch + 1, batch + count) for batch, count in sizes])
     around = [{"batches": f"{first}:{last}", "reason": f"up to step {steps[-1]}"} for first, last in runs]

@@ -399,6 +399,7 @@ def position(epoch: object, sample_in_epoch: object, seen: object = None) -> str
             for wrong in ({"samples": -8}, {"tokens": None}, {"targets": 0.5})
         ],
         (position(0, 8, [8, 128, 128]), "state is damaged: "),
+        (position(0, 8)[:-1] + ', "skipped": [["1", "2"]]}', "state is damaged: "),
         ('{"version": 4, "place": 8}', f"state is of version 4, this code reads versions {STATE_VERSION} and 3."),
         ('{"version": 3, "place": 8}', "state is damaged: "),
         ('{"version": 1, "position": {}}', f"state is of version 1, this code reads versions {STATE_VERSION} and 3."),
