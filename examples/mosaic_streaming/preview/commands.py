@@ -170,9 +170,8 @@ def skips_around(history: History, steps: range) -> dict[str, Any]:
     if len(own) < len(pieces):
         told = f"The steps up to {own[0].step:,} are of an earlier stage, and not in this table"
         notes = [f"{told}: a skip of their batches changes those of later stages. See --around {own[0].step}."]
-    sizes = [(piece.batch, (piece.end - piece.begin) // piece.global_batch_size) for piece in own]
-    runs = joined([Skip(batch + 1, batch + count) for batch, count in sizes])
-    around = [{"batches": f"{first}:{last}", "reason": f"up to step {steps[-1]}"} for first, last in runs]
+    read = [Skip(one.batch + 1, one.batch + (one.end - one.begin) // one.global_batch_size) for one in own]
+    around = [{"batches": f"{first}:{last}", "reason": f"up to step {steps[-1]}"} for first, last in joined(read)]
     return {"around": around, "around_notes": notes}
 
 
