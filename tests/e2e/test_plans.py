@@ -111,7 +111,7 @@ def test_log_says_each_change_when_it_comes(folder: Path, whole: Whole) -> None:
     streams = preview(folder, "plan", titan=TITAN)["streams"]
     [code] = [one["passes_of_run"] for one in streams if (one["stage"], one["name"]) == (2, "code")]
     lines = [line.partition("INFO - ")[2] for line in whole[2].splitlines()]
-    assert " Skipped: batches 2 to 3 (loss spike), batch 8." in whole[2]
+    assert " Skipped: batches 2 to 3 (loss spike), batch 8." in whole[2] and "Stage 1 ends: " in whole[2]
     changes = [number for number, line in enumerate(lines) if re.match(r"Skipped|Stage \d begins", line)]
     assert [lines[number] for number in changes] == [
         "Skipped: batches 2 to 3 (loss spike). Step 2 of the plan reads batch 4.",
@@ -159,6 +159,8 @@ def test_rows_of_each_stage_are_shown(folder: Path) -> None:
     assert [row["samples"][0]["stream"] for row in rows] == ["web", "web", "code", "code"]
     [row] = preview(folder, "show", "--rows=1", "--stage=3", titan=TITAN)
     assert row["samples"][0]["stream"] == "code"
+    told = "Sample 9999: the streams of stage 1 (--stage) have samples 0 to"
+    assert told in printed(folder, "show", "--sample=9999", titan=TITAN, code=1)
     assert "has 3 stages." in printed(folder, "show", "--stage=4", titan=TITAN, code=1)
 
 
@@ -256,6 +258,7 @@ def test_run_of_a_plan_is_refused_a_skip_behind_it(folder: Path, whole: Whole) -
         "change the skip."
     )
     assert told in rank.output and told in plan
+    assert "order does not survive" in plan and "The next sample is" not in plan, "of no known stage"
 
 
 def test_plan_of_a_resume_says_what_lies_ahead_has_changed(folder: Path, whole: Whole) -> None:

@@ -223,6 +223,9 @@ def test_the_past_is_fixed(folder: Path, whole: Found) -> None:
     assert "skipped batches" in told and "3:4, 9:9" in told
     told = refused(plan_of(folder, firsts=(1, 7, 15)), state)
     assert re.search(r"first steps of stages +1, 6 +1, 7\n", told)
+    assert "Restore these in plan.toml, 1.toml, 2.toml and the job config" in told
+    told = refused(Plan.of(plan.stages[0].file), state)
+    assert "Restore these in the plan, which --mosaic-config has to name again, and the job config" in told
     told = refused(Plan(plan.stages[:1], SKIPS, "plan.toml"), state)
     assert re.search(r"first steps of stages +1, 6 +1\n", told)
     told = refused(Plan((*plan.stages[:2], plan.stages[2]._replace(from_step=8)), SKIPS, "plan.toml"), state)
@@ -302,6 +305,25 @@ def test_skips_and_stages_are_exact_where_streams_have_epochs(folder: Path) -> N
             config = of_epochs(folder, (step + num_workers) % 3)
             rest = read_steps(config, len(NUMBERS) - step, dp_ranks=[0, 1], state=whole.states[step - 1])
             assert (rest.samples, rest.states) == (whole.samples[step:], whole.states[step:]), step
+
+
+def test_log_says_which_steps_of_an_epoch_its_stage_has(folder: Path) -> None:
+    first = mixture({"web": {"local": str(folder / "web")}}, batching_method="random")
+    second = mixture({"code": {"local": str(folder / "code")}}, batching_method="blend", shuffle_block_size=20)
+    plan = Plan((Stage(1, LoaderFile(first, "1.toml")), Stage(3, LoaderFile(second, "2.toml"))), (), "plan.toml")
+
+    def run() -> None:
+        init_logger()
+        loader = build_loader(plan, job(TOTAL, TOTAL))
+        batches = iter(loader)
+        for _ in range(3):
+            next(batches)
+        loader.close()
+
+    [rank] = run_ranks(run)
+    assert rank.code == 0, rank.output
+    assert "The streams start at sample 0 of epoch 0, of which 2 steps follow; it leaves out 2 of 50 " in rank.output
+    assert "Stage 1 ends: 16 samples read, in 2 steps, " in rank.output
 
 
 def test_persistent_workers_read_on_where_whole_epochs_are_skipped(folder: Path) -> None:
