@@ -28,8 +28,9 @@ from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_bat
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import CheckedDataset
 from tests.support.ranks import run_rank_values
-from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, resolved
-from tests.support.titan import IS_0_2
+from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, loader_config, resolved
+from tests.support.titan import IS_0_2, set_value
+from tests.support.tokenizing import derive
 
 SAMPLES, ROWS, BATCHES = 24, 4, 5
 EOS, PAD = 1, 2
@@ -71,9 +72,10 @@ def write(folder: Path, form: str) -> dict[str, Any]:
     return {"name": "text", "num_workers": 0, "dataset": {"local": str(folder), "num_canonical_nodes": 1, **settings}}
 
 
-def llm_foundry(config: dict[str, Any]) -> Iterator[Any]:
+def llm_foundry(config: dict[str, Any], assets: str = TOKENIZER) -> Iterator[Any]:
     """The batches of llm-foundry's own loader, of a configuration without shuffling."""
-    loader = build_dataloader(resolved(config, ROWS).config, AutoTokenizer.from_pretrained(TOKENIZER), ROWS).dataloader
+    tokenizer = AutoTokenizer.from_pretrained(assets, padding_side="right")  # as this project's always pad
+    loader = build_dataloader(resolved(config, ROWS).config, tokenizer, ROWS).dataloader
     assert isinstance(loader, DataLoader)
     return iter(loader)
 
@@ -99,6 +101,82 @@ def test_batches_are_those_of_llm_foundry(tmp_path: Path, form: str) -> None:
         return [same(*pair) for pair in batches]
 
     assert run_rank_values(read) == [[True] * BATCHES]
+
+
+TEXTS = ["", "a", " ", "import os\n" * 3, "<|pad|>", "<|end_of_text|>", "x<|end_of_text|>", "<|pad|>y<|pad|>"]
+TEXTS += ["def f(x): return x" * length for length in (2, 9, 200)] + ["<|pad|>" * 40]
+"""Empty, shorter and longer than a row, and with special tokens, also where padding would be."""
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "pads right": {"padding_side": "right"},
+    "pads left": {"padding_side": "left"},
+    "pads with EOS": {"pad_token": "<|end_of_text|>"},
+    "pads left with EOS": {"pad_token": "<|end_of_text|>", "padding_side": "left"},
+    "cuts left": {"truncation_side": "left"},
+    "without masks": {"model_input_names": ["input_ids"]},
+    "with types": {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
+}
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+def test_text_is_tokenized_as_llm_foundry_does(tmp_path: Path, tokenizer: str, documents: bool) -> None:
+    """Ids, attention masks and documents, bit for bit. A tokenizer that would leave out the mask makes it here."""
+    assets = str(derive(tmp_path / "assets", **TOKENIZERS[tokenizer]))
+    config = loader_config(tmp_path / "stream", **({"eos_token_id": EOS} if documents else {}))
+    with MDSWriter(out=str(tmp_path / "stream"), columns={"text": "str"}) as writer:
+        for text in TEXTS:
+            writer.write({"text": text})
+    settings = job(ROWS)
+    set_value(settings, "model.hf_assets_path", assets)
+
+    def read() -> list[dict[str, torch.Tensor]]:
+        loader = build_loader(config, settings)._batches._loader
+        return [to_tensors(batch) for batch in itertools.islice(loader, len(TEXTS) // ROWS)]
+
+    [ours] = run_rank_values(read)
+    lengths = torch.tensor([len(AutoTokenizer.from_pretrained(assets)(text).input_ids) for text in TEXTS])
+    theirs = list(itertools.islice(llm_foundry(config, assets), len(ours)))
+    for batch, expected, found in zip(ours, theirs, lengths.split(ROWS), strict=True):
+        assert batch.keys() == {"input_ids", "attention_mask"} | ({"sequence_id"} if documents else set())
+        expected.setdefault("attention_mask", torch.arange(SEQ_LEN + 1) < found[:, None])
+        for key, value in batch.items():
+            assert torch.equal(value.long(), expected[key].long()), key
+
+
+@pytest.mark.parametrize("packing", [{}, {"packing_ratio": 2}])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["text", "tokens"])
+def test_finetuning_batches_are_those_of_llm_foundry(
+    tmp_path: Path, form: str, side: str, packing: dict[str, Any]
+) -> None:
+    assets, remote = str(derive(tmp_path / "assets", padding_side=side)), str(tmp_path / "stream")
+    kind, columns = ("str", ("prompt", "response")) if form == "text" else ("ndarray:int32", ("input_ids", "labels"))
+    with MDSWriter(out=remote, columns=dict.fromkeys(columns, kind)) as writer:
+        for number in range(SAMPLES * 2):
+            parts: Any = ["import os " * (1 + number % 3), f"module_{number}"]
+            if form == "tokens":
+                parts = [np.arange(FIRST_ID, FIRST_ID + 2 + (number + part) % 3, dtype=np.int32) for part in (0, 1)]
+            writer.write(dict(zip(columns, parts, strict=True)))
+    config = {"name": "finetuning", "num_workers": 0}
+    ours, theirs = (
+        config | {"dataset": {"remote": remote, "local": str(tmp_path / who), "num_canonical_nodes": 1, **packing}}
+        for who in ("ours", "theirs")
+    )
+    settings = job(ROWS)
+    set_value(settings, "model.hf_assets_path", assets)
+
+    def read() -> list[bool]:
+        loader = build_loader(ours, settings)._batches._loader
+        batches = itertools.islice(zip(loader, llm_foundry(theirs, assets), strict=False), 5)
+        return [
+            {"input_ids", "labels", "attention_mask", "sequence_id"} <= one.keys()
+            and all(torch.equal(one[key], other[key]) for key in one.keys() & other.keys())
+            and all(one[key].dtype == other[key].dtype for key in one.keys() & other.keys())
+            for one, other in batches
+        ]
+
+    assert run_rank_values(read) == [[True] * 5]
 
 
 @pytest.mark.parametrize("limit", [0, PIPE_BYTES])
