@@ -120,6 +120,10 @@ class OpenLoader:
         return cast(shards.CheckedDataset, self.loader.dataset)
 
     @property
+    def collator(self) -> batch.Collator:
+        return cast(batch.Collator, self.loader.collate_fn)
+
+    @property
     def names(self) -> list[str]:
         return list(self.config.streams)
 

@@ -8,7 +8,7 @@ shifts, masks and checks them by a `BatchSpec` (`to_titan_batch` returns the sam
 
 from examples.mosaic_streaming.batch.first_samples import PROBE, check_first_samples
 from examples.mosaic_streaming.batch.packing import DROP_WARN_FRACTION, PackingLog, choose_ratio
-from examples.mosaic_streaming.batch.reading import Batches, no_loss_token_error, to_tensors, use_fast_collator
+from examples.mosaic_streaming.batch.reading import Batches, Collator, no_loss_token_error, use_fast_collator
 from examples.mosaic_streaming.batch.titan_batch import (
     SEQUENCE_ID,
     BatchSpec,

@@ -10,7 +10,7 @@ from streaming import StreamingDataset
 from torch.utils.data import DataLoader
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.batch.reading import DROPPED_TOKENS, PACKED_TOKENS, read_in_workers
+from examples.mosaic_streaming.batch.reading import DROPPED_TOKENS, PACKED_TOKENS, Collator, read_in_workers
 from examples.mosaic_streaming.config import MAX_RATIO, ResolvedLoader
 from examples.mosaic_streaming.errors import is_rank_0
 from examples.mosaic_streaming.sampling import check_order, set_order
@@ -47,14 +47,15 @@ def choose_ratio(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> 
 
 def read_lengths(loader: DataLoader[Any], rows: int, config: ResolvedLoader) -> Iterator[int]:
     """Tokens in each of the first epoch's first samples, without padding."""
-    dataset, source = loader.dataset, f"The streams are {config.sources}, set in {config.source}."
-    assert isinstance(dataset, StreamingDataset)
+    dataset, collator = loader.dataset, loader.collate_fn
+    source = f"The streams are {config.sources}, set in {config.source}."
+    assert isinstance(dataset, StreamingDataset) and isinstance(collator, Collator)
     order = set_order(dataset, config.batching_method(dataset), 1, rows)
     check_order(order, dataset, list(config.streams), config.source)
     ids = order.samples(dataset, 0, np.arange(min(SAMPLES, order.remaining(0)))).tolist()
 
     def make_batch(ids: list[int]) -> Any:
-        return loader.collate_fn([dataset[sample] for sample in ids])
+        return collator.make_batch([dataset[sample] for sample in ids])
 
     workers = max(1, loader.num_workers)
     for batch in read_in_workers(make_batch, ids, WORKER_BATCH_SIZE, workers, source, config.source):

@@ -24,6 +24,7 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
+from examples.mosaic_streaming.batch.workers import Handed, Slots, WorkerContext
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order, stream_numbers
 from examples.mosaic_streaming.shards import CheckedDataset, as_data_error
@@ -33,10 +34,6 @@ from examples.mosaic_streaming.upstream.workers import prepare_worker, shut_down
 DROPPED_TOKENS, PACKED_TOKENS = "dropped_tokens", "packed_tokens"
 """Keys of a packed batch: how many tokens of its samples were dropped, and how many are in its rows."""
 
-PIPE_BYTES = 1 << 20
-"""The largest tensor that a worker sends through its pipe. For a larger one, torch creates a file in shared memory,
-which takes 0.3 ms in each process: four times as long as the pipe for 64 KB, half as long for 2 MB."""
-
 SHOWN_SAMPLES = 8  # of a global batch, in a message
 WORKER_EXIT_SECONDS = 1.0  # how long to wait for the exit code of a dying worker
 EXIT_CODES_OF_SIGNALS = {code for signum in SIGNALS for code in (-signum, 128 + signum)}
@@ -45,20 +42,33 @@ EXIT_CODES_OF_SIGNALS = {code for signum in SIGNALS for code in (-signum, 128 + 
 class Collator:
     """Makes batches with llm-foundry's collator or a user's; a worker's errors reach the training process."""
 
-    def __init__(self, collate: Callable[[Any], Any]) -> None:
-        self._collate = collate
+    def __init__(self, collate: Callable[[Any], Any], slots: Slots | None = None) -> None:
+        self._collate, self.slots = collate, slots
         self.packs = isinstance(collate, BinPackCollator)  # a row holds several samples
 
     def __call__(self, samples: list[Any]) -> Any:
-        """Return a batch; in a worker, its small tensors are arrays, and an error takes its place."""
-        if get_worker_info() is None:
-            return self._make_batch(samples)
+        """Return a batch; in a worker, it is in a slot if it fits in, and an error takes its place."""
+        if (worker := get_worker_info()) is None:
+            return self.make_batch(samples)
         try:
-            return to_arrays(self._make_batch(samples))
+            batch = self.make_batch(samples)
+            handed = self.slots.write(worker.id, batch) if self.slots and isinstance(batch, Mapping) else None
+            return handed or batch
         except Exception as error:
             return as_data_error(error)
 
-    def _make_batch(self, samples: list[Any]) -> Any:
+    def take(self, batch: Any) -> Mapping[str, Any]:
+        """Return a batch that a worker, or this process, has made; DataError if it failed or is no dict."""
+        if isinstance(batch, Handed):
+            assert self.slots
+            return self.slots.read(batch)
+        if isinstance(batch, DataError):
+            raise batch
+        if not isinstance(batch, Mapping):
+            raise DataError(f"A batch of the loader is a {type(batch).__name__}, expected a dict of tensors.")
+        return batch
+
+    def make_batch(self, samples: list[Any]) -> Any:
         """A batch, with token counts if it is packed. Raises DataError if this worker couldn't read a sample."""
         if error := next((sample for sample in samples if isinstance(sample, DataError)), None):
             raise error
@@ -68,23 +78,6 @@ class Collator:
             packer.n_packed_tokens = packer.n_total_tokens = 0  # it would add them up over all batches
             batch |= {DROPPED_TOKENS: total - packed, PACKED_TOKENS: packed}
         return batch
-
-
-def to_arrays(batch: Any) -> Any:
-    """Replace a batch's small tensors by arrays, which are pickled into the worker's pipe."""
-    if not isinstance(batch, Mapping):
-        return batch
-    small = {key for key, value in batch.items() if isinstance(value, torch.Tensor) and value.nbytes <= PIPE_BYTES}
-    return {key: value.numpy() if key in small else value for key, value in batch.items()}
-
-
-def to_tensors(batch: Any) -> dict[str, Any]:
-    """Turn arrays back into tensors; raise DataError for a failed batch, or one of a user's loader that is no dict."""
-    if isinstance(batch, DataError):
-        raise batch
-    if not isinstance(batch, Mapping):
-        raise DataError(f"A batch of the loader is a {type(batch).__name__}, expected a dict of tensors.")
-    return {key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()}
 
 
 def collate_rows(collate: DataCollatorForLanguageModeling, samples: Sequence[Any]) -> Any:
@@ -140,7 +133,11 @@ def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
             "The loader's BinPackCollator carries samples that didn't fit over to its next batch, and a restart loses "
             "them. Give it max_leftover_bins_to_keep=0."
         )
-    loader.collate_fn = Collator(collate)
+    slots = None
+    if loader.num_workers and loader.multiprocessing_context is None:
+        loader.multiprocessing_context = WorkerContext()
+        slots = Slots(loader.num_workers, loader.prefetch_factor or 1)
+    loader.collate_fn = Collator(collate, slots)
 
 
 class Batches:
@@ -148,6 +145,7 @@ class Batches:
 
     def __init__(self, loader: DataLoader[Any], source: str, config_file: str) -> None:
         self._loader, self._source, self._config_file = loader, source, config_file
+        self._collator = cast(Collator, loader.collate_fn)
         self._batches: Iterator[Any] | None = None
 
     def begin(self) -> None:
@@ -158,7 +156,7 @@ class Batches:
         """Return the next `count` batches, or fewer at an epoch's end; DataError if a sample, batch or worker fails."""
         assert self._batches is not None
         try:
-            return [to_tensors(batch) for batch in itertools.islice(self._batches, count)]
+            return [self._collator.take(batch) for batch in itertools.islice(self._batches, count)]
         except Exception as error:
             raise DataError(self.lost_workers() or f"{as_data_error(error)} {self._source}") from error
 
@@ -195,7 +193,9 @@ def read_in_workers(
         cast(Dataset[Any], ids),
         size,
         num_workers=workers,
-        collate_fn=Collator(make_batch),
+        collate_fn=Collator(make_batch, Slots(workers, 2)),
+        prefetch_factor=2,
+        multiprocessing_context=WorkerContext(),
         worker_init_fn=prepare_worker,
         generator=torch.Generator(),
     )

@@ -123,6 +123,8 @@ def documents_of(batch: Mapping[str, Any], padding: Tensor | None, spec: BatchSp
 
 def split_rows(batch: TitanBatch, parts: int) -> list[TitanBatch]:
     """Cut a batch into parts of equally many rows, in order."""
+    if parts == 1:
+        return [batch]
     inputs, labels = batch
     pieces = [tensor.chunk(parts) for tensor in (*inputs.values(), labels)]
     return [(dict(zip(inputs, part, strict=False)), part[-1]) for part in zip(*pieces, strict=True)]

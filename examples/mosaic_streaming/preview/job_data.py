@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding, to_tensors
+from examples.mosaic_streaming.batch import check_first_samples, check_keys, is_padding
 from examples.mosaic_streaming.checkpoint import Fingerprint, History, Slice
 from examples.mosaic_streaming.config import BatchShape, Job, Plan, ResolvedLoader
 from examples.mosaic_streaming.dataloader import OpenLoader
@@ -105,12 +105,12 @@ class JobData:
         """The batch that llm-foundry's collator makes of samples; raises what `read` does."""
         read = [self.read(sample) for sample in samples]
         try:
-            batch = self.opened.loader.collate_fn(read)
+            batch = self.opened.collator(read)
         except Exception as error:
             for sample in samples if len(samples) > 1 else []:
                 self.collate([sample])  # which raises for the one that is at fault
             raise NoRowError(f"Sample {samples[0]} makes no row, and training would stop there: {error}") from error
-        batch = to_tensors(batch)
+        batch = self.opened.collator.take(batch)
         check_keys(batch, self.opened.spec)
         return batch
 

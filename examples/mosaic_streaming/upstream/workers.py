@@ -1,14 +1,13 @@
-"""Lets dataloader workers end when they can't send a batch, and keeps them quiet when the reader stops.
+"""Ends dataloader workers, lets them outlive signals, and keeps them quiet when the reader stops.
 
-Python 3.12 and torch 2.13; a queue that reports such an error to its reader makes most of it needless.
+Python 3.12 and torch 2.15.
 """
 
-import os
 import signal
 import sys
-from multiprocessing import process, queues
+from multiprocessing import process
 from types import TracebackType
-from typing import Any, NoReturn
+from typing import Any
 
 from examples.mosaic_streaming.upstream.patch import replace
 from examples.mosaic_streaming.upstream.torchelastic import SAVING
@@ -16,19 +15,7 @@ from examples.mosaic_streaming.upstream.torchelastic import SAVING
 
 def prepare_worker(number: int = 0) -> None:
     """Set up this process as a dataloader worker."""
-    replace(queues.Queue, "_on_queue_feeder_error", staticmethod(end_worker))
     sys.excepthook = ignore_lost_reader
-
-
-def end_worker(e: Exception, obj: object) -> NoReturn:
-    """End a worker that can't send a batch (`obj`); Python would drop it, and the reader would wait forever.
-
-    This happens when shared memory is full, or the temporary folder's path is too long for a socket.
-
-    Source: Python 3.12, multiprocessing/queues.py.
-    """
-    print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {type(e).__name__}: {e}.", file=sys.stderr)
-    os._exit(1)
 
 
 def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -15,15 +15,8 @@ from streaming import MDSWriter
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, DataCollatorForLanguageModeling
 
-from examples.mosaic_streaming.batch import reading
-from examples.mosaic_streaming.batch.reading import (
-    PIPE_BYTES,
-    Collator,
-    collate_rows,
-    to_arrays,
-    to_tensors,
-    use_fast_collator,
-)
+from examples.mosaic_streaming.batch import workers
+from examples.mosaic_streaming.batch.reading import Collator, collate_rows, use_fast_collator
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_batch
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import CheckedDataset
@@ -132,7 +125,7 @@ def test_text_is_tokenized_as_llm_foundry_does(tmp_path: Path, tokenizer: str, d
 
     def read() -> list[dict[str, torch.Tensor]]:
         loader = build_loader(config, settings)._batches._loader
-        return [to_tensors(batch) for batch in itertools.islice(loader, len(TEXTS) // ROWS)]
+        return list(itertools.islice(loader, len(TEXTS) // ROWS))
 
     [ours] = run_rank_values(read)
     lengths = torch.tensor([len(AutoTokenizer.from_pretrained(assets)(text).input_ids) for text in TEXTS])
@@ -179,16 +172,15 @@ def test_finetuning_batches_are_those_of_llm_foundry(
     assert run_rank_values(read) == [[True] * 5]
 
 
-@pytest.mark.parametrize("limit", [0, PIPE_BYTES])
+@pytest.mark.parametrize("limit", [1024, workers.SHARED_BYTES])
 def test_workers_hand_on_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
-    """As arrays through their pipes, and as torch does."""
+    """In slots, and as torch does."""
     config = write(tmp_path, "documents") | {"num_workers": 2}
-    monkeypatch.setattr(reading, "PIPE_BYTES", limit)
+    monkeypatch.setattr(workers, "SHARED_BYTES", limit)
 
     def read() -> list[bool]:
         loader, theirs = build_loader(config, job(ROWS)), llm_foundry(config | {"num_workers": 0})
-        kinds = {type(value) for value in next(iter(loader._batches._loader)).values()}
-        assert kinds == {torch.Tensor if limit == 0 else np.ndarray}
+        assert isinstance(next(iter(loader._batches._loader)), workers.Handed if limit > 1024 else dict)
         other = build_loader(config, job(ROWS))
         return [same(batch, to_titan_batch(next(theirs), loader._spec)) for batch in itertools.islice(other, BATCHES)]
 
@@ -239,15 +231,6 @@ def test_packing_that_a_restart_could_not_repeat_is_refused() -> None:
     packer = BinPackCollator(lambda batch: batch, 2, 16, PAD, "right", max_leftover_bins_to_keep=3)
     with pytest.raises(ConfigError, match=r"carries samples .* over .* Give it max_leftover_bins_to_keep=0"):
         use_fast_collator(DataLoader(Empty(), collate_fn=packer), is_text=False)
-
-
-def test_pipe_takes_what_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "PIPE_BYTES", 64)
-    batch: dict[str, Any] = {"small": torch.arange(8), "large": torch.arange(9), "count": 3}
-    packed = to_arrays(batch)
-    assert isinstance(packed["small"], np.ndarray) and packed["large"] is batch["large"] and packed["count"] == 3
-    tensors = to_tensors(packed)
-    assert torch.equal(tensors["small"], batch["small"]) and tensors["small"].dtype == torch.int64
 
 
 def test_the_widest_type_of_a_mixture_holds_all_ids() -> None:

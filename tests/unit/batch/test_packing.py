@@ -11,7 +11,7 @@ import torch.distributed as dist
 from streaming import MDSWriter
 from torchtitan.tools.logging import init_logger, logger
 
-from examples.mosaic_streaming.batch import reading
+from examples.mosaic_streaming.batch import workers
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.errors import ConfigError
 from tests.support.ranks import run_rank_values, run_ranks
@@ -227,8 +227,8 @@ def test_packing_that_no_resume_could_repeat_is_refused(folder: Path, dataset: d
 def test_auto_stops_where_its_worker_cannot_hand_on_samples(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here too many for the pipe, for a temporary folder whose path is too long for a socket."""
-    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
+    """Here too many for a slot, for a temporary folder whose path is too long for a socket."""
+    monkeypatch.setattr(workers, "SHARED_BYTES", 1024)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 

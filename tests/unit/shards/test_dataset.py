@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 
-from examples.mosaic_streaming.batch import reading
+from examples.mosaic_streaming.batch import workers
 from examples.mosaic_streaming.shards.stream import CheckedStream
 from tests.support.ranks import run_rank_values
 from tests.support.reading import Read, read_job, write_turns
@@ -337,8 +337,8 @@ def test_worker_that_is_killed_stops_the_job_with_its_exit_code(
 def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As torch's handler of SIGCHLD makes it, when another worker ends; of batches that are too large for the pipe."""
-    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
+    """As torch's handler of SIGCHLD makes it, when another worker ends; of batches that are too large for a slot."""
+    monkeypatch.setattr(workers, "SHARED_BYTES", 1024)
 
     connect: Callable[[str], connection.Connection] = connection.SocketClient  # type: ignore[attr-defined]
 
@@ -357,8 +357,8 @@ def test_workers_are_quiet_where_the_reader_stops_while_it_takes_a_batch(
 def test_worker_that_cannot_hand_on_a_batch_stops_the_job(
     place: Place, whole: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here one that is too large for the pipe, for a temporary folder whose path is too long for a socket."""
-    monkeypatch.setattr(reading, "PIPE_BYTES", 0)
+    """Here one that is too large for a slot, for a temporary folder whose path is too long for a socket."""
+    monkeypatch.setattr(workers, "SHARED_BYTES", 1024)
     long = tmp_path / ("x" * 100)
     long.mkdir()
 
