@@ -5,6 +5,7 @@ to import are imported where they are needed, so that `--help` and typos don't w
 """
 
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ PACKAGES = ("torchtitan", "llm-foundry", "mosaicml-streaming", "torch")  # the l
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and the files, build the Trainer, and train. A user's error ends in one line."""
+    gc.disable()  # which makes imports take a quarter less time; TorchTitan's trainer collects garbage itself
     channel = AbortChannel()  # tells all ranks why one of them stops
     with channel.report_errors_once():
         handle_signals(signal.SIG_DFL)  # a signal ends the process at once, until there is a loader to close
