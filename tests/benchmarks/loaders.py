@@ -32,7 +32,7 @@ MANY = 1 << 16
 """Bytes of a shard, where there are many."""
 WARM_UP = 20
 """Batches before the first turn."""
-DRAINED, DRAINED_OF_ZEPHON = 0.1, 0.4
+DRAINED, DRAINED_OF_ZEPHON = 0.05, 0.3
 """Seconds that are read first in each turn: what workers or threads had ready meanwhile doesn't count. Zephon's have up
 to 3,000 rows."""
 

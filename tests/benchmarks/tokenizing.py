@@ -26,7 +26,7 @@ from tests.support.streams import TOKENIZER, build_loader, job
 ROWS, SEQ_LEN = 8, 2048
 TURNS, BATCHES = 6, 16
 """Turns of each loader, and batches of one: a multiple of the 64 samples that Zephon tokenizes at once."""
-SECONDS = 1.0
+SECONDS = 0.6
 """Of a turn where rates are compared."""
 SAMPLES = ROWS * BATCHES * (TURNS + 4)
 """Of a stream: what is read, also ahead."""
