@@ -18,12 +18,12 @@ from typing import Any
 from tests import conftest  # noqa: F401  # first: imports everything once, for all ranks
 
 # isort: split
-from tests.benchmarks import blend, data, epochs, loaders, scale, starts, training
+from tests.benchmarks import blend, data, epochs, loaders, scale, starts, tokenizing, training
 from tests.benchmarks.measure import HEADINGS, Comparison, Figure, cpu_model, table
 
-PARTS = ("loaders", "text", "training", "starts", "resume", "blend", "epochs", "memory", "ranks")
+PARTS = ("loaders", "text", "tokenizing", "training", "starts", "resume", "blend", "epochs", "memory", "ranks")
 WORKERS = (0, 1, 2, 4)
-PACKAGES = ("torch", "torchtitan", "llm-foundry", "mosaicml-streaming", "litdata", "numpy")
+PACKAGES = ("torch", "torchtitan", "llm-foundry", "mosaicml-streaming", "litdata", "zephon", "numpy")
 
 
 def machine() -> dict[str, Any]:
@@ -54,6 +54,8 @@ def run(parts: list[str], folder: Path) -> dict[str, list[Comparison | Figure]]:
             found[part] += loaders.compare_shards(eight)
         if part == "text":
             found[part] = [loaders.compare_text(data.write_text(folder / "text", 2048))]
+        if part == "tokenizing":
+            found[part] = list(tokenizing.compare(folder / "documents"))
         if part == "training":
             found[part] = list(training.compare(folder))
         if part == "starts":

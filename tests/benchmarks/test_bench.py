@@ -1,5 +1,6 @@
 """`make bench` on little data: each part works, and says what it has found. How fast anything is isn't tested."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -8,9 +9,10 @@ from pathlib import Path
 import pytest
 from streaming.base import shuffle
 
-from tests.benchmarks import blend, data, epochs, loaders, scale, starts, training
+from tests.benchmarks import blend, data, epochs, loaders, scale, starts, tokenizing, training, zephon
 from tests.benchmarks.__main__ import show
 from tests.benchmarks.measure import Comparison, Figure, number, table
+from tests.support.ranks import run_rank_values
 
 
 @pytest.fixture
@@ -50,6 +52,7 @@ def test_loaders_are_compared(tokens: data.Tokens, monkeypatch: pytest.MonkeyPat
         found = loaders.compare(tokens, workers)
         names = [comparison.against for comparison in found]
         assert names[:2] == ["llm-foundry", "StreamingDataset"] and ("memory-mapped array" in names) == (workers == 0)
+        assert ("Zephon" in names) == zephon.IS_INSTALLED
         found += loaders.compare_shards(tokens) if workers else []
         assert all(len(one.ours) == len(one.theirs) == 2 and min(*one.ours, *one.theirs) > 0 for one in found)
 
@@ -60,6 +63,39 @@ def test_loader_on_text_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         monkeypatch.setattr(loaders, name, value)
     found = loaders.compare_text(data.write_text(tmp_path / "text", 256))
     assert found.against == "TorchTitan's loader" and min(*found.ours, *found.theirs) > 0
+
+
+def test_loaders_of_text_get_the_same_ids_in_the_same_order(tmp_path: Path) -> None:
+    documents = tokenizing.write_documents(tmp_path / "text", {"text": 200}, 4 * tokenizing.ROWS, 64)
+
+    def read() -> list[list[list[int]]]:
+        found = [[batch[0]["input"] for batch in itertools.islice(tokenizing.ours(documents)(), 3)]]
+        others = [tokenizing.llm_foundry] + [tokenizing.zephon_text] * zephon.IS_INSTALLED
+        for other in others:
+            found.append([batch["input_ids"][:, :-1] for batch in itertools.islice(other(documents)(), 3)])
+        return [[row.tolist() for batch in batches for row in batch] for batches in found]
+
+    [found] = run_rank_values(read)
+    expected = [ids for batch in itertools.islice(tokenizing.tokenizers(documents)(), 3) for ids in batch]
+    assert len({len(ids) for ids in expected}) > 5 and max(map(len, expected)) == 65, "long ones are cut, others not"
+    padding = tokenizing.load_tokenizer()[0].token_to_id("<|pad|>")
+    assert all(rows == [(ids + 65 * [padding])[:64] for ids in expected] for rows in found)
+
+
+@pytest.mark.long
+def test_tokenizing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"TURNS": 2, "BATCHES": 2, "SECONDS": 0.01, "SEQ_LEN": 64, "SAMPLES": 96, "CHARACTERS": 200}
+    for name, value in (small | {"PROMPT": 20, "RESPONSE": 40}).items():
+        monkeypatch.setattr(tokenizing, name, value)
+    for name, value in {"REPEATS": 2, "WARM_UP": 2, "DRAINED": 0.01}.items():
+        monkeypatch.setattr(loaders, name, value)
+    found = list(tokenizing.compare(tmp_path))
+    assert all(len(one.ours) == len(one.theirs) == 2 and min(*one.ours, *one.theirs) > 0 for one in found)
+    assert [one.against for one in found if one.at_most] == ["tokenizers"]
+    assert [one.what for one in found if "finetuning" in one.what and one.against == "llm-foundry"] == [
+        "a batch of 8 x 64, finetuning, 0 workers",
+        "a batch of 8 x 64, finetuning, packed, 0 workers",
+    ]
 
 
 @pytest.mark.long
