@@ -31,8 +31,8 @@ from torch.distributed.run import get_args_parser
 
 from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import parse_flags
-from examples.mosaic_streaming.config.keys import dataset_keys
 from examples.mosaic_streaming.config.plan import check_tables, is_plan
+from examples.mosaic_streaming.config.signatures import DATASET_KEYS
 from examples.mosaic_streaming.preview.__main__ import build_parser
 from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.versions import GONE, RENAMED
@@ -298,7 +298,7 @@ def settings() -> set[str]:
 @pytest.mark.parametrize("page", [*PAGES, CHANGELOG], ids=str)
 def test_settings_modules_targets_and_files_in_the_text_exist(page: Path) -> None:
     sections = "|".join(sorted({key.partition(".")[0] for key in settings()}))
-    dataset = {key for keys in dataset_keys().values() for key in keys} | {"eos_token_id", "bos_token_id"}
+    dataset = {key for keys in DATASET_KEYS.values() for key in keys} | {"eos_token_id", "bos_token_id"}
     dataset |= {"token_encoding_type", "remote", "local", "split", "decoder_only_format", "streams", "batch_size"}
     for code in re.findall(r"`([^`\n]+)`", without_blocks(text_of(page))):
         for key in re.findall(rf"(?<![\w./])(?:--)?((?:{sections})\.(?:no-)?[a-z_]+)", code):

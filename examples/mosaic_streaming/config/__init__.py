@@ -5,7 +5,7 @@ file to a `ResolvedLoader`. What is wrong raises ConfigError (the checks are in 
 `folders.py`), and what is doubtful is in `warnings_of`. `Job` is what this project knows of TorchTitan's job config.
 """
 
-from examples.mosaic_streaming.config.assets import explain_asset_errors, tokenizer_config
+from examples.mosaic_streaming.config.assets import check_assets, explain_asset_errors, tokenizer_config
 from examples.mosaic_streaming.config.cli import Parser, parse_flags
 from examples.mosaic_streaming.config.files import LoaderFile, read_toml
 from examples.mosaic_streaming.config.folders import check_folders, identity, is_copy, is_url, private_root
@@ -16,11 +16,13 @@ from examples.mosaic_streaming.config.plan import (
     Plan,
     Skip,
     Stage,
+    check_files,
     joined,
     read_loaders,
     resolve_stages,
     warnings_of_plan,
 )
-from examples.mosaic_streaming.config.streams import is_local, stream_defaults, streams_of
+from examples.mosaic_streaming.config.signatures import STREAM_DEFAULTS
+from examples.mosaic_streaming.config.streams import is_local, streams_of
 from examples.mosaic_streaming.config.values import flat, refuse, wrong_value
 from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation

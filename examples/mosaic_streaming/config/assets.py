@@ -20,14 +20,14 @@ FAST = '"PreTrainedTokenizerFast", which takes tokenizer.json as it is'
 @contextlib.contextmanager
 def explain_asset_errors(path: str, reader: str) -> Iterator[None]:
     """Turn what a library, `reader`, raises over the assets in `path` into a ConfigError that says what to change."""
-    check_folder(path)
+    check_assets(path)
     try:
         yield
     except Exception as error:
         raise ConfigError(f"model.hf_assets_path = {path!r}: {explain(Path(path), reader, error)}") from error
 
 
-def check_folder(path: str) -> None:
+def check_assets(path: str) -> None:
     """Raise ConfigError unless the folder has a tokenizer_config.json that can be opened."""
     try:
         with open(os.path.join(path, CONFIG)):

@@ -1,17 +1,14 @@
 """Keys and values of a loader configuration that llm-foundry or streaming would drop, refuse or misread."""
 
 import difflib
-import functools
 import inspect
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from examples.mosaic_streaming.config.signatures import DATASET_KEYS, STREAM, STREAMING
 from examples.mosaic_streaming.config.streams import Config
 from examples.mosaic_streaming.config.values import LIMITS, hints_of, refuse, wrong_value
 from examples.mosaic_streaming.errors import ConfigError
-
-TOKEN_IDS = [f"{name}_token_id" for name in ("eos", "bos")]
-OVERRIDES = [f"override_{key}_mismatch_error" for key in TOKEN_IDS]
 
 MAX_RATIO = 1000  # the most samples that are packed into a row, on average
 
@@ -28,14 +25,17 @@ NOT_WITH_BLEND = {
 NOT_FOR_USERS = {"self", "tokenizer", "kwargs", "allowed_dataset_keys"}  # arguments that no configuration can give
 
 
-def check_keys(config: Config, path: str) -> None:
-    """Raise ConfigError for keys that nothing reads and values that make no sense, naming all of a kind."""
-    sections = sections_of(config, path)
+def check_keys(config: Config, path: str, builder: Mapping[str, Any] | None = None) -> None:
+    """Raise ConfigError for keys that nothing reads and values that make no sense, naming all of a kind.
+
+    `builder` has the arguments of the loader's builder, and their types; if None, llm-foundry's registry is asked.
+    """
+    sections = sections_of(config, path, builder)
     name, dataset, unknown, wrong = config["name"], config["dataset"], [], []
     for prefix, section, known, hints in sections:
-        unknown += unknown_keys(prefix, section, known, [] if prefix == "dataset." else dataset_keys().get(name, []))
+        unknown += unknown_keys(prefix, section, known, [] if prefix == "dataset." else DATASET_KEYS.get(name, []))
         for key, value in section.items():
-            if key in hints:
+            if hints.get(key, Any) is not Any:
                 wrong.append(wrong_value(f"{prefix}{key}", value, hints[key], path, LIMITS.get(key)))
     if unknown:
         raise ConfigError(f"{path} has keys that nothing reads: {'; '.join(unknown)}.")
@@ -52,27 +52,34 @@ def check_keys(config: Config, path: str) -> None:
         )
 
 
-def sections_of(config: Config, path: str) -> list[tuple[str, Config, list[str], dict[str, Any]]]:
+def sections_of(
+    config: Config, path: str, builder: Mapping[str, Any] | None
+) -> list[tuple[str, Config, Sequence[str], Mapping[str, Any]]]:
     """Each section's prefix, settings, known keys and types; ConfigError if there is no such loader or section."""
-    from llmfoundry import registry
-    from streaming import Stream, StreamingDataset
-
     name, dataset = str(config.get("name")), config.get("dataset")
-    loaders = sorted(registry.dataloaders.get_all())
-    if name not in loaders:
-        given = f"{path} has no `name`" if "name" not in config else f"name = {name!r} in {path}"
-        raise ConfigError(f"{given}, expected one of: {', '.join(loaders)}.")
+    builder = registered(config, path) if builder is None else builder
     if not isinstance(dataset, dict):
         raise ConfigError(f"{path} has no [dataset] section, which says what streams to read.")
     streams = dataset.get("streams", {})
     if not isinstance(streams, dict) or not all(isinstance(stream, dict) for stream in streams.values()):
         raise ConfigError(f"dataset.streams in {path} is not made of sections [dataset.streams.NAME], one each stream.")
+    hints, keys = STREAMING | STREAM, DATASET_KEYS.get(name, list(dataset))
+    found = [(f"dataset.streams.{key}.", stream, list(STREAM), hints) for key, stream in streams.items()]
+    return [("", config, ["name", *builder], builder), ("dataset.", dataset, keys, hints), *found]
+
+
+def registered(config: Config, path: str) -> dict[str, Any]:
+    """The arguments that the builder in llm-foundry's registry takes, and their types; ConfigError if there is none."""
+    from llmfoundry import registry
+
+    name, loaders = str(config.get("name")), sorted(registry.dataloaders.get_all())
+    if name not in loaders:
+        given = f"{path} has no `name`" if "name" not in config else f"name = {name!r} in {path}"
+        raise ConfigError(f"{given}, expected one of: {', '.join(loaders)}.")
     builder = registry.dataloaders.get(name)
-    top = ["name", *parameters(builder), *(key for key in config if takes(name, key))]
-    hints = hints_of(StreamingDataset.__init__) | hints_of(Stream.__init__) | choices()
-    keys = dataset_keys().get(name, list(dataset))
-    found = [(f"dataset.streams.{key}.", stream, parameters(Stream), hints) for key, stream in streams.items()]
-    return [("", config, top, hints_of(builder)), ("dataset.", dataset, keys, hints), *found]
+    keys = [*inspect.signature(builder).parameters, *(key for key in config if takes(name, key))]
+    hints = hints_of(builder)
+    return {key: hints.get(key, Any) for key in keys}
 
 
 def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset: Sequence[str] = ()) -> list[str]:
@@ -84,41 +91,6 @@ def unknown_keys(prefix: str, section: Config, known: Sequence[str], of_dataset:
         hint = "it belongs in [dataset]" if key in {*of_dataset} - NOT_FOR_USERS else hint
         found.append(f"{prefix}{key} ({ELSEWHERE.get(key, hint)})")
     return found
-
-
-def parameters(function: Any) -> list[str]:
-    """The names of a function's parameters."""
-    return list(inspect.signature(function).parameters)
-
-
-@functools.cache
-def dataset_keys() -> dict[str, list[str]]:
-    """The keys of `dataset` by loader; loaders that a user has registered check them themselves.
-
-    Source: llm-foundry 0.22.0, data/text_data.py, data/utils.py and data/finetuning/dataloader.py. The text loader
-    silently drops keys that it doesn't know. Its collator's `mlm_probability` is left out here: it masks inputs, which
-    no causal model wants.
-    """
-    from llmfoundry.data import StreamingFinetuningDataset, StreamingTextDataset
-    from llmfoundry.data.finetuning import dataloader as finetuning
-    from streaming import StreamingDataset
-
-    text = [*parameters(StreamingTextDataset), *parameters(StreamingDataset), *TOKEN_IDS, *OVERRIDES]
-    examples = [*parameters(StreamingFinetuningDataset), *parameters(finetuning._validate_config)]
-    return {"text": text, "finetuning": [*examples, *TOKEN_IDS, *OVERRIDES, *finetuning._ALLOWED_DATASET_KEYS]}
-
-
-@functools.cache
-def choices() -> dict[str, Any]:
-    """The words that settings can be, from streaming's tables, which has no check of its own, or only a late one."""
-    from streaming.base import batching, partition, shuffle
-
-    return {
-        "shuffle_algo": Literal[*shuffle.algos],
-        "partition_algo": Literal[*partition.algos],
-        "batching_method": Literal[*batching.batching_methods, "blend"],
-        "sampling_method": Literal["balanced", "fixed"],
-    }
 
 
 def takes(name: str, key: str) -> bool:

@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.folders import Folder
 from examples.mosaic_streaming.config.job import BatchShape
-from examples.mosaic_streaming.config.keys import OVERRIDES, TOKEN_IDS, check_keys, dataset_keys, takes
+from examples.mosaic_streaming.config.keys import check_keys, takes
+from examples.mosaic_streaming.config.signatures import BUILDER, DATASET_KEYS, OVERRIDES, TOKEN_IDS
 from examples.mosaic_streaming.config.streams import Config, check_streams, complete_streams, folders_of, source_of
 from examples.mosaic_streaming.errors import ConfigError
 
@@ -35,7 +37,7 @@ class ResolvedLoader:
     @property
     def builder(self) -> str:
         """Who builds it, for messages."""
-        return "llm-foundry" if self.name in dataset_keys() else f"The loader {self.name!r}"
+        return "llm-foundry" if self.name in DATASET_KEYS else f"The loader {self.name!r}"
 
     @property
     def arguments(self) -> Config:
@@ -85,6 +87,23 @@ class ResolvedLoader:
     def with_settings(self, **dataset: Any) -> "ResolvedLoader":
         """Return the same with other settings of `[dataset]`."""
         return replace(self, config=self.config | {"dataset": self.dataset | dataset})
+
+
+def check_file(file: LoaderFile) -> None:
+    """Raise ConfigError for what is wrong in a loader's file whatever the job is, before anything slow is imported.
+
+    Only `resolve` can check a loader that a user has registered, which a package may also do under a name of
+    llm-foundry's (an entry point).
+    """
+    if str(file.config.get("name")) not in DATASET_KEYS:
+        return
+    config, path = copy.deepcopy(file.config), file.path
+    try:
+        check_keys(config, path, BUILDER)
+        check_streams(config["dataset"], path)
+    except ConfigError:
+        if not entry_points(group="llmfoundry_dataloaders"):
+            raise
 
 
 def resolve(file: LoaderFile, shape: BatchShape, replication: int) -> ResolvedLoader:

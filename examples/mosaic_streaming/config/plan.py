@@ -12,7 +12,7 @@ from examples.mosaic_streaming.config.files import YAML, LoaderFile, expand_path
 from examples.mosaic_streaming.config.folders import check_folders
 from examples.mosaic_streaming.config.job import Job
 from examples.mosaic_streaming.config.keys import unknown_keys
-from examples.mosaic_streaming.config.loader import ResolvedLoader, resolve
+from examples.mosaic_streaming.config.loader import ResolvedLoader, check_file, resolve
 from examples.mosaic_streaming.config.streams import streams_of
 from examples.mosaic_streaming.config.values import refuse, wrong_value
 from examples.mosaic_streaming.errors import ConfigError
@@ -198,21 +198,34 @@ def last_step(job: Job, position: str | None) -> float:
     return math.inf if position or job.checkpoints.counts_anew else job.steps
 
 
+def check_files(plan: Plan, held_out: LoaderFile | None) -> None:
+    """Raise ConfigError for what is wrong in files whatever the job is (`check_file`); `resolve` sees the rest."""
+    for file in (*(stage.file for stage in plan.stages), *([held_out] if held_out else [])):
+        check_file(file)
+    check_orders(plan)
+
+
+def check_orders(plan: Plan) -> None:
+    """Raise ConfigError if a later stage has another order than "blend"."""
+    for number, (_, file, _) in enumerate(plan.stages[1:], start=2):
+        dataset = file.config.get("dataset")  # of a registered loader, which hasn't been checked, anything
+        method = dataset.get("batching_method", "random") if isinstance(dataset, dict) else "blend"
+        if method != "blend":
+            raise ConfigError(
+                f"dataset.batching_method = {method!r} in {file.path}, stage {number} of {plan.source}: stages need "
+                "the order 'blend', in which each stream has a position. Only the first stage can have another."
+            )
+
+
 def resolve_stages(plan: Plan, job: Job, position: str | None = None) -> list[ResolvedLoader]:
     """Complete the configuration of each stage's loader, as `resolve` does.
 
     ConfigError if that refuses one, a later stage has another order than "blend", or a skip is beyond the run.
     """
     found = [resolve(stage.file, job.training, job.layout.replication) for stage in plan.stages]
-    for number, one in enumerate(found[1:], start=2):
-        if not one.is_blend:
-            raise ConfigError(
-                f"dataset.batching_method = {one.dataset.get('batching_method', 'random')!r} in {one.source}, stage "
-                f"{number} of {plan.source}: stages need the order 'blend', in which each stream has a position. Only "
-                "the first stage can have another."
-            )
-        for before in found[: number - 1]:
-            check_folders(one.folders, before.folders)
+    check_orders(plan)
+    for before, one in itertools.combinations(found, 2):
+        check_folders(one.folders, before.folders)
     for skip in plan.skips:
         if plan.steps(skip.first - 1) >= last_step(job, position):
             raise ConfigError(

@@ -1,27 +1,16 @@
 """The streams of a loader configuration: their settings, folders and weights."""
 
-import functools
-import inspect
 import os
 from typing import Any
 
 from examples.mosaic_streaming.config.files import expand_path
 from examples.mosaic_streaming.config.folders import Folder, check_folders, default_cache, is_copy, is_url
+from examples.mosaic_streaming.config.signatures import STREAM_DEFAULTS
 from examples.mosaic_streaming.errors import ConfigError
 
 Config = dict[str, Any]  # settings by name, as in a TOML file
 
 WEIGHT_TOLERANCE = 0.01  # how far the sum of all proportions may be from 1, as people round
-
-
-@functools.cache
-def stream_defaults() -> Config:
-    """Return the settings that streams take over from `dataset`, with streaming's defaults."""
-    from streaming import StreamingDataset
-
-    parameters = inspect.signature(StreamingDataset).parameters
-    names = ("split", "download_retry", "download_timeout", "validate_hash", "keep_zip")
-    return {name: parameters[name].default for name in names}
 
 
 def streams_of(dataset: Config) -> dict[str, Config]:
@@ -31,7 +20,7 @@ def streams_of(dataset: Config) -> dict[str, Config]:
 
 def complete_streams(dataset: Config) -> dict[str, Config]:
     """The settings of the streams by name, with those that they take over from `dataset`."""
-    shared = stream_defaults() | {key: dataset[key] for key in stream_defaults() if key in dataset}
+    shared = STREAM_DEFAULTS | {key: dataset[key] for key in STREAM_DEFAULTS if key in dataset}
     return {name: shared | stream for name, stream in streams_of(dataset).items()}
 
 

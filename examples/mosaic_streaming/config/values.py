@@ -31,10 +31,13 @@ LIMITS: dict[str, Limits] = {
 }
 
 WITH_UNITS = {
-    "cache_limit": ("bytes_to_int", 'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)'),
-    "epoch_size": ("number_abbrev_to_int", 'a whole number, also as "10k" (k, m, b, t)'),
+    "cache_limit": (
+        {unit: 1024**power for power, unit in enumerate(("kb", "mb", "gb", "tb", "pb", "eb", "zb", "yb"), start=1)},
+        'a number of bytes, also as "10gb" (b, kb, mb, gb, tb, pb)',
+    ),
+    "epoch_size": ({"k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}, 'a whole number, also as "10k" (k, m, b, t)'),
 }
-"""Numbers that can be strings with a unit: the function of streaming that reads them, and what to call them."""
+"""Numbers that can be strings with a unit: the units, and what to call them."""
 
 
 def wrong_value(name: str, value: Any, hint: Any, source: str, limits: Limits | None = None) -> str:
@@ -60,12 +63,22 @@ def is_within(value: Any, limits: Limits, key: str) -> bool:
     low, high = limits
     try:
         if isinstance(value, str):
-            from streaming.base import util
-
-            value = getattr(util, WITH_UNITS[key][0])(value)
+            value = number_of(value, key)
         return bool(low <= value <= high)
     except (KeyError, ValueError, TypeError, OverflowError):
         return False
+
+
+def number_of(text: str, key: str) -> int:
+    """The number that streaming reads in a text with a unit (0.13.0, base/util.py); ValueError if it reads none."""
+    text, units = text.lower().strip(), WITH_UNITS[key][0]
+    for unit, factor in units.items():
+        if text.endswith(unit):
+            return int(float(text.removesuffix(unit)) * factor)
+    digits = text.removesuffix("b")  # a byte; where "b" is a billion, it has been found
+    if not digits.isdigit():
+        raise ValueError(text)
+    return int(digits)
 
 
 def has_type(value: Any, hint: Any) -> bool:

@@ -17,7 +17,7 @@ from streaming import Stream
 from streaming.base.format import get_index_basename
 from torchtitan.tools.logging import logger
 
-from examples.mosaic_streaming.config import ResolvedLoader, identity, stream_defaults
+from examples.mosaic_streaming.config import STREAM_DEFAULTS, ResolvedLoader, identity
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order, assign_to_ranks
 from examples.mosaic_streaming.shards.cache import take_cache
@@ -53,10 +53,10 @@ def prepare_streams(loaders: Sequence[ResolvedLoader]) -> None:
 
 def make_stream(settings: dict[str, Any], label: str) -> CheckedStream:
     """Make a stream from its complete settings, as streaming will; ConfigError if it refuses them."""
-    keys = ("remote", "local", *stream_defaults())
+    keys = ("remote", "local", *STREAM_DEFAULTS)
     try:
         stream = Stream(**{key: settings[key] for key in keys if key in settings})
-        stream.apply_default(stream_defaults())
+        stream.apply_default(STREAM_DEFAULTS)
     except Exception as error:  # a store's client may refuse them, too
         raise ConfigError(f"{label}: {describe(error)}") from error
     return make_checked(stream, label)

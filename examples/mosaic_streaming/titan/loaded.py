@@ -1,13 +1,14 @@
 """A job as the command line names it: TorchTitan's config, and the files of the loaders."""
 
 import importlib
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from examples.mosaic_streaming.config import LoaderFile, Plan, read_toml
+from examples.mosaic_streaming.config import LoaderFile, Plan, check_assets, check_files, flat, read_loaders, read_toml
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.versions import RENAMED
@@ -56,11 +57,49 @@ def settings_of(job: LoadedJob) -> list[dict[str, Any]]:
     return rows
 
 
-def owners_of(keys: Mapping[str, Any], path: str, titan_flags: list[str]) -> dict[str, str]:
+def owners_of(keys: Mapping[str, Any], path: str, titan_flags: Sequence[str]) -> dict[str, str]:
     """Who has set each setting: the job's file with these keys, or TorchTitan's flags on the command line."""
-    names = [flag.partition("=")[0].removeprefix("--").replace("-", "_") for flag in titan_flags]
-    given = [re.sub(r"(^|\.)no_", r"\1", name) for name in names]  # `section.no_key`
-    return dict.fromkeys(keys, path) | dict.fromkeys(given, "command line")
+    return dict.fromkeys(keys, path) | dict.fromkeys(values_of_flags(titan_flags), "command line")
+
+
+def values_of_flags(titan_flags: Sequence[str]) -> dict[str, str]:
+    """The settings that TorchTitan's flags change, and their values as texts."""
+    found = {}
+    for flag, after in itertools.zip_longest(titan_flags, titan_flags[1:], fillvalue="--"):
+        name, equals, value = flag.partition("=")
+        name = name.removeprefix("--").replace("-", "_")
+        plain = re.sub(r"(^|\.)no_", r"\1", name)  # `section.no_key`
+        value = value if equals else "true" if after.startswith("--") else after
+        if flag.startswith("--"):
+            found[plain] = value if plain == name else "false"
+    return found
+
+
+def read_files(
+    train: str, validation: str | None, keys: Mapping[str, Any], titan_flags: Sequence[str]
+) -> tuple[Plan, LoaderFile | None]:
+    """Read the loaders' files as `read_loaders` does, and check what can be checked before TorchTitan is imported.
+
+    `keys` are those of the job's file. A job with code of the user's is only checked later: that may register loaders.
+    """
+    plan, held_out = read_loaders(train, validation)
+    settings = settings_given(keys, titan_flags)
+    if not any("custom" in key for key in settings):
+        check_files(plan, held_out if str(settings.get("validator.enable")).lower() == "true" else None)
+    return plan, held_out
+
+
+def settings_given(keys: Mapping[str, Any], titan_flags: Sequence[str]) -> dict[str, Any]:
+    """The settings of a job's file, changed by TorchTitan's flags, by their names in 0.3."""
+    return {RENAMED.get(key, key): value for key, value in (dict(keys) | values_of_flags(titan_flags)).items()}
+
+
+def check_given_assets(path: str, titan_flags: Sequence[str]) -> None:
+    """Raise ConfigError if a job's file names a folder with assets, and there is none."""
+    settings = settings_given(flat(read_sections(path)), titan_flags)
+    assets = settings.get("hf_assets_path")
+    if isinstance(assets, str) and "model.tokenizer_path" not in settings:  # which 0.2 takes instead
+        check_assets(assets)
 
 
 def read_sections(path: str) -> dict[str, Any]:

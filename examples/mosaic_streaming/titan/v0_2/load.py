@@ -4,11 +4,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from examples.mosaic_streaming.config import flat, read_loaders, read_toml, refuse
+from examples.mosaic_streaming.config import flat, refuse
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import wrong_job_values
-from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_sections
+from examples.mosaic_streaming.titan.loaded import LoadedJob, owners_of, read_files, read_sections
 from examples.mosaic_streaming.titan.versions import RENAMED, check_flags
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
     check_flags(titan_flags, {new: old for old, new in RENAMED.items()}, "0.2", NOT_HERE)
     if not flags.config:  # `-- --help`
         load_job_config(titan_flags)
-    in_file = flat(read_toml(flags.config))  # before the slow imports; TorchTitan reads it again
-    loaders = read_loaders(flags.mosaic_config, flags.mosaic_validation_config)
+    in_file = flat(read_sections(flags.config))  # before the slow imports; TorchTitan reads it again
+    loaders = read_files(flags.mosaic_config, flags.mosaic_validation_config, in_file, titan_flags)
     config = load_job_config([f"{CONFIG_FILE}{flags.config}", *titan_flags])
     folders, custom = (config.job.dump_folder, checkpoint_folder(config)), config.experimental.custom_import
     owners = owners_of(in_file, flags.config, titan_flags)
