@@ -9,8 +9,7 @@ import pytest
 from streaming.base import shuffle
 
 from tests.benchmarks import blend, data, epochs, loaders, scale, starts, training
-from tests.benchmarks.__main__ import show
-from tests.benchmarks.measure import Comparison, Figure, number, table
+from tests.benchmarks.measure import Comparison, Figure, number, show, table
 
 
 @pytest.fixture
