@@ -56,9 +56,10 @@ soak: $(VENV)/.synced
 bench: .venv/.bench
 	$(BIN)/python -W ignore -m tests.benchmarks
 
-# Training on this machine's GPUs, against TorchTitan's own loader; 25 minutes at most. GPUS=8 takes eight of them.
+# Training on this machine's GPUs, against TorchTitan's own loader; 10 minutes at most. GPUS=8 takes eight of them, and
+# ONLY=1B one part: "1B debugmodel attention" are all.
 bench-gpu: $(VENV)/.synced
-	$(BIN)/python -W ignore -m tests.benchmarks.gpu --nproc-per-node $(or $(GPUS),1)
+	$(BIN)/python -W ignore -m tests.benchmarks.gpu --nproc-per-node $(or $(GPUS),1) $(if $(ONLY),--only $(ONLY))
 
 # Those of docs/, from a run of the code as it is.
 pictures: $(VENV)/.synced

@@ -5,7 +5,6 @@ Prints tables and writes `outputs/bench/bench.json` with all values. `--only` ru
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from tests import conftest  # noqa: F401  # first: imports everything once, for 
 
 # isort: split
 from tests.benchmarks import blend, data, epochs, loaders, scale, starts, tokenizing, training
-from tests.benchmarks.measure import HEADINGS, Comparison, Figure, cpu_model, table
+from tests.benchmarks.measure import Comparison, Figure, cpu_model, show, written
 
 PARTS = ("loaders", "text", "tokenizing", "training", "starts", "resume", "blend", "epochs", "memory", "ranks")
 WORKERS = (0, 1, 2, 4)
@@ -83,24 +82,6 @@ def run(parts: list[str], folder: Path) -> dict[str, list[Comparison | Figure]]:
             found[part] = list(scale.measure(eight, folder / "ranks"))
         print(f"\n{part} ({time.monotonic() - begin:.0f} s)\n\n{show(found[part])}", flush=True)
     return found
-
-
-def show(findings: list[Comparison | Figure]) -> str:
-    """Comparisons as a table, and figures as another."""
-    comparisons = [finding for finding in findings if isinstance(finding, Comparison)]
-    figures = [finding for finding in findings if isinstance(finding, Figure)]
-    tables = [table(HEADINGS, [comparison.row() for comparison in comparisons])] * bool(comparisons)
-    groups: dict[tuple[str, ...], list[Figure]] = {}
-    for figure in figures:
-        groups.setdefault(tuple(figure.values), []).append(figure)
-    tables += [epochs.show(group) for group in groups.values()]
-    return "\n\n".join(tables)
-
-
-def written(finding: Comparison | Figure) -> dict[str, Any]:
-    """A finding for the JSON file."""
-    more = {"ratios": finding.ratios, "is_met": finding.is_met} if isinstance(finding, Comparison) else {}
-    return dataclasses.asdict(finding) | more
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from streaming.base.shuffle import algos
 
 from examples.mosaic_streaming.sampling.order import MAX_CANONICAL_NODES
 from tests.benchmarks.data import Tokens
-from tests.benchmarks.measure import Figure, table
+from tests.benchmarks.measure import Figure
 from tests.benchmarks.text import write_mds
 from tests.support.ranks import run_rank_values
 from tests.support.streams import SEQ_LEN, build_loader, job, loader_config, sample_tokens
@@ -111,8 +111,3 @@ def measure_growth(tokens: Tokens) -> list[Figure]:
             values |= {f"after {LATE:,}": round(late / MIB, 1), "growth, MiB": round((late - early) / MIB, 1)}
             figures.append(Figure("memory", values))
     return figures
-
-
-def show(figures: list[Figure]) -> str:
-    """A table of figures that have the same names."""
-    return table(list(figures[0].values), [[str(value) for value in figure.values.values()] for figure in figures])

@@ -1,11 +1,18 @@
-"""What `tests.benchmarks.gpu` makes of its runs: their figures, comparisons and the table. Pure functions."""
+"""What `tests.benchmarks.gpu` makes of its runs: whose turn it is, the figures of each turn, and what they tell."""
 
+import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-WAYS = ("mosaic", "text", "memory")
+from tests.benchmarks.measure import Comparison, Figure, number
+
+WAYS = {"text": "TorchTitan's loader", "ours": "ours", "memory": "batches from memory"}
+"""Where batches come from."""
+TURN = 2
+"""Windows of a turn. Only the second counts: in the first, a loader hands out what it has prefetched meanwhile."""
+ROUND = TURN * len(WAYS)
 NAMES = {
     "tokens": "n_tokens_seen",
     "loss": "loss_metrics/global_avg_loss",
@@ -15,89 +22,76 @@ NAMES = {
 }
 """What TorchTitan calls the figures of the steps since it last logged: tokens since the run's start, seconds of a step,
 share of the time that rank 0 waits for data (torchtitan 0.2.2, components/metrics.py)."""
-FORMS = {"tokens_per_second": ",.0f", "mfu_percent": ".2f", "data_wait_percent": ".2f"}
+MEMORY_RATIO, WAIT_PERCENT = 0.995, 0.3
+"""Aims: tokens per second at least, next to batches from memory, and less of the time spent waiting for data."""
 
 Row = dict[str, float]
 Run = dict[str, Any]
+
+
+def turns() -> Iterator[str]:
+    """Whose turn it is, without end. Ours and memory are neighbours in each round, and follow each other alike."""
+    for order in itertools.cycle([("ours", "memory"), ("memory", "ours")]):
+        yield "text"
+        yield from order
 
 
 def read_scalars(folder: Path) -> list[Row]:
     """What TorchTitan has logged for TensorBoard under a folder, by step, with names of our own."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    [file] = folder.rglob("events.*")
-    events = EventAccumulator(str(file))
-    events.Reload()
     rows: dict[int, Row] = {}
-    for name, tag in NAMES.items():
-        for event in events.Scalars(tag):
-            rows.setdefault(event.step, {"step": event.step})[name] = event.value
-    return [rows[step] for step in sorted(rows)]
+    for file in folder.rglob("events.*"):
+        events = EventAccumulator(str(file))
+        events.Reload()
+        for name, tag in NAMES.items():
+            for event in events.Scalars(tag) if tag in events.Tags()["scalars"] else []:
+                rows.setdefault(event.step, {"step": event.step})[name] = event.value
+    return [rows[step] for step in sorted(rows) if rows[step].keys() >= NAMES.keys()]
 
 
-def summarize(rows: list[Row], window: int) -> Row:
-    """A run's figures: of all windows but the first together, each weighing as much as it took.
+def figures_of_turns(rows: list[Row], window: int) -> list[Run]:
+    """The figures of each turn of the rounds that are whole.
 
     Args:
         rows: one for each window, and one for the first step.
         window: its steps.
     """
-    [warm] = [row for row in rows if row["step"] == window]
-    measured = [row for row in rows if row["step"] > window]
-    seconds = sum(row["seconds"] for row in measured)
-    rate = (rows[-1]["tokens"] - warm["tokens"]) / (seconds * window)
-    shares = {
-        name: sum(row[name] * row["seconds"] for row in measured) / seconds
-        for name in ("mfu_percent", "data_wait_percent")
-    }
-    losses = {"first_loss": rows[0]["loss"], "last_loss": rows[-1]["loss"]}
-    return {"tokens": rows[-1]["tokens"], "tokens_per_second": rate, **shares, **losses}
-
-
-def spread(values: Sequence[float]) -> Row:
-    """The median of values, the least and the greatest."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def compare(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each model and `seq_len`, figures of each way, and the tokens per second of `mosaic` divided by the others'.
-
-    Args:
-        runs: whole rounds. A ratio is one of two runs of the same round, which other work of the machine and the heat
-            of the card have met alike.
-    """
+    rows = [row for row in rows if row["step"] % window == 0]
+    whole = rows[: len(rows) // ROUND * ROUND]
     found = []
-    for model, seq_len in dict.fromkeys((run["model"], run["seq_len"]) for run in runs):
-        of_way = {
-            way: [run for run in runs if (run["model"], run["seq_len"], run["way"]) == (model, seq_len, way)]
-            for way in WAYS
-        }
-        rates = {way: {run["repeat"]: run["tokens_per_second"] for run in of_way[way]} for way in WAYS}
-        ratios = {
-            way: spread([rate / rates[way][repeat] for repeat, rate in rates["mosaic"].items()])
-            for way in WAYS
-            if way != "mosaic"
-        }
-        figures = {way: {name: spread([run[name] for run in of_way[way]]) for name in FORMS} for way in WAYS}
-        repeats = len(rates["mosaic"])
-        found.append(
-            {"model": model, "seq_len": seq_len, "repeats": repeats, "ways": figures, "mosaic_divided_by": ratios}
-        )
+    for turn, way in zip(range(len(whole) // TURN), turns(), strict=False):
+        before, counted = whole[TURN * turn : TURN * (turn + 1)]
+        rate = (counted["tokens"] - before["tokens"]) / (counted["seconds"] * window)
+        found.append({"round": turn // len(WAYS), "way": way, "tokens_per_second": rate, **counted})
     return found
 
 
-def table(comparisons: list[dict[str, Any]]) -> str:
-    """The comparisons, one line for each way: of the repeats the median, and in brackets the least and the greatest."""
-    lines = [("model", "seq_len", "way", "tokens/s", "MFU %", "waits for data %", "mosaic / this")]
-    for one in comparisons:
-        for way, figures in one["ways"].items():
-            cells = [cell(figures[name], form) for name, form in FORMS.items()]
-            ratio = one["mosaic_divided_by"].get(way)
-            lines.append((one["model"], str(one["seq_len"]), way, *cells, cell(ratio, ".3f") if ratio else "-"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+def findings(part: str, seq_len: int, runs: list[Run], has_aims: bool) -> list[Comparison | Figure]:
+    """Ours next to batches from memory and to TorchTitan's loader, and the figures of each of them."""
+    of_way = {way: [run for run in runs if run["way"] == way] for way in WAYS}
+    rates = {way: [run["tokens_per_second"] for run in of_way[way]] for way in WAYS}
+    what, at_least = f"{part}, {seq_len:,} tokens", MEMORY_RATIO if has_aims else None
+    found: list[Comparison | Figure] = [
+        Comparison(what, WAYS["memory"], rates["ours"], rates["memory"], "tokens/s", at_least),
+        Comparison(what, WAYS["text"], rates["ours"], rates["text"], "tokens/s"),
+    ]
+    for way in ("ours", "memory", "text"):
+        seconds = sum(run["seconds"] for run in of_way[way])
+        waits = sum(run["seconds"] * run["data_wait_percent"] for run in of_way[way]) / seconds
+        has_aim = has_aims and way == "ours"
+        values = {"model": part, "batches": WAYS[way], "tokens/s: median (min to max)": spread(rates[way])}
+        values["MFU, %"] = spread([run["mfu_percent"] for run in of_way[way]])
+        values["waits for data, % of all turns (min to max)"] = spread(
+            [run["data_wait_percent"] for run in of_way[way]], waits
+        )
+        is_met = "yes" if waits < WAIT_PERCENT else "no"
+        values |= {"aim": f"< {WAIT_PERCENT} %", "met": is_met} if has_aim else {"aim": "", "met": ""}
+        found.append(Figure(what, values))
+    return found
 
 
-def cell(values: Row, form: str) -> str:
-    """A spread as text."""
-    return f"{values['median']:{form}} ({values['min']:{form}} to {values['max']:{form}})"
+def spread(values: list[float], middle: float | None = None) -> str:
+    """The median of values, or another middle, with the least and the greatest."""
+    middle = statistics.median(values) if middle is None else middle
+    return f"{number(middle)} ({number(min(values))} to {number(max(values))})"

@@ -2,7 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -86,3 +86,20 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         for row in [headings, *rows]
     ]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def show(findings: Sequence[Comparison | Figure]) -> str:
+    """Comparisons as a table, and figures that have the same names as another."""
+    comparisons = [finding.row() for finding in findings if isinstance(finding, Comparison)]
+    tables = [table(HEADINGS, comparisons)] * bool(comparisons)
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for finding in findings:
+        if isinstance(finding, Figure):
+            groups.setdefault(tuple(finding.values), []).append([str(value) for value in finding.values.values()])
+    return "\n\n".join([*tables, *(table(names, rows) for names, rows in groups.items())])
+
+
+def written(finding: Comparison | Figure) -> dict[str, Any]:
+    """A finding for the JSON file."""
+    more = {"ratios": finding.ratios, "is_met": finding.is_met} if isinstance(finding, Comparison) else {}
+    return asdict(finding) | more

@@ -10,8 +10,7 @@ import pytest
 from streaming.base import shuffle
 
 from tests.benchmarks import blend, data, epochs, loaders, scale, starts, tokenizing, training, zephon
-from tests.benchmarks.__main__ import show
-from tests.benchmarks.measure import Comparison, Figure, number, table
+from tests.benchmarks.measure import Comparison, Figure, number, show, table
 from tests.support.ranks import run_rank_values
 
 

@@ -1,89 +1,102 @@
 """The benchmark on GPUs (`make bench-gpu`), as far as it can be tried without one."""
 
+import dataclasses
+import itertools
 import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+import torch
 from streaming.base.format import reader_from_json
 from torchtitan.hf_datasets import DatasetConfig, text_datasets
+from torchtitan.models.llama3 import Transformer
 
+from examples.mosaic_streaming.batch import TitanBatch
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.benchmarks import gpu
-from tests.benchmarks.gpu_figures import FORMS, WAYS, Row, compare, spread, summarize, table
-from tests.benchmarks.gpu_job import InMemory
-from tests.support.streams import TOKENIZER, job
+from tests.benchmarks.gpu_figures import WAYS, Row, Run, figures_of_turns, findings
+from tests.benchmarks.gpu_job import FLAVORS, InTurns
+from tests.benchmarks.gpu_settings import CPU, Settings, parse
+from tests.benchmarks.measure import Comparison, Figure, show
+from tests.support.streams import TOKENIZER
+from tests.upstream.test_lazy_imports import run
 
 SEQ_LEN = 16
 TEXTS = ["def f(x):\n    return x\n", "import os\n", "# " + "words and more words " * 9]
 
 
-def run(repeat: int, way: str, rate: float, model: str = "debugmodel") -> dict[str, Any]:
-    shares = {"mfu_percent": 40.0, "data_wait_percent": 0.5}
-    return {"model": model, "seq_len": 4096, "repeat": repeat, "way": way, "tokens_per_second": rate, **shares}
+def test_turns_have_what_they_took_in_their_second_window_and_a_round_that_is_not_whole_is_left_out() -> None:
+    def row(step: int, tokens: float, seconds: float) -> Row:
+        return {"step": step, "tokens": tokens, "loss": 8, "seconds": seconds, "mfu_percent": 1, "data_wait_percent": 9}
 
-
-RUNS = [
-    *(run(0, way, rate) for way, rate in zip(WAYS, (900.0, 600.0, 1000.0), strict=True)),
-    *(run(1, way, rate) for way, rate in zip(WAYS, (990.0, 495.0, 1000.0), strict=True)),
-    *(run(2, way, rate) for way, rate in zip(WAYS, (800.0, 500.0, 1000.0), strict=True)),
-]
-
-
-def test_windows_weigh_what_they_took_and_the_first_is_left_out() -> None:
-    rows: list[Row] = [
-        {"step": 1, "tokens": 10, "loss": 8, "seconds": 99, "mfu_percent": 1, "data_wait_percent": 99},
-        {"step": 10, "tokens": 100, "loss": 7, "seconds": 50, "mfu_percent": 2, "data_wait_percent": 98},
-        {"step": 20, "tokens": 200, "loss": 6, "seconds": 1, "mfu_percent": 30, "data_wait_percent": 8},
-        {"step": 30, "tokens": 300, "loss": 5, "seconds": 3, "mfu_percent": 10, "data_wait_percent": 0},
+    took = {window: 1.0 + window for window in range(1, 14)}  # seconds of a step, of windows of 10 steps
+    rows = [row(1, 10, 99), *(row(10 * window, 100 * window, seconds) for window, seconds in took.items())]
+    found = figures_of_turns(rows, window=10)
+    assert [(run["round"], run["way"], run["tokens_per_second"]) for run in found] == [
+        *((0, "text", 100 / 30), (0, "ours", 100 / 50), (0, "memory", 100 / 70)),
+        *((1, "text", 100 / 90), (1, "memory", 100 / 110), (1, "ours", 100 / 130)),
     ]
-    assert summarize(rows, window=10) == {
-        "tokens": 300,
-        "tokens_per_second": 200 / 40,
-        "mfu_percent": 15,
-        "data_wait_percent": 2,
-        "first_loss": 8,
-        "last_loss": 5,
-    }
+    assert figures_of_turns(rows[:6], window=10) == []
 
 
-def test_ratios_are_those_of_one_round() -> None:
-    [found, other] = compare([*RUNS, *(run(0, way, 7.0, "1B") for way in WAYS)])
-    assert (found["model"], found["seq_len"], found["repeats"]) == ("debugmodel", 4096, 3)
-    assert found["mosaic_divided_by"] == {
-        "text": {"median": 1.6, "min": 1.5, "max": 2.0},
-        "memory": {"median": 0.9, "min": 0.8, "max": 0.99},
-    }
-    assert found["ways"]["text"]["tokens_per_second"] == {"median": 500, "min": 495, "max": 600}
-    assert other["mosaic_divided_by"]["text"] == spread([1.0])
+def turn(round: int, way: str, rate: float, wait: float, seconds: float = 1.0) -> Run:
+    figures = {"tokens_per_second": rate, "mfu_percent": 40.0, "data_wait_percent": wait, "seconds": seconds}
+    return {"round": round, "way": way, **figures}
 
 
-def test_table_has_a_line_for_each_way() -> None:
-    lines = table(compare(RUNS)).splitlines()
-    assert [line.split()[:3] for line in lines[1:]] == [["debugmodel", "4096", way] for way in WAYS]
-    assert "900 (800 to 990)" in lines[1] and lines[1].endswith("-")
-    assert lines[2].endswith("1.600 (1.500 to 2.000)")
-    assert table([]).startswith("model")
+@pytest.mark.parametrize(
+    ("rate", "wait", "met"), [(995.0, 0.5, ["yes", "yes"]), (994.0, 0.5, ["no", "yes"]), (995.0, 0.7, ["yes", "no"])]
+)
+def test_aims_are_for_the_ratio_of_a_round_and_for_the_wait_of_all_turns(
+    rate: float, wait: float, met: list[str]
+) -> None:
+    """The first turn of ours takes half as long as the second, so its wait weighs half as much."""
+    runs = [turn(0, "text", 400, 60), turn(0, "ours", rate, wait, seconds=1), turn(0, "memory", 1000, 0)]
+    runs += [turn(1, "text", 500, 60), turn(1, "memory", 2000, 0), turn(1, "ours", 2 * rate, 0.1, seconds=2)]
+    to_memory, to_text, *figures = findings("1B", 8192, runs, has_aims=True)
+    assert isinstance(to_memory, Comparison) and isinstance(to_text, Comparison)
+    assert to_memory.ratios == [rate / 1000] * 2 and to_text.ratios == [rate / 400, rate / 250]
+    waits = [figure.values for figure in figures if isinstance(figure, Figure)]
+    assert [to_memory.row()[4], waits[0]["met"]] == met
+    assert [one["batches"] for one in waits] == ["ours", "batches from memory", "TorchTitan's loader"]
+    unaimed = findings("debugmodel", 8192, runs, has_aims=False)
+    assert "≥" not in show(unaimed) and "yes" not in show(unaimed)
 
 
 def test_settings_are_those_of_the_machine_unless_given() -> None:
-    assert gpu.parse([], has_gpu=True) == gpu.Settings()
-    assert gpu.parse([], has_gpu=False) == gpu.parse(["--cpu"], has_gpu=True) == gpu.CPU
-    settings = gpu.parse(["--models", "1B", "--seq-len", "2048", "--steps", "8", "--repeats", "1"], has_gpu=True)
-    assert (settings.models, settings.seq_len, settings.steps, settings.repeats) == (["1B"], [2048], 8, 1)
+    assert parse([], has_gpu=True) == Settings()
+    assert parse([], has_gpu=False) == parse(["--cpu"], has_gpu=True) == CPU
+    settings = parse(["--seq-len", "2048", "--window", "4", "--rounds", "1"], has_gpu=True)
+    assert (settings.seq_len, settings.window, settings.rounds) == (2048, 4, 1)
+
+
+def test_parts_are_chosen_by_name_and_the_others_are_said_to_be_left_out() -> None:
+    settings = parse(["--only", "1B", "attention"], has_gpu=True)
+    assert gpu.left_out(settings) == {"debugmodel": "--only names others"}
+    assert settings.file == Path("outputs/bench/gpu-1B-attention.json")
+    assert Settings().file == Path("outputs/bench/gpu.json") and gpu.left_out(Settings()) == {}
     with pytest.raises(SystemExit):
-        gpu.parse(["--steps", "10"], has_gpu=True)
+        parse(["--only", "2B"], has_gpu=True)
+
+
+def test_larger_model_has_as_many_parameters_as_the_documents_say() -> None:
+    with torch.device("meta"):
+        model = Transformer(FLAVORS["1B"])
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == 1.25
 
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The benchmark's data, of small texts, and a place for them among TorchTitan's data sets."""
     monkeypatch.setattr(gpu, "sources", lambda: TEXTS)
-    assert gpu.write_data(tmp_path, [SEQ_LEN], wanted=500) >= 500
+    assert gpu.write_data(tmp_path, SEQ_LEN, wanted=500) >= 500
     rows = [json.loads(line) for line in (tmp_path / "text.jsonl").read_text().splitlines()]
     texts = DatasetConfig("", lambda path: datasets.Dataset.from_list(rows), lambda sample: sample["text"])
     monkeypatch.setitem(text_datasets.DATASETS, "bench", texts)
@@ -94,33 +107,52 @@ def test_stream_has_the_tokens_that_torchtitan_makes_of_the_text(data: Path) -> 
     tokenizer = build_tokenizer(TOKENIZER)
     samples = text_datasets.HuggingFaceTextDataset("bench", None, tokenizer, SEQ_LEN)
     expected = [[*inputs["input"].tolist(), int(labels[-1])] for inputs, labels in samples]
-    [shard] = json.loads((data / f"{SEQ_LEN}/index.json").read_text())["shards"]
-    reader = reader_from_json(str(data / str(SEQ_LEN)), None, shard)
+    [shard] = json.loads((data / "stream/index.json").read_text())["shards"]
+    reader = reader_from_json(str(data / "stream"), None, shard)
     assert [reader[number]["tokens"].tolist() for number in range(shard["samples"])] == expected
     assert len(expected) >= 500 // (SEQ_LEN + 1)
 
 
-def test_batches_in_memory_stay_when_the_trainer_has_replaced_their_tensors(data: Path) -> None:
-    batches = iter(InMemory(dp_world_size=1, dp_rank=0, tokenizer=build_tokenizer(TOKENIZER), job_config=bench_job()))
-    first, labels = next(batches)
-    tokens = first["input"]
-    assert tokens.shape == labels.shape == (2, SEQ_LEN)
-    first["input"] = labels
-    assert next(batches)[0]["input"] is tokens
+def test_loaders_take_turns_and_memory_has_the_same_batch_each_time() -> None:
+    def batches(name: str) -> Iterator[TitanBatch]:
+        for number in itertools.count():
+            yield {"input": torch.tensor([number])}, torch.tensor([len(name)])
+
+    taken, tensors = [], []
+    for inputs, labels in itertools.islice(InTurns(batches("ours"), batches("text of theirs"), turn=2), 12):
+        taken.append(("text" if labels[0] > 4 else "ours", int(inputs["input"][0])))
+        tensors.append(inputs["input"])
+        inputs["input"] = labels  # as the trainer does, with a tensor on the GPU
+    text, ours, memory = [[("text", n), ("text", n + 1)] for n in (0, 2)], [("ours", n) for n in range(5)], ("ours", 0)
+    assert taken == [*text[0], *ours[1:3], memory, memory, *text[1], memory, memory, *ours[3:5]]
+    assert tensors[4] is tensors[5] is tensors[8]
 
 
-def bench_job() -> Any:
-    config = job()
-    config.training.dataset = "bench"
-    return config
+@pytest.mark.long
+def test_jobs_import_llm_foundry_without_what_training_never_uses() -> None:
+    assert run("import tests.benchmarks.gpu_job\n{report}\nprint(json.dumps(packages))") == []
 
 
 @pytest.mark.long
 def test_command_of_the_attention_runs_trains(tmp_path: Path) -> None:
     """All of it but attention: this flavor sees beyond documents, which is all that a CPU can do."""
-    gpu.write_data(tmp_path, gpu.CPU.seq_len, wanted=1 << 16)
-    [found] = gpu.train_within_documents(gpu.CPU, tmp_path, "debugmodel")
+    gpu.write_data(tmp_path, CPU.seq_len, wanted=1 << 16)
+    found = gpu.train_within_documents(CPU, tmp_path, time.monotonic() + 200, "debugmodel")
     assert len(found["losses"]) == gpu.ATTENTION_STEPS
+
+
+@pytest.mark.long
+def test_of_a_run_that_is_not_done_in_time_the_whole_rounds_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu.write_data(tmp_path, CPU.seq_len, wanted=1 << 16)
+    settings = dataclasses.replace(CPU, rounds=1000, window=1, out=str(tmp_path / "gpu.json"))
+    report: dict[str, Any] = {"runs": {}, "results": {}, "left_out": {}}
+    gpu.measure(settings, tmp_path, time.monotonic() + gpu.TO_STOP + 40, "debugmodel", report)
+    runs = report["runs"]["debugmodel"]
+    assert len(runs) % len(WAYS) == 0 and list(report["left_out"]) == [
+        f"rounds {len(runs) // 3 + 1} to 1000 of debugmodel"
+    ]
 
 
 @pytest.mark.long
@@ -132,15 +164,11 @@ def test_whole_benchmark_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     report = json.loads(out.read_text())
     assert report["failures"] == [] and report["machine"]["cpu"] and report["versions"]["torch"]
-    assert list(report["left_out"]) == list(gpu.ATTENTION) and "debugmodel_flex_attn is left out" in done.stdout
-    tokens = gpu.CPU.steps * (gpu.CPU.batch_tokens or 0)
-    assert {run["way"]: run["tokens"] for run in report["runs"]} == dict.fromkeys(WAYS, tokens)
-    [comparison] = report["comparisons"]
-    assert comparison["repeats"] == 1 and list(comparison["ways"]) == list(WAYS)
-    figures = [comparison["ways"][way][name] for way in WAYS for name in FORMS]
-    figures += [comparison["mosaic_divided_by"][way] for way in ("text", "memory")]
-    values = [value for figure in figures for value in (figure["median"], figure["min"], figure["max"])]
-    assert all(math.isfinite(value) and value > 0 for value in values), figures
-    first = {run["way"]: run["first_loss"] for run in report["runs"]}
-    assert first["text"] == pytest.approx(first["memory"], abs=1e-5), "the same weights and the same batch"
-    assert table(report["comparisons"]) in done.stdout
+    assert list(report["left_out"]) == ["1B", "attention"] and "left out: attention: flex" in done.stdout
+    turns = report["runs"]["debugmodel"]
+    assert len(turns) == len(WAYS) * (CPU.rounds or 0)
+    assert turns[-1]["tokens"] == 2 * CPU.window * (CPU.batch_tokens or 0) * len(turns)
+    figures = [one[name] for one in turns for name in ("tokens_per_second", "mfu_percent", "data_wait_percent")]
+    assert all(math.isfinite(value) and value > 0 for value in figures), figures
+    assert [finding.get("against") for finding in report["results"]["debugmodel"]][:2] == [WAYS["memory"], WAYS["text"]]
+    assert done.stdout.count("| debugmodel, 256 tokens |") == 2
