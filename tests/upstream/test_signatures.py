@@ -17,7 +17,7 @@ from examples.mosaic_streaming.config.keys import NOT_FOR_USERS
 from examples.mosaic_streaming.config.values import hints_of, number_of
 
 ADAPT = "adapt config/signatures.py"
-CHOICES = {
+CHOICES: dict[str, Iterable[str]] = {
     "shuffle_algo": shuffle.algos,
     "partition_algo": partition.algos,
     "batching_method": batching.batching_methods,
