@@ -170,8 +170,7 @@ def measure(settings: Settings, data: Path, end: float, part: str, report: dict[
     """Fill in what a part has found, and print it. RuntimeError if it fails."""
     if part == "attention":
         for flavor in FLAVORS:
-            trained = train_within_documents(settings, data, end, flavor)
-            report["attention"].append(trained)
+            report["attention"].append(trained := train_within_documents(settings, data, end, flavor))
             losses = trained["losses"]
             print(f"{flavor}: loss {losses[0]:.3f} to {losses[-1]:.3f} in {len(losses)} steps", flush=True)
         return

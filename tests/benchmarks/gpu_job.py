@@ -23,7 +23,7 @@ import_llm_foundry()  # as training does: without the packages that it never use
 import torch
 from torch import Tensor
 from torchtitan.hf_datasets import text_datasets
-from torchtitan.models.llama3 import TransformerModelArgs
+from torchtitan.models.llama3 import TransformerModelArgs, llama3_args
 from torchtitan.protocols.train_spec import TrainSpec, register_train_spec
 from torchtitan.train import Trainer
 
@@ -78,9 +78,8 @@ def repeat_batch(batch: TitanBatch) -> Iterator[TitanBatch]:
 
 
 def bench_spec(name: str, loaders: Loaders) -> TrainSpec:
-    """A Mosaic spec with the flavors of the benchmark, TorchTitan's own metrics, and loaders that take turns."""
-    spec = base_spec(name)
-    spec = mosaic_spec(dataclasses.replace(spec, model_args={**spec.model_args, **FLAVORS}), loaders)
+    """A Mosaic spec with TorchTitan's own metrics, and loaders that take turns."""
+    spec = mosaic_spec(base_spec(name), loaders)
     build_ours: Any = spec.build_dataloader_fn
 
     def build_in_turns(**arguments: Any) -> Any:
@@ -94,6 +93,7 @@ def main() -> None:
     """Register the spec and train."""
     channel = AbortChannel()
     loader_path, texts, *titan_flags = sys.argv[1:]
+    llama3_args.update(FLAVORS)
     with channel.report_errors_once():
         titan_flags += [f"--training.dataset={name_jsonl()}", f"--training.dataset_path={texts}"]
         job_config = load_job_config(titan_flags)

@@ -16,14 +16,16 @@ import pytest
 import torch
 from streaming.base.format import reader_from_json
 from torchtitan.hf_datasets import DatasetConfig, text_datasets
-from torchtitan.models.llama3 import Transformer
+from torchtitan.models.llama3 import Transformer, llama3_args
 
 from examples.mosaic_streaming.batch import TitanBatch
+from examples.mosaic_streaming.titan.v0_2.job import make_job
+from examples.mosaic_streaming.titan.v0_2.load import load_job_config
 from examples.mosaic_streaming.tokenizer import build_tokenizer
 from tests.benchmarks import gpu
 from tests.benchmarks.gpu_figures import WAYS, Row, Run, figures_of_turns, findings
 from tests.benchmarks.gpu_job import FLAVORS, InTurns
-from tests.benchmarks.gpu_settings import CPU, Settings, parse
+from tests.benchmarks.gpu_settings import CPU, MODELS, Settings, parse
 from tests.benchmarks.measure import Comparison, Figure, show
 from tests.support.streams import TOKENIZER
 from tests.upstream.test_lazy_imports import run
@@ -86,10 +88,14 @@ def test_parts_are_chosen_by_name_and_the_others_are_said_to_be_left_out() -> No
         parse(["--only", "2B"], has_gpu=True)
 
 
-def test_larger_model_has_as_many_parameters_as_the_documents_say() -> None:
+def test_larger_model_is_one_that_jobs_can_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(llama3_args, "1B", FLAVORS["1B"])
+    flags = gpu.titan_flags(Settings(), "1B", MODELS["1B"].batch_tokens, steps=6, log_freq=1)
+    made = make_job(load_job_config([f"--job.config_file={gpu.JOB}", *flags]), 1, 1)
+    assert (made.training.local_batch_size, made.training.seq_len) == (2, 8192)
     with torch.device("meta"):
         model = Transformer(FLAVORS["1B"])
-    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == 1.25
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e9, 2) == 1.25, "as the page says"
 
 
 @pytest.fixture
