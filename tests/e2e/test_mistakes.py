@@ -72,6 +72,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no assets": (replaced("job.toml", "assets/", "nothing/"), "model.hf_assets_path = 'tests/nothing/tokenizer' has"),
     "YAML": (a_yaml("train_loader: [\n"), "{files}/loader.yaml is not valid YAML: "),
     "section of YAML": (a_yaml("eval_loader: {}\n"), "{files}/loader.yaml: expected one `train_loader`, "),
+    "loader": (replaced("loader.toml", '"text"', '"txt"'), "name = 'txt' in {files}/loader.toml, expected one of: "),
     "key": (replaced("loader.toml", "num_workers", "num_worker"), "num_worker (did you mean num_workers?)"),
     "key of dataset": (replaced("loader.toml", "shuffle", "shufle"), "dataset.shufle (did you mean shuffle?)"),
     "type": (replaced("loader.toml", "= true", "= 1"), "dataset.shuffle = 1 in {files}/loader.toml, expected true"),

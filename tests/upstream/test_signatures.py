@@ -47,6 +47,10 @@ def test_functions_have_the_known_arguments_of_the_known_types(function: Any, kn
             assert kind == hints[key], ADAPT
 
 
+def test_llm_foundry_has_the_known_loaders() -> None:
+    assert sorted(registry.dataloaders.get_all()) == signatures.LOADERS, ADAPT
+
+
 @pytest.mark.parametrize(
     ("name", "functions", "more"),
     [

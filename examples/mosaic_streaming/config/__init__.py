@@ -19,10 +19,11 @@ from examples.mosaic_streaming.config.plan import (
     check_files,
     joined,
     read_loaders,
+    read_plan,
     resolve_stages,
     warnings_of_plan,
 )
 from examples.mosaic_streaming.config.signatures import STREAM_DEFAULTS
-from examples.mosaic_streaming.config.streams import is_local, streams_of
+from examples.mosaic_streaming.config.streams import complete_streams, is_local, source_of, streams_of
 from examples.mosaic_streaming.config.values import flat, refuse, wrong_value
 from examples.mosaic_streaming.config.warnings import warnings_of, warnings_of_validation

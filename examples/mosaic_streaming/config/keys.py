@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from examples.mosaic_streaming.config.signatures import DATASET_KEYS, STREAM, STREAMING
@@ -68,14 +68,19 @@ def sections_of(
     return [("", config, ["name", *builder], builder), ("dataset.", dataset, keys, hints), *found]
 
 
+def check_name(config: Config, path: str, loaders: Iterable[str]) -> str:
+    """The name of a loader; ConfigError if there is none of this name."""
+    if (name := str(config.get("name"))) not in loaders:
+        given = f"{path} has no `name`" if "name" not in config else f"name = {name!r} in {path}"
+        raise ConfigError(f"{given}, expected one of: {', '.join(sorted(loaders))}.")
+    return name
+
+
 def registered(config: Config, path: str) -> dict[str, Any]:
     """The arguments that the builder in llm-foundry's registry takes, and their types; ConfigError if there is none."""
     from llmfoundry import registry
 
-    name, loaders = str(config.get("name")), sorted(registry.dataloaders.get_all())
-    if name not in loaders:
-        given = f"{path} has no `name`" if "name" not in config else f"name = {name!r} in {path}"
-        raise ConfigError(f"{given}, expected one of: {', '.join(loaders)}.")
+    name = check_name(config, path, registry.dataloaders.get_all())
     builder = registry.dataloaders.get(name)
     keys = [*inspect.signature(builder).parameters, *(key for key in config if takes(name, key))]
     hints = hints_of(builder)

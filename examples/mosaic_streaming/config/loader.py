@@ -1,6 +1,7 @@
 """The loader configuration: `resolve` fills in what is derived, and refuses what is unknown or owned elsewhere."""
 
 import copy
+import sys
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
@@ -8,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from examples.mosaic_streaming.config.files import LoaderFile
 from examples.mosaic_streaming.config.folders import Folder
 from examples.mosaic_streaming.config.job import BatchShape
-from examples.mosaic_streaming.config.keys import check_keys, takes
-from examples.mosaic_streaming.config.signatures import BUILDER, DATASET_KEYS, OVERRIDES, TOKEN_IDS
+from examples.mosaic_streaming.config.keys import check_keys, check_name, takes
+from examples.mosaic_streaming.config.signatures import BUILDER, DATASET_KEYS, LOADERS, OVERRIDES, TOKEN_IDS
 from examples.mosaic_streaming.config.streams import Config, check_streams, complete_streams, folders_of, source_of
 from examples.mosaic_streaming.errors import ConfigError
 
@@ -92,15 +93,16 @@ class ResolvedLoader:
 def check_file(file: LoaderFile) -> None:
     """Raise ConfigError for what is wrong in a loader's file whatever the job is, before anything slow is imported.
 
-    Only `resolve` can check a loader that a user has registered, which a package may also do under a name of
-    llm-foundry's (an entry point).
+    Where code of the user's may have registered loaders, also under llm-foundry's names, only `resolve` can tell: in
+    this process, or in a package (by an entry point).
     """
-    if str(file.config.get("name")) not in DATASET_KEYS:
+    if "llmfoundry" in sys.modules:
         return
     config, path = copy.deepcopy(file.config), file.path
     try:
-        check_keys(config, path, BUILDER)
-        check_streams(config["dataset"], path)
+        if check_name(config, path, LOADERS) in DATASET_KEYS:
+            check_keys(config, path, BUILDER)
+            check_streams(config["dataset"], path)
     except ConfigError:
         if not entry_points(group="llmfoundry_dataloaders"):
             raise

@@ -45,6 +45,9 @@ STREAMING: dict[str, Any] = {
 }
 """The settings of streaming's dataset, and their types. "blend" is ours."""
 
+LOADERS = ["contrastive_pairs", "finetuning", "text"]
+"""The loaders in llm-foundry's registry."""
+
 BOTH = [*STREAMING, "max_seq_len", "token_encoding_type", *TOKEN_IDS, *OVERRIDES]
 DATASET_KEYS = {
     "text": BOTH,

@@ -12,6 +12,7 @@ from typing import Any
 from examples.mosaic_streaming import titan
 from examples.mosaic_streaming.config import Parser
 from examples.mosaic_streaming.distributed import AbortChannel
+from examples.mosaic_streaming.preview.first_look import print_first_look
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 USAGE = """\
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         channel.exit_on_signals()
         flags, titan_flags = build_parser().parse(sys.argv[1:] if argv is None else argv)
         stack.enter_context(titan.names_as_given(in_code=bool(flags.module)))
+        print_first_look(flags)
         warnings.filterwarnings("ignore")  # of upstream, while it is imported
         os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
         with contextlib.redirect_stdout(sys.stderr):  # where TorchTitan's log goes, then

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from streaming.base.format.mds import MDSReader
 
 from examples.mosaic_streaming.distributed.abort import AbortChannel
 from examples.mosaic_streaming.preview.__main__ import main
+from examples.mosaic_streaming.preview.first_look import print_first_look
 from examples.mosaic_streaming.preview.open_data import PREFIX, private_folder
 from examples.mosaic_streaming.train import main as train_main
 from tests.support.jobs import LAYOUTS, command, train, write_files
@@ -538,7 +540,54 @@ def test_documented_command_prints_plainly_into_a_pipe_that_closes_early(files: 
     given = [sys.executable, "-m", "examples.mosaic_streaming.preview", "show", "--rows", "50", *command(files)]
     line = " ".join(f"'{part}'" for part in given) + " | head -3"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=240)
-    assert done.stdout.splitlines()[0] == "Sample 0 (dataset, shard.00000.mds [0])"
+    opening, first, *_ = done.stdout.splitlines()
+    assert opening.startswith(f"Opening dataset in {files}/loader.toml: {files}/stream (samples: 100, shards: ")
+    assert first == "Sample 0 (dataset, shard.00000.mds [0])"
     assert len(done.stdout.splitlines()) == 3
     assert "\x1b" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+FIRST_LOOK = """
+import sys
+from examples.mosaic_streaming.preview.__main__ import build_parser, print_first_look
+print_first_look(build_parser().parse(sys.argv[1:])[0])
+sys.exit("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    ("index", "flags", "said"),
+    [
+        ('{"shards": [{"samples": 1000}, {"samples": 2}]}', [], "{loader}: {stream} (samples: 1,002, shards: 2)"),
+        ('{"shards": [{"samples": 1}]}', ["--json"], None),
+        ("damaged", [], None),
+        (None, [], None),
+    ],
+)
+def test_first_line_says_what_is_opened_before_slow_imports(
+    tmp_path: Path, index: str | None, flags: list[str], said: str | None
+) -> None:
+    """What can't be read is told later, by what reads it."""
+    (loader, stream) = (tmp_path / "loader.toml", tmp_path / "stream")
+    loader.write_text(f'name = "text"\n[dataset]\nlocal = "{stream}"\n')
+    stream.mkdir()
+    if index is not None:
+        (stream / "index.json").write_text(index)
+    given = [sys.executable, "-c", FIRST_LOOK, "plan", "--config=none.toml", f"--mosaic-config={loader}", *flags]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": "."})
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == (f"Opening dataset in {said.format(loader=loader, stream=stream)}\n" if said else "")
+
+
+def test_first_look_at_a_plan_has_each_stage_and_remote_stream(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.toml").write_text('[[stage]]\nloader = "a.toml"\n[[stage]]\nloader = "b.toml"\nfrom_step = 9\n')
+    for name in ("a", "b"):
+        streams = f'[dataset]\nbatching_method = "blend"\n[dataset.streams.{name}]\nremote = "s3://{name}/x"\n'
+        (tmp_path / f"{name}.toml").write_text(f'name = "text"\n{streams}')
+    print_first_look(Namespace(mosaic_config=f"{tmp_path}/plan.toml", json=False))
+    assert capsys.readouterr().out.splitlines() == [
+        f"Opening {name} in {tmp_path}/{name}.toml: s3://{name}/x" for name in ("a", "b")
+    ]
