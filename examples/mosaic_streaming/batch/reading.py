@@ -24,7 +24,7 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.workers import Handed, Slots, WorkerContext
+from examples.mosaic_streaming.batch.workers import Handed, Slots, WorkerContext, WorkerQueue
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order, stream_numbers
 from examples.mosaic_streaming.shards import CheckedDataset, as_data_error
@@ -58,15 +58,20 @@ class Collator:
             return as_data_error(error)
 
     def take(self, batch: Any) -> Mapping[str, Any]:
-        """Return a batch that a worker, or this process, has made; DataError if it failed or is no dict."""
+        """Return a batch that a worker, or this process, has made, with tensors for arrays.
+
+        DataError if it failed, or is no dict.
+        """
         if isinstance(batch, Handed):
             assert self.slots
-            return self.slots.read(batch)
+            batch = self.slots.read(batch)
         if isinstance(batch, DataError):
             raise batch
         if not isinstance(batch, Mapping):
             raise DataError(f"A batch of the loader is a {type(batch).__name__}, expected a dict of tensors.")
-        return batch
+        return {
+            key: torch.from_numpy(value) if isinstance(value, np.ndarray) else value for key, value in batch.items()
+        }
 
     def make_batch(self, samples: list[Any]) -> Any:
         """A batch, with token counts if it is packed. Raises DataError if this worker couldn't read a sample."""
@@ -101,10 +106,13 @@ class PadsThroughArrays:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
+    def __reduce__(self) -> Any:  # before `_tokenizer` is there, `__getattr__` would call itself
+        return PadsThroughArrays, (self._tokenizer,)
+
     def pad(self, *args: Any, **settings: Any) -> dict[str, torch.Tensor]:
         """Pad as the tokenizer does. Returns tensors int64 [rows, tokens]."""
         batch = self._tokenizer.pad(*args, **settings | {"return_tensors": "np"})
-        return {key: torch.from_numpy(value) for key, value in batch.items()}
+        return {key: torch.as_tensor(value) for key, value in batch.items()}  # tensors if two loaders share it
 
 
 def use_fast_collator(loader: DataLoader[Any], is_text: bool) -> None:
@@ -150,6 +158,7 @@ class Batches:
 
     def begin(self) -> None:
         """Begin an epoch at the dataset's position. Persistent workers live on."""
+        self._batches = None  # ends other workers before new ones write into their slots
         self._batches = iter(self._loader)
 
     def take(self, count: int) -> list[Mapping[str, Any]]:
@@ -178,6 +187,9 @@ class Batches:
 
     def close(self) -> None:
         batches, self._batches = self._batches, None
+        sent = getattr(batches, "_worker_result_queue", None)
+        if isinstance(sent, WorkerQueue) and not hasattr(batches, "_pin_memory_thread"):  # torch closes it for that one
+            sent.close()  # ends a worker that waits for its batch to be read, which torch would wait for
         shut_down_workers(batches)
 
 

@@ -12,6 +12,7 @@ import struct
 import sys
 from collections.abc import Iterator, Mapping
 from multiprocessing.context import BaseContext, ForkContext
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,9 @@ ALIGNMENT = 64
 
 NUMBER = struct.Struct("<Q")
 
+LOCK_SECONDS = 5.0
+"""How long the training process waits to write to the workers' pipe: one that was killed may have locked it forever."""
+
 
 class Handed(NamedTuple):
     """What a worker sends for a batch that lies in a slot."""
@@ -36,7 +40,7 @@ class Handed(NamedTuple):
     number: int  # of the worker's batches
     begin: int  # of the slot, in bytes
     arrays: dict[str, tuple[str, tuple[int, ...]]]  # the type and shape of each
-    rest: dict[str, Any]  # what is no tensor
+    rest: dict[str, Any]  # what is no tensor, or of a type that numpy doesn't have
 
 
 class Slots:
@@ -56,7 +60,7 @@ class Slots:
 
     def write(self, worker: int, batch: Mapping[str, Any]) -> Handed | None:
         """Write a batch into this worker's next slot, and return what to send; None if it is too large."""
-        tensors = {key: value.numpy() for key, value in batch.items() if isinstance(value, torch.Tensor)}
+        tensors = {key: array for key, value in batch.items() if (array := array_of(value)) is not None}
         if sum(value.nbytes + ALIGNMENT for value in tensors.values()) + ALIGNMENT > self._size:
             return None
         begin = (worker * self._count + self._written % self._count) * self._size
@@ -84,6 +88,14 @@ class Slots:
             at += -(-place.nbytes // ALIGNMENT) * ALIGNMENT
 
 
+def array_of(value: Any) -> NDArray[Any] | None:
+    """A tensor as an array; None for anything else, and for a tensor that numpy can't read, as of bfloat16."""
+    try:
+        return value.numpy() if isinstance(value, torch.Tensor) else None
+    except (TypeError, RuntimeError):
+        return None
+
+
 class WorkerQueue:
     """A queue without a thread, which has what torch asks of one."""
 
@@ -102,17 +114,28 @@ class WorkerQueue:
         """Send an object. A worker that can't do so ends: its reader would wait forever.
 
         It can't if shared memory is full, or if the temporary folder's path is too long for a socket, by which torch
-        sends what is in no slot.
+        sends what is in no slot. The training process only sends small messages: after `LOCK_SECONDS` it leaves out the
+        one by which torch wakes the thread that pins memory, which wakes anyway.
         """
+        in_worker = get_worker_info() is not None
+        if in_worker:
+            self._reader.close()  # with it open, a worker would not learn that the reader is gone
         try:
-            with self._writing:
-                self._writer.send(obj)
+            message = ForkingPickler.dumps(obj)  # without the lock: a worker may be killed meanwhile
+            if self._writing.acquire(timeout=None if in_worker else LOCK_SECONDS):
+                try:
+                    self._writer.send_bytes(message)
+                finally:
+                    self._writing.release()
         except Exception as error:
-            if not get_worker_info():
+            if not in_worker:
                 raise
-            if not isinstance(error, ConnectionError):  # the reader is gone, and says why
-                reason = f"{type(error).__name__}: {error}"
-                print(f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {reason}.", file=sys.stderr)
+            if isinstance(error, ConnectionError):  # the reader is gone, and says why; torch takes 1 for a failure
+                os._exit(0)
+            print(
+                f"A dataloader worker (pid {os.getpid()}) can't hand on a batch: {type(error).__name__}: {error}.",
+                file=sys.stderr,
+            )
             os._exit(1)
 
     def close(self) -> None:
