@@ -5,12 +5,12 @@ import pickle
 import signal
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from transformers import AutoTokenizer
 
 from examples.mosaic_streaming.batch import workers
@@ -125,8 +125,8 @@ def test_a_batch_that_cannot_be_sent_ends_its_worker() -> None:
 def test_arrays_of_a_users_collator_become_tensors(workers: int) -> None:
     def read() -> bool:
         collator = Collator(lambda samples: {"ids": np.array(samples)}, Slots(1, PREFETCH))
-        context = WorkerContext() if workers else None
-        loader = DataLoader(range(3), 3, num_workers=workers, collate_fn=collator, multiprocessing_context=context)
+        context, samples = WorkerContext() if workers else None, cast(Dataset[int], range(3))
+        loader = DataLoader(samples, 3, num_workers=workers, collate_fn=collator, multiprocessing_context=context)
         batches = Batches(loader, "", "loader.toml")
         batches.begin()
         [batch] = batches.take(1)
@@ -147,8 +147,8 @@ def test_an_epoch_can_begin_while_workers_of_the_last_one_are_busy() -> None:
         return {"ids": torch.tensor([epoch[0], number])}
 
     def read() -> list[list[int]]:
-        collator = Collator(make_slowly, Slots(1, PREFETCH))
-        loader = DataLoader(range(9), 1, num_workers=1, collate_fn=collator, multiprocessing_context=WorkerContext())
+        collator, samples = Collator(make_slowly, Slots(1, PREFETCH)), cast(Dataset[int], range(9))
+        loader = DataLoader(samples, 1, num_workers=1, collate_fn=collator, multiprocessing_context=WorkerContext())
         batches = Batches(loader, "", "loader.toml")
         batches.begin()
         batches.take(rest)
@@ -214,7 +214,6 @@ def test_a_worker_killed_while_it_sends_does_not_keep_training_from_its_end(monk
 
 def test_a_tokenizer_that_pads_arrays_can_be_copied_and_shared() -> None:
     """A loader may pickle its collator, and two loaders may share it."""
-
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
     copy: Any = pickle.loads(pickle.dumps(PadsThroughArrays(tokenizer)))
     assert copy.eos_token_id == tokenizer.eos_token_id
