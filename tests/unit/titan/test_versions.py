@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.loaded import settings_given
 from examples.mosaic_streaming.titan.versions import generation, names_as_given
 from examples.mosaic_streaming.train import main
 from tests.support.jobs import command
@@ -81,3 +82,20 @@ def test_settings_are_called_as_a_job_in_code_calls_them(said: str, given: str) 
         with pytest.raises(ConfigError) as error, names_as_given(in_code):
             raise ConfigError(said)
         assert str(error.value) == expected
+
+
+def test_settings_of_flags_are_those_that_torchtitan_reads() -> None:
+    """Also with values of their own, and over those of the file, by their names in 0.3."""
+    flags = [
+        "--validation.no-enable",
+        "--model.hf-assets-path",
+        "/a-b",
+        "--training.no_x",
+        "--a.b=c-d=e",
+        "--compile.enable",
+    ]
+    given = settings_given({"validation.enable": True, "training.steps": 4}, flags)
+    assert given == {
+        **{"validator.enable": "false", "hf_assets_path": "/a-b", "training.x": "false", "a.b": "c-d=e"},
+        **{"compile.enable": "true", "training.steps": 4},
+    }
