@@ -20,6 +20,7 @@ from examples.mosaic_streaming.batch.reading import Collator, collate_rows, use_
 from examples.mosaic_streaming.batch.titan_batch import TitanBatch, to_titan_batch
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.shards import CheckedDataset
+from examples.mosaic_streaming.shards.forms import encodes_plainly
 from tests.support.ranks import run_rank_values
 from tests.support.streams import FIRST_ID, SEQ_LEN, TOKENIZER, build_loader, job, loader_config, resolved
 from tests.support.titan import IS_0_2, set_value
@@ -97,7 +98,8 @@ def test_batches_are_those_of_llm_foundry(tmp_path: Path, form: str) -> None:
 
 
 TEXTS = ["", "a", " ", "import os\n" * 3, "<|pad|>", "<|end_of_text|>", "x<|end_of_text|>", "<|pad|>y<|pad|>"]
-TEXTS += ["def f(x): return x" * length for length in (2, 9, 200)] + ["<|pad|>" * 40]
+TEXTS += ["naïve café — ﬁne 中文 🙂", "\ttab\r\n  spaces  ", "e\u0301"]
+TEXTS += ["def f(x): return x" * length for length in (2, 9, 200)] + ["<|pad|>" * 40, "🙂" * 40]
 """Empty, shorter and longer than a row, and with special tokens, also where padding would be."""
 
 TOKENIZERS: dict[str, dict[str, Any]] = {
@@ -107,6 +109,7 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
     "pads left with EOS": {"pad_token": "<|end_of_text|>", "padding_side": "left"},
     "cuts left": {"truncation_side": "left"},
     "without masks": {"model_input_names": ["input_ids"]},
+    "a class with code of its own": {"tokenizer_class": "CodeGenTokenizerFast", "unk_token": "<|pad|>"},
     "with types": {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]},
 }
 
@@ -128,6 +131,7 @@ def test_text_is_tokenized_as_llm_foundry_does(tmp_path: Path, tokenizer: str, d
         return list(itertools.islice(loader, len(TEXTS) // ROWS))
 
     [ours] = run_rank_values(read)
+    assert encodes_plainly(type(AutoTokenizer.from_pretrained(assets))) == (tokenizer != "a class with code of its own")
     lengths = torch.tensor([len(AutoTokenizer.from_pretrained(assets)(text).input_ids) for text in TEXTS])
     theirs = list(itertools.islice(llm_foundry(config, assets), len(ours)))
     for batch, expected, found in zip(ours, theirs, lengths.split(ROWS), strict=True):

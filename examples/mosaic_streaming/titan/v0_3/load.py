@@ -9,7 +9,6 @@ from examples.mosaic_streaming.titan.flags import explain_parsing, spell_boolean
 from examples.mosaic_streaming.titan.job_values import wrong_job_values
 from examples.mosaic_streaming.titan.loaded import LoadedJob, import_module, owners_of, read_files, read_sections
 from examples.mosaic_streaming.titan.versions import GONE, IN_FILE, RENAMED, check_flags
-from examples.mosaic_streaming.upstream import cpu
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
 
 
@@ -22,6 +21,8 @@ def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
         in_file = flat(read_sections(source))
         loaders = read_files(*paths, in_file, titan_flags)
     description, custom = in_file.pop("job.description", ""), in_file.pop("experimental.custom_import", "")
+    from examples.mosaic_streaming.upstream import cpu  # which imports torch
+
     cpu.prepare_torchtitan()
     from torchtitan.tools.logging import init_logger, logger
 
