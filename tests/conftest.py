@@ -1,8 +1,10 @@
 """Imports everything once, so that ranks forked from here start at once."""
 
 import os
+import shutil
 import signal
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +65,24 @@ def streams(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     write_stream(folder / "a", 50)
     write_stream(folder / "b", 33, first=50)
     return {name: {"local": str(folder / name)} for name in ("a", "b")}
+
+
+@pytest.fixture(scope="module")
+def module_path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A temporary folder for the tests of a module. It goes when they end: a checkpoint takes 70 MB."""
+    folder = tmp_path_factory.mktemp("module")
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _remove_checkpoints(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Remove the checkpoints that a test has written to the folder of its module."""
+    if "module_path" not in request.fixturenames:
+        yield
+        return
+    outputs = request.getfixturevalue("module_path") / "outputs"
+    before = set(outputs.glob("*"))
+    yield
+    for folder in set(outputs.glob("*")) - before:
+        shutil.rmtree(folder)

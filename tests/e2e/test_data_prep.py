@@ -53,9 +53,9 @@ def commands() -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(module_path: Path) -> Path:
     """A folder in which the inputs stand, and all the commands have been run."""
-    place = tmp_path_factory.mktemp("data_prep")
+    place = module_path
     (place / "tests").symlink_to(Path("tests").resolve())
     (place / "my_text").mkdir()
     for number, document in enumerate(DOCUMENTS):

@@ -18,9 +18,9 @@ LONG = [pytest.mark.long, pytest.mark.both]
 
 
 @pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seeded(module_path: Path) -> Path:
     """A folder with files and a seed checkpoint."""
-    folder = write_files(tmp_path_factory.mktemp("layouts"))
+    folder = write_files(module_path)
     train(folder, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")
     return folder
 

@@ -66,8 +66,8 @@ def write_plan(folder: Path, skips: str = SKIPS, workers: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = write_files(tmp_path_factory.mktemp("plans"))
+def folder(module_path: Path) -> Path:
+    folder = write_files(module_path)
     write_stream(folder / "code", 60, first=CODE)
     write_plan(folder)
     return folder

@@ -30,8 +30,8 @@ def run_whole(folder: Path, name: str, *flags: str, world_size: int = 1) -> Whol
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("restart"))
+def folder(module_path: Path) -> Path:
+    return write_files(module_path)
 
 
 @pytest.fixture(scope="module")

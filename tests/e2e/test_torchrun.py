@@ -86,8 +86,8 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("torchrun"))
+def folder(module_path: Path) -> Path:
+    return write_files(module_path)
 
 
 @pytest.fixture(scope="module")

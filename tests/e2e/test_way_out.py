@@ -37,8 +37,8 @@ Whole = tuple[dict[int, float], list[list[int]]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_files(tmp_path_factory.mktemp("way-out"))
+def folder(module_path: Path) -> Path:
+    return write_files(module_path)
 
 
 def run(

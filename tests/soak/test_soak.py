@@ -16,16 +16,16 @@ Place = tuple[Store, Undisturbed]
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def place(module_path: Path) -> Iterator[Place]:
     """A store with streams, and what is read from them undisturbed."""
     with running_store() as store:
-        yield store, prepare(tmp_path_factory.mktemp("undisturbed"), [store])
+        yield store, prepare(module_path, [store])
 
 
 @pytest.fixture(scope="module")
-def trained(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def trained(place: Place, module_path: Path) -> Place:
     """The same, and how undisturbed training goes."""
-    train_undisturbed(tmp_path_factory.mktemp("trained"), place[1])
+    train_undisturbed(module_path, place[1])
     return place
 
 

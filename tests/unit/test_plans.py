@@ -41,8 +41,8 @@ EXAMPLE = 6
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plans")
+def folder(module_path: Path) -> Path:
+    folder = module_path
     for name, numbers in (("web", WEB), ("code", CODE)):
         write_stream(folder / name, len(numbers), first=numbers[0])
     columns = dict.fromkeys(("input_ids", "labels"), "ndarray:int32")

@@ -37,9 +37,9 @@ LONG = [pytest.mark.long, pytest.mark.both]
 
 
 @pytest.fixture(scope="module")
-def seeded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seeded(module_path: Path) -> Path:
     """A folder with files, validation streams and a seed checkpoint."""
-    folder = write_files(tmp_path_factory.mktemp("validation"))
+    folder = write_files(module_path)
     write_stream(folder / "held_out", SAMPLES, first=FIRST)
     write_validation(folder, "text", folder / "held_out")
     train(folder, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")

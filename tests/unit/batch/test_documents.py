@@ -301,9 +301,9 @@ LAYOUTS = {
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[int, float]]:
+def alone(module_path: Path) -> tuple[Path, dict[int, float]]:
     """Files with a seed checkpoint, and the losses of examples that are each in a row of their own."""
-    folder = write_files(tmp_path_factory.mktemp("packed"))
+    folder = write_files(module_path)
     write_examples(folder / "turns")
     train(folder, "--checkpoint.enable", "--checkpoint.create_seed_checkpoint", "--checkpoint.folder=seed")
     return folder, learn(folder, "debugmodel")

@@ -106,9 +106,9 @@ def first_repeat(read: Samples) -> int:
 
 
 @pytest.fixture(scope="module")
-def wider(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
+def wider(module_path: Path) -> tuple[Path, Samples]:
     """A run of 12 steps, the last 6 with twice the global batch: of 64 samples of an epoch, 24 and 40, and 8 more."""
-    files = write_files(tmp_path_factory.mktemp("wider"))
+    files = write_files(module_path / "wider")
     return files, go(files, 1, 6) | go(files, 7, 12, *WIDER)
 
 
@@ -173,9 +173,9 @@ def test_report_of_a_run_that_begins_says_so_where_the_job_has_checkpoints(wider
 
 
 @pytest.fixture(scope="module")
-def anew(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
+def anew(module_path: Path) -> tuple[Path, Samples]:
     """A run whose streams begin anew after step 4 and after step 7, and that goes on wider after step 9."""
-    files = write_files(tmp_path_factory.mktemp("anew"))
+    files = write_files(module_path / "anew")
     read = go(files, 1, 4) | go(files, 5, 7, *ANEW) | go(files, 8, 9, *ANEW) | go(files, 10, 11, *WIDER)
     assert read[1, 0] == read[5, 0] == read[8, 0], "the first batch of the streams"
     return files, read

@@ -57,9 +57,9 @@ def test_step_says_what_training_reads_in_each_layout_also_after_an_epochs_end(f
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped(module_path: Path) -> Path:
     """A folder with files and a run of one rank that has ended after step 12, with a checkpoint of step 6, too."""
-    files = write_files(tmp_path_factory.mktemp("stopped"))
+    files = write_files(module_path)
     train(files, "--training.steps=12", *CHECKPOINTS)
     return files
 
