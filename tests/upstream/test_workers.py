@@ -20,7 +20,7 @@ def test_torch_ends_workers_in_a_private_function_alone() -> None:
         batches = iter(DataLoader(TensorDataset(torch.arange(3)), num_workers=2))
         next(batches)
         before = len(multiprocessing.active_children())
-        shut_down_workers(batches)
+        shut_down_workers(batches, close_pipe=False)
         return before, len(multiprocessing.active_children())
 
     assert run_rank_values(end) == [(2, 0)], "adapt shut_down_workers in upstream/workers.py"

@@ -24,7 +24,7 @@ from llmfoundry.data.utils import LossGeneratingTokensCollatorWrapper
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
 
-from examples.mosaic_streaming.batch.workers import Handed, Slots, WorkerContext, WorkerQueue
+from examples.mosaic_streaming.batch.workers import Handed, Slots, WorkerContext
 from examples.mosaic_streaming.errors import ConfigError, DataError
 from examples.mosaic_streaming.sampling import Order, stream_numbers
 from examples.mosaic_streaming.shards import CheckedDataset, as_data_error
@@ -187,10 +187,7 @@ class Batches:
 
     def close(self) -> None:
         batches, self._batches = self._batches, None
-        sent = getattr(batches, "_worker_result_queue", None)
-        if isinstance(sent, WorkerQueue) and not hasattr(batches, "_pin_memory_thread"):  # torch closes it for that one
-            sent.close()  # ends a worker that waits for its batch to be read, which torch would wait for
-        shut_down_workers(batches)
+        shut_down_workers(batches, close_pipe=isinstance(self._loader.multiprocessing_context, WorkerContext))
 
 
 def read_in_workers(

@@ -27,11 +27,15 @@ def ignore_lost_reader(kind: type[BaseException], error: BaseException, trace: T
         sys.__excepthook__(kind, error, trace)
 
 
-def shut_down_workers(batches: Any) -> None:
+def shut_down_workers(batches: Any, close_pipe: bool) -> None:
     """End the workers of a loader's iterator, if it has any.
 
-    Source: torch has no public way to do this (torch 2.13, utils/data/dataloader.py).
+    `close_pipe` ends a worker that waits for its batch to be read, too: torch would wait for it, but with pinned memory
+    closes the pipe itself. Source: torch has no public way to do this (torch 2.13, utils/data/dataloader.py).
     """
+    pipe = getattr(batches, "_worker_result_queue", None)
+    if pipe and close_pipe and not hasattr(batches, "_pin_memory_thread"):
+        pipe.close()
     if shutdown := getattr(batches, "_shutdown_workers", None):
         shutdown()
 
