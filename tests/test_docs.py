@@ -37,7 +37,7 @@ from examples.mosaic_streaming.preview.__main__ import build_parser
 from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.versions import GONE, RENAMED
 from tests.support.ranks import run_rank_values
-from tests.support.titan import IS_0_2, NO_FLAGS, job_config, load_config, only_0_2, only_0_3
+from tests.support.titan import ASSETS, IS_0_2, NO_FLAGS, job_config, load_config, only_0_2, only_0_3
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples/mosaic_streaming"
@@ -149,7 +149,7 @@ def check_files(words: list[str]) -> None:
 def check_titan_flags(config: str, flags: list[str]) -> None:
     """TorchTitan takes the flags after `--`. A user's own model isn't there to be looked up."""
     flags = [os.path.expandvars(flag) for flag in flags if "custom_import" not in flag]
-    run_rank_values(lambda: load_config(config, *flags) and None)
+    run_rank_values(lambda: load_config(config, *flags, ASSETS) and None)
 
 
 def check_command(page: Path, command: str) -> None:

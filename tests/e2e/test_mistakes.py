@@ -70,6 +70,16 @@ MISTAKES: dict[str, tuple[Callable[[Path], object], str]] = {
     "TOML of the loader": (replaced("loader.toml", "=", "= ="), "{files}/loader.toml is not valid TOML: "),
     "no section": (replaced("job.toml", "[metrics]", "[[metrics]]"), "metrics = [{{'log_freq': 1, "),
     "no assets": (replaced("job.toml", "assets/", "nothing/"), "model.hf_assets_path = 'tests/nothing/tokenizer' has"),
+    **(
+        {
+            "key of the job": (
+                replaced("job.toml", "steps", "stepps"),
+                "{files}/job.toml: unknown. Keys like it: training.",
+            )
+        }
+        if IS_0_2
+        else {}  # only 0.3's own classes say which keys it has
+    ),
     "YAML": (a_yaml("train_loader: [\n"), "{files}/loader.yaml is not valid YAML: "),
     "section of YAML": (a_yaml("eval_loader: {}\n"), "{files}/loader.yaml: expected one `train_loader`, "),
     "loader": (replaced("loader.toml", '"text"', '"txt"'), "name = 'txt' in {files}/loader.toml, expected one of: "),

@@ -19,7 +19,7 @@ from examples.mosaic_streaming.config.plan import check_tables
 from examples.mosaic_streaming.titan import make_job
 from examples.mosaic_streaming.upstream.torchelastic import SAVING, SIGNALS
 from examples.mosaic_streaming.validator import resolve_validation
-from tests.support.titan import IS_0_2, load_config, loaded
+from tests.support.titan import ASSETS, IS_0_2, load_config, loaded
 
 JOBS = sorted(Path("configs").glob("*/job*.toml"))
 PLANS = sorted(Path("configs").glob("*/plan.toml"))
@@ -43,7 +43,7 @@ def world_size(job: Path) -> int:
 
 @pytest.mark.parametrize("job", JOBS, ids=str)
 def test_recipe_is_one_that_trains(job: Path) -> None:
-    config, ranks = load_config(job), world_size(job)
+    config, ranks = load_config(job, ASSETS), world_size(job)
     train, validation = job.parent / "train.toml", job.parent / "validation.toml"
     made = make_job(loaded(config, read_loader(str(train), "")), ranks, min(ranks, 8))
     assert int(np.prod(list(made.layout.degrees.values()))) == ranks
@@ -67,7 +67,7 @@ def test_recipe_is_one_that_trains(job: Path) -> None:
 def test_plan_is_one_that_its_job_reads(path: Path) -> None:
     job = path.parent / "job_64_gpus.toml"
     plan, _ = read_loaders(str(path), None)
-    made = make_job(loaded(load_config(job), plan), world_size(job), 8)
+    made = make_job(loaded(load_config(job, ASSETS), plan), world_size(job), 8)
     train, anneal = resolve_stages(plan, made)
     assert train.source == str(path.parent / "train.toml")
     last = plan.stages[-1].from_step
@@ -84,7 +84,7 @@ def test_plan_is_one_that_its_job_reads(path: Path) -> None:
 @pytest.mark.parametrize("path", PLANS, ids=str)
 def test_comments_of_a_plan_are_true(path: Path) -> None:
     plan, _ = read_loaders(str(path), None)
-    job = load_config(path.parent / "job_64_gpus.toml")
+    job = load_config(path.parent / "job_64_gpus.toml", ASSETS)
     [(steps, billions)] = re.findall(r"([\d,]+) steps, (\d+) billion tokens", path.read_text())
     assert int(steps.replace(",", "")) == job.training.steps - plan.stages[-1].from_step + 1
     tokens = int(steps.replace(",", "")) * job.training.global_batch_size * job.training.seq_len
@@ -99,7 +99,7 @@ def test_commands_and_numbers_in_comments_are_true(job: Path) -> None:
     named = re.findall(r"(?<![\w./-])configs/[\w./]+", text)
     assert str(job) in named
     assert all(Path(name).is_file() for name in named), named
-    config = load_config(job)
+    config = load_config(job, ASSETS)
     for factor, product in re.findall(r"x ([\d,]+) = ([\d,]+) tokens", text):
         assert int(factor.replace(",", "")) == config.training.seq_len
         assert int(product.replace(",", "")) == config.training.seq_len * config.training.global_batch_size
@@ -109,7 +109,7 @@ def test_commands_and_numbers_in_comments_are_true(job: Path) -> None:
 
 
 def test_no_recipe_goes_on_from_the_checkpoints_of_another() -> None:
-    configs = [load_config(job) for job in JOBS]
+    configs = [load_config(job, ASSETS) for job in JOBS]
     folders = [config.job.dump_folder if IS_0_2 else config.dump_folder for config in configs]
     assert len(set(folders)) == len(folders)
 

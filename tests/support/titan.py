@@ -31,6 +31,10 @@ def name_of(key: str) -> str:
     return key if IS_0_2 else RENAMED.get(key, key)
 
 
+ASSETS = f"--{name_of('model.hf_assets_path')}={TOKENIZER}"
+"""A flag for recipes, which name assets that have to be downloaded."""
+
+
 def job_config(**settings: Any) -> Any:
     """TorchTitan's config of a job of Llama 3's debug model, with settings as a file has them: `section__key=value`."""
     values = {"model.name": "llama3_mosaic", "model.hf_assets_path": TOKENIZER}

@@ -130,14 +130,6 @@ def takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     return parts[0]["text"] in written and str(parts) not in written
 
 
-def join_parts(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn messages given as lists of parts into strings; other examples stay as they are."""
-    messages = example.get("messages")
-    if not isinstance(messages, list) or not any(isinstance(message.get("content"), list) for message in messages):
-        return dict(example)
-    return dict(example) | {"messages": [message | {"content": text_of(message["content"])} for message in messages]}
-
-
 def text_of(content: Any) -> Any:
     """The text of a message's content, or of its parts; ValueError if one isn't text."""
     if not isinstance(content, list):
@@ -166,8 +158,10 @@ class WholeExamples:
 
     def tokenize_example(self, example: Any) -> Any:
         """Tokenize an example, joining message parts where the chat template would print them as a list."""
-        if isinstance(example, Mapping) and not takes_parts(self.tokenizer):
-            example = join_parts(example)
+        messages = example.get("messages") if isinstance(example, Mapping) and not takes_parts(self.tokenizer) else None
+        if isinstance(messages, list) and any(isinstance(message.get("content"), list) for message in messages):
+            joined = [message | {"content": text_of(message["content"])} for message in messages]
+            example = dict(example) | {"messages": joined}
         return super().tokenize_example(example)  # type: ignore[misc]
 
     def _read_binary_tokenized_sample(self, sample: dict[str, Any]) -> Any:

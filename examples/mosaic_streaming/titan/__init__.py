@@ -15,7 +15,7 @@ from examples.mosaic_streaming.config import Job
 from examples.mosaic_streaming.distributed import AbortChannel
 from examples.mosaic_streaming.titan.checkpoints import log_stop, own_checkpoints, steps_with
 from examples.mosaic_streaming.titan.checks import check_start, warnings_of_job
-from examples.mosaic_streaming.titan.loaded import LoadedJob, check_given_assets, settings_of
+from examples.mosaic_streaming.titan.loaded import LoadedJob, settings_of
 from examples.mosaic_streaming.titan.refusals import refusal
 from examples.mosaic_streaming.titan.versions import generation, names_as_given
 from examples.mosaic_streaming.upstream.lazy_imports import import_llm_foundry
@@ -28,8 +28,6 @@ def _of_generation(module: str) -> Any:
 
 def load_job(flags: argparse.Namespace, titan_flags: list[str]) -> LoadedJob:
     """Read the files that the command line names (`parse_flags`); a ConfigError says what is wrong with them."""
-    if flags.config and not flags.module:
-        check_given_assets(flags.config, titan_flags)
     job = _of_generation("load").load_job(flags, titan_flags)
     return dataclasses.replace(job, position=getattr(flags, "mosaic_position", None))
 

@@ -44,6 +44,12 @@ def leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, bool
             yield key, value, hint, getattr(section, "enable", True)
 
 
+def unknown_key(key: str, path: str, known: set[str]) -> str:
+    """Say that a job's file has a key which is none of those that TorchTitan knows."""
+    near = difflib.get_close_matches(key, sorted(known), n=2, cutoff=0.5)
+    return f"{key} in {path}: unknown. Keys like it: {', '.join(near) or 'none'}."
+
+
 def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], path: str) -> Any:
     """Return a config with the values of a job's file, if they are right; it calls some keys by other `names`."""
     known, wrong = {key: (hint, is_read) for key, _, hint, is_read in leaves(config)}, []
@@ -54,8 +60,7 @@ def with_values(config: Any, values: dict[str, Any], names: Mapping[str, str], p
         if name in sections.get(section, {}):
             wrong.append(f"{key} in {path} is given twice: {names.get(key, key)} is another name of it.")
         elif hint is None or "." in section:
-            near = difflib.get_close_matches(key, [*names, *known], n=2, cutoff=0.5)
-            wrong.append(f"{key} in {path}: unknown. Keys like it: {', '.join(near) or 'none'}.")
+            wrong.append(unknown_key(key, path, {*names, *known}))
         else:
             wrong.append(wrong_job_value(key, value, hint, is_read))
         sections.setdefault(section, {})[name] = value

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from examples.mosaic_streaming.config import LoaderFile, Plan, check_assets, check_files, flat, read_loaders, read_toml
+from examples.mosaic_streaming.config import LoaderFile, Plan, check_assets, check_files, read_loaders, read_toml
 from examples.mosaic_streaming.errors import ConfigError
 from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.versions import RENAMED
@@ -80,10 +80,12 @@ def read_files(
 ) -> tuple[Plan, LoaderFile | None]:
     """Read the loaders' files as `read_loaders` does, and check what can be checked before TorchTitan is imported.
 
-    `keys` are those of the job's file. A job with code of the user's is only checked later: that may register loaders.
+    `keys` are those of the job's file. Loaders that code of the user's may register are only checked later.
     """
-    plan, held_out = read_loaders(train, validation)
     settings = settings_given(keys, titan_flags)
+    if "model.tokenizer_path" not in settings and isinstance(assets := settings.get("hf_assets_path"), str):
+        check_assets(assets)  # 0.2 takes the former instead
+    plan, held_out = read_loaders(train, validation)
     if not any("custom" in key for key in settings):
         check_files(plan, held_out if str(settings.get("validator.enable")).lower() == "true" else None)
     return plan, held_out
@@ -92,14 +94,6 @@ def read_files(
 def settings_given(keys: Mapping[str, Any], titan_flags: Sequence[str]) -> dict[str, Any]:
     """The settings of a job's file, changed by TorchTitan's flags, by their names in 0.3."""
     return {RENAMED.get(key, key): value for key, value in (dict(keys) | values_of_flags(titan_flags)).items()}
-
-
-def check_given_assets(path: str, titan_flags: Sequence[str]) -> None:
-    """Raise ConfigError if a job's file names a folder with assets, and there is none."""
-    settings = settings_given(flat(read_sections(path)), titan_flags)
-    assets = settings.get("hf_assets_path")
-    if isinstance(assets, str) and "model.tokenizer_path" not in settings:  # which 0.2 takes instead
-        check_assets(assets)
 
 
 def read_sections(path: str) -> dict[str, Any]:

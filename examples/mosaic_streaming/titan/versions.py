@@ -56,10 +56,11 @@ GONE: dict[str, tuple[Any, str]] = {
 }
 """Settings of 0.2, or sections, that 0.3 has no counterpart of: the value that means the same there, and why."""
 
+OWN_FLAGS = ("mosaic_config", "mosaic_validation_config", "mosaic_position")
 IN_FILE = {
     **dict.fromkeys(("model.name", "model.flavor"), "Set the model in the job's file, or by --module and --config."),
     **dict.fromkeys(("job.description", "experimental.custom_import"), "Set it in the job's file."),
-    **dict.fromkeys(("module", "config"), "Give it before the `--`."),
+    **dict.fromkeys(("module", "config", *OWN_FLAGS), "Give it before the `--`."),
     "activation_checkpoint.mode": "Behind all other flags, give activation-checkpoint:full, or another of these.",
     "optimizer": "It has groups of parameters: set [optimizer] in the job's file, or make the config in a function.",
     "job": "See the list: python -m examples.mosaic_streaming.train -- --help",
