@@ -309,6 +309,7 @@ def test_cpu_gets_a_model_that_it_can_train() -> None:
         ("--job.no-print-config", "TorchTitan 0.3 calls it --debug.no-print_config."),
         ("--model.flavor=8B", "Set the model in the job's file, or by --module and --config."),
         ("--module=llama3", "Give it before the `--`."),
+        ("--mosaic-config=x", "Give it before the `--`."),
         ("--optimizer.lr=1", "It has groups of parameters: set [optimizer] in the job's file"),
         ("--fault_tolerance.enable", "Checkpoints and torchrun's restarts are what there is."),
     ],

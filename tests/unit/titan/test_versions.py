@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from examples.mosaic_streaming.errors import ConfigError
+from examples.mosaic_streaming.titan.job_values import leaves
 from examples.mosaic_streaming.titan.loaded import settings_given
 from examples.mosaic_streaming.titan.versions import generation, names_as_given
 from examples.mosaic_streaming.train import main
@@ -54,11 +55,37 @@ def test_torchtitan_that_is_missing_is_told_in_one_line(files: Path, monkeypatch
         ("--validator.no-enable", "TorchTitan 0.2 calls it --validation.no-enable."),
         ("--module=llama3", "give the job's file with --config, before the `--`."),
         ("--validator.dataloader.dataset=c4", "Streams are set in the file of --mosaic-config."),
+        ("--mosaic-validation-config=x", "Give it before the `--`."),
     ],
 )
 def test_flag_of_0_3_is_answered_with_the_right_spelling(flag: str, told: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(told)):
         load(JOB, flag)
+
+
+@only_0_2
+def test_keys_read_in_torchtitans_source_are_those_of_its_class() -> None:
+    from torchtitan.config import JobConfig
+
+    from examples.mosaic_streaming.titan.v0_2.load import job_keys
+
+    assert job_keys() == {key for key, *_ in leaves(JobConfig())}, "adapt job_keys in titan/v0_2/load.py"
+
+
+@only_0_2
+def test_module_may_add_keys_to_a_jobs_file(files: Path) -> None:
+    (files / "own_keys.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "@dataclass\nclass Own:\n    key: int = 1\n"
+        "@dataclass\nclass JobConfig:\n    own: Own = field(default_factory=Own)\n"
+    )
+    job = files / "job.toml"
+    job.write_text(job.read_text() + "[own]\nkey = 3\n")
+    with pytest.raises(ConfigError, match=re.escape(f"own.key in {job}: unknown. Keys like it: ")):
+        load(job)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(files)
+        assert load(job, "--job.custom_config_module=own_keys").job_config.own.key == 3
 
 
 @only_0_2
