@@ -21,7 +21,6 @@ from examples.mosaic_streaming.train import main
 from tests.support.jobs import command, losses, tell_when_closed, train, write_loader
 from tests.support.ranks import nothing_is_left, run_rank_values, run_ranks, wait_until
 from tests.support.streams import SEQ_LEN, write_tokens
-from tests.support.titan import IS_0_2
 
 
 def test_model_trains_on_the_cpu(files: Path) -> None:
