@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from examples.mosaic_streaming.batch import workers
 from examples.mosaic_streaming.batch.reading import Batches, Collator, PadsThroughArrays
 from examples.mosaic_streaming.batch.workers import Slots, WorkerContext
+from examples.mosaic_streaming.upstream.workers import let_processes_outlive_signals
 from tests.support.ranks import run_rank_values, run_ranks
 from tests.support.streams import TOKENIZER
 
@@ -174,6 +175,7 @@ def test_workers_that_wait_for_their_reader_end_when_it_closes() -> None:
     """By themselves: torch would kill them one after another, and wait five seconds for each before."""
 
     def close() -> list[int | None]:
+        let_processes_outlive_signals()  # as training does: whom torch ends has the exit code of SIGKILL
         batches = fill_the_pipe()
         processes = batches._batches._workers  # type: ignore[union-attr]
         batches.close()
