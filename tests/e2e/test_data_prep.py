@@ -55,19 +55,18 @@ def commands() -> list[list[str]]:
 @pytest.fixture(scope="module")
 def folder(module_path: Path) -> Path:
     """A folder in which the inputs stand, and all the commands have been run."""
-    place = module_path
-    (place / "tests").symlink_to(Path("tests").resolve())
-    (place / "my_text").mkdir()
+    (module_path / "tests").symlink_to(Path("tests").resolve())
+    (module_path / "my_text").mkdir()
     for number, document in enumerate(DOCUMENTS):
-        (place / f"my_text/{number}.txt").write_text(document)
+        (module_path / f"my_text/{number}.txt").write_text(document)
     texts = [{"text": document} for document in DOCUMENTS]
     inputs: dict[str, list[Any]] = {"docs": texts, "pairs": PAIRS, "chats": CHATS}
     for name, rows in inputs.items():
-        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(place / "my_dataset"))
-    outputs = [run_rank_values(functools.partial(run, command, place), timeout=120) for command in commands()]
+        (module_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Dataset.from_dict({"text": DOCUMENTS}).save_to_disk(str(module_path / "my_dataset"))
+    outputs = [run_rank_values(functools.partial(run, command, module_path), timeout=120) for command in commands()]
     assert len(outputs) == 8
-    return place
+    return module_path
 
 
 def run(command: list[str], place: Path) -> None:

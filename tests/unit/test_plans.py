@@ -42,15 +42,14 @@ EXAMPLE = 6
 
 @pytest.fixture(scope="module")
 def folder(module_path: Path) -> Path:
-    folder = module_path
     for name, numbers in (("web", WEB), ("code", CODE)):
-        write_stream(folder / name, len(numbers), first=numbers[0])
+        write_stream(module_path / name, len(numbers), first=numbers[0])
     columns = dict.fromkeys(("input_ids", "labels"), "ndarray:int32")
-    with MDSWriter(out=str(folder / "chat"), columns=columns, size_limit=512, hashes=["xxh64"]) as writer:
+    with MDSWriter(out=str(module_path / "chat"), columns=columns, size_limit=512, hashes=["xxh64"]) as writer:
         for number in CHAT:
             tokens = sample_tokens(number, EXAMPLE)
             writer.write({"input_ids": tokens[:4], "labels": tokens[4:]})
-    return folder
+    return module_path
 
 
 def loaders(folder: Path, num_workers: int = 0) -> list[dict[str, Any]]:
